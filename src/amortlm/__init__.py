@@ -1,0 +1,1 @@
+"""amortlm: make a language model sample from posteriors that it defines but cannot sample."""

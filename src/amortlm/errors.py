@@ -1,0 +1,62 @@
+"""Every error amortlm raises on purpose.
+
+    AmortLMError
+    ├── DataError            rows are empty, a column is missing, a completion is outside the support
+    ├── TemplateError        unknown placeholder, `{z}` missing or repeated, bad braces
+    ├── PromptTooLongError   prompt + completion do not fit the model's context
+    ├── SupportError         a stop string that is not one token, a support that allows nothing
+    ├── RewardError          NaN or +inf reward, a target that cannot do what an objective needs
+    ├── ConfigError          unknown task, YAML key or objective (with the nearest valid name)
+    ├── CheckpointError      a saved run or posterior that is incomplete or of another layout
+    └── MissingExtraError    an optional dependency is not installed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class AmortLMError(Exception):
+    """Base class: catch this to catch everything amortlm raises on purpose."""
+
+
+class DataError(AmortLMError, ValueError):
+    pass
+
+
+class TemplateError(AmortLMError, ValueError):
+    pass
+
+
+class PromptTooLongError(AmortLMError, ValueError):
+    pass
+
+
+class SupportError(AmortLMError, ValueError):
+    pass
+
+
+class RewardError(AmortLMError, ValueError):
+    pass
+
+
+class ConfigError(AmortLMError, ValueError):
+    pass
+
+
+class CheckpointError(AmortLMError, RuntimeError):
+    pass
+
+
+class MissingExtraError(AmortLMError, ImportError):
+    pass
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A phrase that names the closest valid choice, for the end of an error message."""
+    from difflib import get_close_matches
+
+    valid = sorted(valid)
+    close = get_close_matches(name, valid, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}Valid: {', '.join(valid)}."

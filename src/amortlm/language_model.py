@@ -1,0 +1,156 @@
+"""The frozen language model p: loading, tokens, and the targets it defines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from amortlm.errors import ConfigError, PromptTooLongError, SupportError
+from amortlm.targets.template import Messages, PromptTemplate
+from amortlm.types import Row
+
+if TYPE_CHECKING:
+    from amortlm.targets.lm import LogProb
+
+EMBEDDED = "embedded"
+EMBEDDED_PATH = Path(__file__).parent / "models" / "embedded"
+
+
+class LanguageModel:
+    """A causal LM and its tokenizer. Its weights are frozen: policies are trained on copies.
+
+    `score_memory_mb` bounds the logits and masks that scoring holds at once, in MiB.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str | None = None,
+        score_memory_mb: int = 256,
+    ):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.name = name or str(model.config.name_or_path)
+        self.score_memory_mb = score_memory_mb
+        first = tokenizer("a").input_ids[:1]
+        self._adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
+        newline = self._encode("\n")
+        # Llama-style tokenizers glue a space to the start of every text; after a newline they do not.
+        self._anchor = newline if self._encode("\na")[len(newline) :] != self._encode("a") else []
+        self._special = set(tokenizer.all_special_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, score_memory_mb: int = 256, device: str | None = None, **kwargs: Any
+    ) -> LanguageModel:
+        """Load by hub name or local path through `transformers`; "embedded" is the model that ships.
+
+        Keyword arguments (`dtype`, `revision`, `attn_implementation`, ...) go to
+        `AutoModelForCausalLM.from_pretrained`. On a CPU the default dtype is float32.
+        """
+        path = EMBEDDED_PATH if str(name_or_path) == EMBEDDED else name_or_path
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu":
+            kwargs.setdefault("dtype", torch.float32)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, **kwargs).to(device)
+        except (OSError, ValueError) as e:
+            raise ConfigError(
+                f"cannot load a causal LM from {str(name_or_path)!r}: {e}\nGive a hub name, a local folder with "
+                f"config.json, weights and tokenizer files, or {EMBEDDED!r}."
+            ) from e
+        return cls(model, tokenizer, name=str(name_or_path), score_memory_mb=score_memory_mb)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the output layer (it may be larger than the tokenizer's vocabulary)."""
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the model was made for, in tokens."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def log_prob(self, of: str, given: str | Messages = "") -> LogProb:
+        """The target log p(of | given): templates over data columns and the latent `{z}`.
+
+        `{z}` stands for the completion and its stop symbol. It appears once, in `of` or in `given`.
+        """
+        from amortlm.targets.lm import LogProb
+
+        return LogProb(self, of, given)
+
+    # Tokens
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+    def encode_start(self, text: str) -> list[int]:
+        """Tokens of a text that begins a sequence; never empty (BOS, or EOS for models without BOS)."""
+        tok = self.tokenizer
+        start = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
+        ids = self._encode(text)
+        if (self._adds_bos and ids[:1] != [start]) or not ids:
+            ids = [start, *ids]
+        return ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Tokens of a text that continues a sequence; write the leading space where there is one."""
+        if not text or not self._anchor:
+            return self._encode(text)
+        return self._encode("\n" + text)[len(self._anchor) :]
+
+    def encode_prompt(self, prompt: PromptTemplate, row: Row) -> list[int]:
+        """Tokens of a filled-in prompt; messages go through the chat template."""
+        messages = prompt.messages(row)
+        if messages is None:
+            return self.encode_start(prompt.templates[0].split(row)[0])
+        if not self.tokenizer.chat_template:
+            raise ConfigError(
+                f"{self.name}: the tokenizer has no chat template, so a prompt given as messages cannot be "
+                "rendered; give the prompt as one string, or set tokenizer.chat_template"
+            )
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self._encode(str(text))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special tokens left out."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def token_id(self, token: str | int) -> int:
+        """The id of one token given as text or id. Raises SupportError when the text is not one token."""
+        if isinstance(token, int):
+            if not 0 <= token < self.vocab_size:
+                raise SupportError(f"token id {token} is outside the vocabulary (0..{self.vocab_size - 1})")
+            return token
+        ids = self.encode_continuation(token)
+        if len(ids) != 1:
+            pieces = self.tokenizer.convert_ids_to_tokens(ids)
+            raise SupportError(
+                f"{token!r} is {len(ids)} tokens for this tokenizer ({pieces}), not one; use one of these, a token "
+                "id, or another symbol"
+            )
+        return ids[0]
+
+    @property
+    def special_ids(self) -> set[int]:
+        return self._special
+
+    def check_context(self, tokens: int, what: str) -> None:
+        """Raise PromptTooLongError when `tokens` do not fit the model's context."""
+        if self.context is not None and tokens > self.context:
+            raise PromptTooLongError(
+                f"{what} needs {tokens} tokens, but {self.name} has a context of {self.context}; "
+                "shorten the prompt, lower max_tokens, or drop such rows"
+            )

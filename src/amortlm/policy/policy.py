@@ -1,0 +1,197 @@
+"""The policy q: a trainable copy of the language model on a support."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from amortlm.errors import CheckpointError, DataError
+from amortlm.passes import encode_prompts, pad_right, state_logits
+from amortlm.policy.sampling import Drawn, Exploration, draw, uniform_streams
+from amortlm.policy.support import BoundSupport, Support
+from amortlm.targets.template import Messages, PromptTemplate
+from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from amortlm.language_model import LanguageModel
+
+FULL = "full"
+DEFAULT_RANK = 64  # Hu et al. 2024: r = 64, alpha = 16 on GPT-2 XL
+
+
+def default_lora(rank: int = DEFAULT_RANK) -> LoraConfig:
+    """LoRA on every linear layer but the output head. Dropout 0: with dropout, the policy that samples and
+    the policy that is trained are not the same."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+
+
+class Policy(nn.Module):
+    """q(z | prompt): the language model with LoRA (default) or a full copy of it, on a support.
+
+    With LoRA the frozen weights are shared with `lm`, whose own module tree stays untouched.
+    `sample` draws without gradient; `forward` (= `evaluate`) is one teacher-forced, differentiable pass.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompt: str | Messages,
+        support: Support,
+        adapter: LoraConfig | str | Path | None = None,
+    ):
+        """adapter: a LoraConfig, "full" for a full copy, a folder with a saved adapter, None for default_lora()."""
+        super().__init__()
+        self.lm = lm
+        self.prompt = PromptTemplate(prompt)
+        self.support_spec = support
+        self.support: BoundSupport = support.bind(lm)
+        self.model = _trainable_copy(lm, adapter)
+        self.is_full = adapter == FULL
+        _zero_dropout(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def encode_rows(self, rows: Sequence[Row]) -> list[list[int]]:
+        """Prompt tokens of each row. Raises PromptTooLongError if prompt and completion exceed the context."""
+        prompts = [self.lm.encode_prompt(self.prompt, row) for row in rows]
+        longest = max(map(len, prompts))
+        self.lm.check_context(longest + self.support.max_tokens + 1, "the longest prompt with its completion")
+        return prompts
+
+    def sample(
+        self,
+        rows: Sequence[Row],
+        num_samples: int = 1,
+        *,
+        seed: object = 0,
+        exploration: Exploration | None = None,
+    ) -> tuple[Rollouts, PolicyLogProbs]:
+        """K completions for each row, in row order: Rollouts with B = N * K, and their log q.
+
+        The same (seed, row) gives the same completions whatever else is in the batch. `exploration` changes
+        what is drawn, not the log q that is returned.
+        """
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            prefix = encode_prompts(self.model, self.encode_rows(rows))
+            index = torch.arange(len(rows), device=self.device).repeat_interleave(num_samples)
+            streams = uniform_streams(
+                [(seed, row_key(r)) for r in rows], num_samples, self.support.max_tokens + 1
+            )
+            drawn = draw(self.model, prefix, index, self.support, streams.to(self.device), exploration)
+        self.model.train(training)
+        rollouts = self.support.rollouts(rows, index, drawn.tokens, drawn.lengths, drawn.stops)
+        return rollouts, _trimmed(drawn)
+
+    def evaluate(self, rollouts: Rollouts) -> PolicyLogProbs:
+        """log q of any rollouts, on the support: one teacher-forced pass, differentiable."""
+        rollouts = rollouts.to(self.device)
+        prefix = encode_prompts(self.model, self.encode_rows(rollouts.rows))
+        logits, _ = state_logits(self.model, prefix, rollouts.row_index, rollouts.tokens)
+        log_norm, log_pterm, masked = self.support.log_probs(logits)
+        picked = masked[:, :-1].gather(-1, rollouts.tokens[..., None]).squeeze(-1)
+        log_pf = torch.where(rollouts.action_mask, picked - log_norm[:, :-1], 0.0)
+        return PolicyLogProbs(log_pf, log_pterm)
+
+    def forward(self, rollouts: Rollouts) -> PolicyLogProbs:
+        return self.evaluate(rollouts)
+
+    def rollouts(
+        self, rows: Sequence[Row], completions: Sequence[Sequence[Sequence[int] | str]]
+    ) -> Rollouts:
+        """Rollouts from given completions (texts or token lists), a list per row.
+
+        A stop symbol at the end of a text is taken off. Raises DataError outside the support.
+        """
+        flat = [self.parse(c) for group in completions for c in group]
+        index = [i for i, group in enumerate(completions) for _ in group]
+        tokens, lengths = pad_right([c for c, _ in flat], self.device)
+        stops = torch.tensor([s for _, s in flat], device=self.device)
+        return self.support.rollouts(rows, torch.tensor(index, device=self.device), tokens, lengths, stops)
+
+    def parse(self, completion: Sequence[int] | str) -> tuple[list[int], int]:
+        """(tokens, stop symbol) of a completion. Raises DataError if it is outside the support."""
+        is_text = isinstance(completion, str)
+        tokens = self.lm.encode_continuation(completion) if is_text else list(completion)  # type: ignore[arg-type]
+        stop = self.support.stop_ids[0]
+        if tokens and tokens[-1] in self.support.stop_ids:
+            stop = tokens.pop()
+        if not self.support.contains(tokens):
+            raise DataError(
+                f"completion {completion!r} is outside the support: {len(tokens)} tokens where "
+                f"{self.support.min_tokens} to {self.support.max_tokens} are allowed, or a banned token inside"
+            )
+        return tokens, stop
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """A PEFT adapter folder, or a full model folder. safetensors and JSON."""
+        self.model.save_pretrained(str(folder), safe_serialization=True)
+        if self.is_full:
+            self.lm.tokenizer.save_pretrained(str(folder))
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Load weights saved by `save_adapter` into this policy. Raises CheckpointError if they do not fit."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        name = "model.safetensors" if self.is_full else "adapter_model.safetensors"
+        try:
+            weights = load_file(str(Path(folder) / name))
+            if self.is_full:
+                missing = self.model.load_state_dict(weights, strict=False).missing_keys
+                unexpected = set(missing) - set(self.model._tied_weights_keys or [])
+                if unexpected:
+                    raise ValueError(f"missing {sorted(unexpected)[:3]}")
+            else:
+                from peft import set_peft_model_state_dict
+
+                result: Any = set_peft_model_state_dict(self.model, weights)
+                if result.unexpected_keys:
+                    raise ValueError(f"unexpected {result.unexpected_keys[:3]}")
+        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as e:
+            raise CheckpointError(
+                f"{folder}: cannot read {name} ({e}); the save was cut short or is of another model: "
+                "resume from an earlier checkpoint"
+            ) from e
+
+
+def _trainable_copy(lm: LanguageModel, adapter: LoraConfig | str | Path | None) -> Any:
+    if adapter == FULL:
+        return copy.deepcopy(lm.model).requires_grad_(True)
+    from peft import PeftModel, get_peft_model
+
+    # A copy of the module tree whose parameters are the very tensors of the frozen model.
+    memo: dict[int, Any] = {id(p): p for p in lm.model.parameters()}
+    shared = copy.deepcopy(lm.model, memo)
+    if adapter is None or not isinstance(adapter, str | Path):
+        return get_peft_model(shared, adapter or default_lora())
+    try:
+        return PeftModel.from_pretrained(shared, str(adapter), is_trainable=True)
+    except Exception as e:  # peft and safetensors raise many kinds here
+        raise CheckpointError(f"{adapter}: cannot load the adapter ({e}); the save is incomplete") from e
+
+
+def _zero_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def _trimmed(drawn: Drawn) -> PolicyLogProbs:
+    return PolicyLogProbs(drawn.log_pf, drawn.log_pterm)

@@ -1,0 +1,132 @@
+"""Left-to-right sampling on a support, without gradient.
+
+Every trajectory consumes its own stream of uniform numbers (inverse-CDF sampling), so what is drawn for a
+prompt does not depend on which other prompts share the batch, on padding or on the number of processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from amortlm.passes import Prefix, select_cache
+from amortlm.policy.support import BoundSupport
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """How the behaviour departs from the policy: softmax temperature [B] and a share of uniform choices."""
+
+    temperature: Tensor | None = None
+    epsilon: float = 0.0
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Sampled trajectories: tokens [B, T], lengths [B], stops [B], and log q under the policy itself:
+    log_pf [B, T], log_pterm [B, T+1] (0 / -inf where never reached)."""
+
+    tokens: Tensor
+    lengths: Tensor
+    stops: Tensor
+    log_pf: Tensor
+    log_pterm: Tensor
+
+
+def uniform_streams(keys: Sequence[object], samples: int, length: int) -> Tensor:
+    """[N * K, length] uniforms in [0, 1): one generator per key (any printable values), K streams each."""
+    out = []
+    for key in keys:
+        seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+        out.append(torch.rand(samples, length, generator=torch.Generator().manual_seed(seed)))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def draw(
+    model: PreTrainedModel,
+    prefix: Prefix,
+    index: Tensor,
+    support: BoundSupport,
+    uniforms: Tensor,
+    exploration: Exploration | None = None,
+) -> Drawn:
+    """Draw one completion for each entry of `index` [B] (its prompt). uniforms [B, max_tokens + 1].
+
+    Rows that have stopped leave the batch.
+    """
+    exploration = exploration or Exploration()
+    batch, width, device = len(index), support.max_tokens, index.device
+    tokens = torch.zeros(batch, width, dtype=torch.long, device=device)
+    lengths = torch.full((batch,), width, device=device)
+    stops = torch.full((batch,), support.stop_ids[0], device=device)
+    log_pf = torch.zeros(batch, width, device=device)
+    log_pterm = torch.full((batch, width + 1), -torch.inf, device=device)
+
+    alive = torch.arange(batch, device=device)
+    cache = select_cache(prefix.cache, index) or DynamicCache()
+    mask, ids = prefix.mask[index], prefix.last[index]
+    for t in range(width + 1):
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+        logits = model(
+            input_ids=ids[:, None],
+            attention_mask=mask.long(),
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        step = _step(logits, t, support, uniforms[alive, t], exploration, alive)
+        log_pterm[alive, t] = step.log_stop
+        done = step.stopped
+        lengths[alive[done]], stops[alive[done]] = t, step.token[done]
+        alive, going = alive[~done], ~done
+        if len(alive) == 0:
+            break
+        ids = step.token[going]
+        tokens[alive, t], log_pf[alive, t] = ids, step.log_p[going]
+        if done.any():
+            keep = going.nonzero().squeeze(1)
+            cache.batch_select_indices(keep)
+            mask = mask[keep]
+    longest = max(int(lengths.max()), 1)
+    return Drawn(tokens[:, :longest], lengths, stops, log_pf[:, :longest], log_pterm[:, : longest + 1])
+
+
+@dataclass(frozen=True)
+class _Step:
+    token: Tensor  # [b] the token drawn: a stop symbol where stopped
+    stopped: Tensor  # [b] bool
+    log_p: Tensor  # [b] log q(token) under the policy
+    log_stop: Tensor  # [b] log q(stop) under the policy
+
+
+def _step(
+    logits: Tensor, t: int, support: BoundSupport, u: Tensor, exploration: Exploration, alive: Tensor
+) -> _Step:
+    """Draw the next token (or the stop) at state t for the b rows still alive. logits [b, V]."""
+    stop_ids = torch.tensor(support.stop_ids, device=logits.device)
+    legal = support.allowed.to(logits.device).clone()
+    if t >= support.max_tokens:
+        legal[:] = False
+    legal[stop_ids] = t >= support.min_tokens
+    logits = logits.float().masked_fill(~legal, -torch.inf)
+    log_q = logits.log_softmax(-1)
+    behaviour = log_q
+    if exploration.temperature is not None:
+        behaviour = (logits / exploration.temperature[alive, None]).log_softmax(-1)
+    probs = behaviour.exp()
+    if exploration.epsilon > 0:
+        probs = (1 - exploration.epsilon) * probs + exploration.epsilon * legal / legal.sum()
+    cdf = probs.double().cumsum(-1)
+    # The first index whose cdf exceeds u: never a token of probability 0.
+    token = torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    token = token.clamp(max=logits.shape[-1] - 1)
+    log_stop = log_q[:, stop_ids].logsumexp(-1)
+    if t >= support.max_tokens:
+        log_stop = torch.zeros_like(log_stop)
+    return _Step(token, torch.isin(token, stop_ids), log_q.gather(1, token[:, None]).squeeze(1), log_stop)

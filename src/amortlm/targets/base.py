@@ -1,0 +1,155 @@
+"""The algebra of targets: a target is a linear combination of log-density terms.
+
+A sum multiplies densities, a scalar tempers: `(a + b) / 0.8`, `1.5 * a - 0.5 * b`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from amortlm.errors import RewardError
+from amortlm.types import Rollouts
+
+if TYPE_CHECKING:
+    from amortlm.language_model import LanguageModel
+
+
+class Scoring:
+    """One batch being scored. Terms put what others can reuse (passes, texts) into `memo`."""
+
+    def __init__(self, rollouts: Rollouts):
+        self.rollouts = rollouts
+        self._memo: dict[Any, Any] = {}
+
+    def memo(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+
+class Target(ABC):
+    """An unnormalised log posterior log R over completions.
+
+    A new kind of target implements `score_batch` (and `columns`, `every_prefix` where the defaults are
+    wrong) and passes `amortlm.targets.laws.check_target`.
+    """
+
+    every_prefix: bool = True  # False: only finished completions can be judged
+    columns: frozenset[str] = frozenset()  # data columns that templates use
+
+    @abstractmethod
+    def score_batch(self, scoring: Scoring) -> Tensor:
+        """log R [B, T+1] in nats at the states in `scoring.rollouts.stop_mask`; ignored elsewhere."""
+
+    @abstractmethod
+    def to_spec(self) -> list[dict[str, Any]]:
+        """The target as JSON/YAML: a list of terms (see `amortlm.targets.spec`)."""
+
+    def bind(self, lm: LanguageModel) -> Target:
+        """The same target with its text terms reading `lm`'s tokenizer. Sums with a `log_prob` are bound."""
+        return self
+
+    def soften(self, penalty: float) -> Target:
+        """The same target with every R = 0 raised to a finite reward: what hard constraints reject costs
+        `penalty` nats. Squared log-weight differences need this; sampling and diagnostics do not."""
+        return self
+
+    @property
+    def terms(self) -> list[tuple[float, Target]]:
+        return [(1.0, self)]
+
+    def rows_per_chunk(self, rollouts: Rollouts) -> int:
+        """How many trajectories may be scored at once within the memory budget."""
+        return len(rollouts)
+
+    def score(self, rollouts: Rollouts) -> Tensor:
+        """log R of every stopping state: [B, T+1] float32, nats, 0 outside `stop_mask`, -inf where R = 0.
+
+        No gradient. Work is cut into chunks of trajectories that fit the models' memory budgets.
+        Raises RewardError for NaN or +inf.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            chunk = max(1, self.rows_per_chunk(rollouts))
+            index = torch.arange(len(rollouts), device=rollouts.tokens.device)
+            out = torch.zeros(rollouts.stop_mask.shape, device=rollouts.tokens.device)
+            for part in index.split(chunk):
+                piece = rollouts if len(part) == len(index) else rollouts.select(part)
+                log_r = self.score_batch(Scoring(piece)).float().to(out.device)
+                out[part, : log_r.shape[1]] = log_r.masked_fill(~piece.stop_mask, 0.0)
+        if torch.isnan(out).any() or torch.isposinf(out).any():
+            bad = (torch.isnan(out) | torch.isposinf(out)).any(1).nonzero()[0].item()
+            raise RewardError(
+                f"{self!r} gave NaN or +inf for completion {rollouts.completions()[int(bad)]}; return finite numbers "
+                "(or -inf for 'impossible')"
+            )
+        return out
+
+    def score_final(self, rollouts: Rollouts) -> Tensor:
+        """log R [B] of the finished completions only."""
+        return self.score(rollouts.final_only()).gather(1, rollouts.lengths[:, None]).squeeze(1)
+
+    def __add__(self, other: Target) -> Target:
+        return LinearCombination([*self.terms, *other.terms])
+
+    def __mul__(self, scale: float) -> Target:
+        return LinearCombination([(w * float(scale), t) for w, t in self.terms])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, temperature: float) -> Target:
+        if temperature <= 0:
+            raise RewardError(f"a temperature must be positive, got {temperature}")
+        return self * (1.0 / temperature)
+
+    def __sub__(self, other: Target) -> Target:
+        return self + (-1.0) * other
+
+    def __neg__(self) -> Target:
+        return self * -1.0
+
+
+class LinearCombination(Target):
+    """Weighted sum of terms; terms that read the same frozen model share its passes."""
+
+    def __init__(self, terms: list[tuple[float, Target]]):
+        self._terms = [(w, t) for w, t in terms if w != 0]
+        if not self._terms:
+            raise RewardError("a target needs at least one term with a weight other than 0")
+        for weight, term in self._terms:
+            if weight < 0 and getattr(term, "hard", False):
+                raise RewardError(f"{term!r} is a hard constraint: a negative weight would make it +inf")
+        lm = next((t.lm for _, t in self._terms if getattr(t, "lm", None) is not None), None)
+        if lm is not None:
+            self._terms = [(w, t if getattr(t, "lm", None) else t.bind(lm)) for w, t in self._terms]
+        self.every_prefix = all(t.every_prefix for _, t in self._terms)
+        self.columns = frozenset().union(*(t.columns for _, t in self._terms))
+
+    def bind(self, lm: LanguageModel) -> Target:
+        return LinearCombination([(w, t.bind(lm)) for w, t in self._terms])
+
+    def soften(self, penalty: float) -> Target:
+        return LinearCombination([(w, t.soften(penalty / abs(w))) for w, t in self._terms])
+
+    @property
+    def terms(self) -> list[tuple[float, Target]]:
+        return self._terms
+
+    def rows_per_chunk(self, rollouts: Rollouts) -> int:
+        return min(t.rows_per_chunk(rollouts) for _, t in self._terms)
+
+    def score_batch(self, scoring: Scoring) -> Tensor:
+        total = torch.zeros(scoring.rollouts.stop_mask.shape, device=scoring.rollouts.tokens.device)
+        for weight, term in self._terms:
+            total = total + weight * term.score_batch(scoring).to(total.device)
+        return total
+
+    def to_spec(self) -> list[dict[str, Any]]:
+        return [{**spec, "weight": w} for w, t in self._terms for spec in t.to_spec()]
+
+    def __repr__(self) -> str:
+        return " + ".join(f"{w:g} * {t!r}" for w, t in self._terms)

@@ -1,0 +1,113 @@
+"""Text templates over data columns and the latent `{z}`, and their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from string import Formatter
+from typing import Any
+
+from amortlm.errors import DataError, TemplateError, nearest
+from amortlm.types import Row
+
+LATENT = "z"
+Messages = Sequence[Mapping[str, str]]
+
+
+class Template:
+    """`"Beginning: {x}\\nMiddle:{z}"`: literal text with `{column}` placeholders; `{{` is a brace.
+
+    Raises TemplateError for unbalanced braces, empty or formatted placeholders, or a repeated `{z}`.
+    """
+
+    def __init__(self, text: str):
+        self.text = text
+        try:
+            parsed = list(Formatter().parse(text))
+        except ValueError as e:
+            raise TemplateError(f"template {text!r}: {e}; write {{{{ for a literal brace") from None
+        self.parts: list[tuple[str, str | None]] = []
+        for literal, field, spec, conversion in parsed:
+            if field is not None and (not field.isidentifier() or spec or conversion):
+                raise TemplateError(f"template {text!r}: {{{field}}} is not a plain column name")
+            self.parts.append((literal, field))
+        if self.fields.count(LATENT) > 1:
+            raise TemplateError(f"template {text!r}: {{z}} may appear only once")
+
+    @property
+    def fields(self) -> list[str]:
+        return [field for _, field in self.parts if field is not None]
+
+    @property
+    def columns(self) -> set[str]:
+        return set(self.fields) - {LATENT}
+
+    @property
+    def has_latent(self) -> bool:
+        return LATENT in self.fields
+
+    def split(self, row: Row) -> tuple[str, str]:
+        """The filled-in text before and after `{z}` (all of it before, without `{z}`)."""
+        before: list[str] = []
+        after: list[str] = []
+        out = before
+        for literal, field in self.parts:
+            out.append(literal)
+            if field == LATENT:
+                out = after
+            elif field is not None:
+                out.append(self._value(row, field))
+        return "".join(before), "".join(after)
+
+    def _value(self, row: Row, column: str) -> str:
+        if column not in row:
+            raise TemplateError(
+                f"template {self.text!r} uses {{{column}}}, but the data has no such column; "
+                + nearest(column, [*map(str, row), LATENT])
+            )
+        if row[column] is None:
+            raise DataError(f"column {column!r} is empty (None) in a row; drop or fill such rows")
+        return str(row[column])
+
+
+class PromptTemplate:
+    """What comes before the latent: a text template, or chat messages with templates as contents.
+
+    Messages go through the tokenizer's chat template with the generation prompt added.
+    """
+
+    def __init__(self, prompt: str | Messages):
+        self.source = prompt
+        if isinstance(prompt, str):
+            self.templates = [Template(prompt)]
+            self.roles: list[dict[str, Any]] | None = None
+        else:
+            self.templates = [Template(m["content"]) for m in prompt]
+            self.roles = [{k: v for k, v in m.items() if k != "content"} for m in prompt]
+            if any(t.has_latent for t in self.templates):
+                raise TemplateError("{z} cannot be inside chat messages: it follows them")
+
+    @property
+    def columns(self) -> set[str]:
+        return set().union(*(t.columns for t in self.templates))
+
+    def messages(self, row: Row) -> list[dict[str, Any]] | None:
+        """The filled-in messages, or None for a text prompt."""
+        if self.roles is None:
+            return None
+        return [
+            {**r, "content": t.split(row)[0]} for r, t in zip(self.roles, self.templates, strict=True)
+        ]
+
+
+def check_rows(rows: Sequence[Row], columns: set[str], what: str) -> None:
+    """Raise DataError unless `rows` is not empty and every row has `columns`."""
+    if len(rows) == 0:
+        raise DataError(f"{what} is empty: give at least one row")
+    for i in range(len(rows)):
+        missing = columns - set(rows[i])
+        if missing:
+            name = sorted(missing)[0]
+            raise DataError(
+                f"{what}: row {i} has no column {name!r}, which a template uses; "
+                + nearest(name, map(str, rows[i]))
+            )

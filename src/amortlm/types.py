@@ -1,0 +1,123 @@
+"""The data that flows between policy, target, buffer and objective.
+
+Shape letters, everywhere in the library: B trajectories, N prompts, K samples per prompt, T completion
+tokens, V vocabulary. Logs are natural, in nats. State t means "t tokens written, then stop".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Row = Mapping[str, Any]
+
+
+def row_key(row: Row) -> str:
+    """A stable name for a data row: the same on every machine, process and run."""
+    text = json.dumps(dict(row), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Completions of several prompts, padded on the right. Immutable; methods return copies.
+
+    rows         the N prompts' data rows
+    row_index    [B] long     which row a trajectory belongs to (the "group" of group objectives)
+    tokens       [B, T] long  completion tokens, without the stop symbol; 0 beyond the length
+    lengths      [B] long     completion lengths in tokens
+    stops        [B] long     the stop token that ended each trajectory
+    stop_mask    [B, T+1]     True where the support allows stopping at a state of the trajectory
+    action_mask  [B, T]       True where the policy chose the token (False: padding or written by a tool)
+    stop_ids     the support's stop tokens
+    """
+
+    rows: Sequence[Row]
+    row_index: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    stops: Tensor
+    stop_mask: Tensor
+    action_mask: Tensor
+    stop_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def completions(self) -> list[list[int]]:
+        """The B completions as token lists, without padding and without the stop symbol."""
+        return [row[:n] for row, n in zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)]
+
+    def select(self, index: Tensor) -> Rollouts:
+        """The trajectories at `index` ([b] long), trimmed to the longest of them."""
+        lengths = self.lengths[index]
+        width = max(int(lengths.max()), 1)
+        used, row_index = torch.unique(self.row_index[index], return_inverse=True)
+        return Rollouts(
+            rows=[self.rows[i] for i in used.tolist()],
+            row_index=row_index,
+            tokens=self.tokens[index, :width],
+            lengths=lengths,
+            stops=self.stops[index],
+            stop_mask=self.stop_mask[index, : width + 1],
+            action_mask=self.action_mask[index, :width],
+            stop_ids=self.stop_ids,
+        )
+
+    def final_only(self) -> Rollouts:
+        """The same trajectories with the last state as the only stopping state."""
+        states = torch.arange(self.stop_mask.shape[1], device=self.lengths.device)
+        return replace(self, stop_mask=self.stop_mask & (states == self.lengths[:, None]))
+
+    def to(self, device: torch.device | str) -> Rollouts:
+        tensors = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
+
+    @property
+    def written(self) -> Tensor:
+        """[B, T] True at the tokens of the completion (False: padding)."""
+        positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return positions < self.lengths[:, None]
+
+    @staticmethod
+    def cat(parts: Sequence[Rollouts]) -> Rollouts:
+        """Join batches, keeping each part's rows apart (one row object per part and prompt)."""
+        width = max(p.tokens.shape[1] for p in parts)
+        offsets = torch.tensor([0] + [len(p.rows) for p in parts]).cumsum(0).tolist()
+
+        def pad(x: Tensor, to: int) -> Tensor:
+            return torch.nn.functional.pad(x, (0, to - x.shape[1]))
+
+        return Rollouts(
+            rows=[row for p in parts for row in p.rows],
+            row_index=torch.cat([p.row_index + o for p, o in zip(parts, offsets, strict=False)]),
+            tokens=torch.cat([pad(p.tokens, width) for p in parts]),
+            lengths=torch.cat([p.lengths for p in parts]),
+            stops=torch.cat([p.stops for p in parts]),
+            stop_mask=torch.cat([pad(p.stop_mask, width + 1) for p in parts]),
+            action_mask=torch.cat([pad(p.action_mask, width) for p in parts]),
+            stop_ids=parts[0].stop_ids,
+        )
+
+
+@dataclass(frozen=True)
+class PolicyLogProbs:
+    """log q of a batch of rollouts under the policy, renormalised on its support.
+
+    log_pf     [B, T]    log q(z_k | z_<k); 0 where action_mask is False
+    log_pterm  [B, T+1]  log q(stop | z_1:t); 0 at max_tokens (sure stop), -inf below min_tokens
+    """
+
+    log_pf: Tensor
+    log_pterm: Tensor
+
+    def final(self, lengths: Tensor) -> Tensor:
+        """[B] log q(z), the log-probability of the whole trajectory and its stop."""
+        log_pterm = self.log_pterm.gather(1, lengths[:, None]).squeeze(1)
+        return self.log_pf.sum(1) + log_pterm
