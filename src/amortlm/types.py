@@ -87,21 +87,23 @@ class Rollouts:
 
     @staticmethod
     def cat(parts: Sequence[Rollouts]) -> Rollouts:
-        """Join batches, keeping each part's rows apart (one row object per part and prompt)."""
+        """Join trajectories of the same rows; those of one row come to stand together."""
         width = max(p.tokens.shape[1] for p in parts)
-        offsets = torch.tensor([0] + [len(p.rows) for p in parts]).cumsum(0).tolist()
+        row_index, order = torch.cat([p.row_index for p in parts]).sort(stable=True)
 
-        def pad(x: Tensor, to: int) -> Tensor:
-            return torch.nn.functional.pad(x, (0, to - x.shape[1]))
+        def join(tensors: Sequence[Tensor], to: int | None = None) -> Tensor:
+            if to is not None:
+                tensors = [torch.nn.functional.pad(x, (0, to - x.shape[1])) for x in tensors]
+            return torch.cat(list(tensors))[order]
 
         return Rollouts(
-            rows=[row for p in parts for row in p.rows],
-            row_index=torch.cat([p.row_index + o for p, o in zip(parts, offsets, strict=False)]),
-            tokens=torch.cat([pad(p.tokens, width) for p in parts]),
-            lengths=torch.cat([p.lengths for p in parts]),
-            stops=torch.cat([p.stops for p in parts]),
-            stop_mask=torch.cat([pad(p.stop_mask, width + 1) for p in parts]),
-            action_mask=torch.cat([pad(p.action_mask, width) for p in parts]),
+            rows=parts[0].rows,
+            row_index=row_index,
+            tokens=join([p.tokens for p in parts], width),
+            lengths=join([p.lengths for p in parts]),
+            stops=join([p.stops for p in parts]),
+            stop_mask=join([p.stop_mask for p in parts], width + 1),
+            action_mask=join([p.action_mask for p in parts], width),
             stop_ids=parts[0].stop_ids,
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amortlm.errors import CheckpointError, DataError
 from amortlm.passes import encode_prompts, pad_right, state_logits
-from amortlm.policy.sampling import Drawn, Exploration, draw, uniform_streams
+from amortlm.policy.sampling import Exploration, draw, uniform_streams
 from amortlm.policy.support import BoundSupport, Support
 from amortlm.targets.template import Messages, PromptTemplate
 from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
@@ -74,28 +74,28 @@ class Policy(nn.Module):
     def sample(
         self,
         rows: Sequence[Row],
-        num_samples: int = 1,
+        num_samples: int | Sequence[int] = 1,
         *,
         seed: object = 0,
         exploration: Exploration | None = None,
     ) -> tuple[Rollouts, PolicyLogProbs]:
-        """K completions for each row, in row order: Rollouts with B = N * K, and their log q.
+        """Completions in row order and their log q. num_samples: K for every row, or a count for each.
 
         The same (seed, row) gives the same completions whatever else is in the batch. `exploration` changes
         what is drawn, not the log q that is returned.
         """
+        counts = [num_samples] * len(rows) if isinstance(num_samples, int) else list(num_samples)
         training = self.model.training
         self.model.eval()
         with torch.no_grad():
             prefix = encode_prompts(self.model, self.encode_rows(rows))
-            index = torch.arange(len(rows), device=self.device).repeat_interleave(num_samples)
-            streams = uniform_streams(
-                [(seed, row_key(r)) for r in rows], num_samples, self.support.max_tokens + 1
-            )
+            index = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(self.device)
+            keys = [(seed, row_key(r)) for r in rows]
+            streams = uniform_streams(keys, counts, self.support.max_tokens + 1)
             drawn = draw(self.model, prefix, index, self.support, streams.to(self.device), exploration)
         self.model.train(training)
         rollouts = self.support.rollouts(rows, index, drawn.tokens, drawn.lengths, drawn.stops)
-        return rollouts, _trimmed(drawn)
+        return rollouts, PolicyLogProbs(drawn.log_pf, drawn.log_pterm)
 
     def evaluate(self, rollouts: Rollouts) -> PolicyLogProbs:
         """log q of any rollouts, on the support: one teacher-forced pass, differentiable."""
@@ -192,6 +192,3 @@ def _zero_dropout(model: nn.Module) -> None:
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
-
-def _trimmed(drawn: Drawn) -> PolicyLogProbs:
-    return PolicyLogProbs(drawn.log_pf, drawn.log_pterm)

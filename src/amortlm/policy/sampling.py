@@ -38,13 +38,18 @@ class Drawn:
     log_pterm: Tensor
 
 
-def uniform_streams(keys: Sequence[object], samples: int, length: int) -> Tensor:
-    """[N * K, length] uniforms in [0, 1): one generator per key (any printable values), K streams each."""
+def uniform_streams(keys: Sequence[object], counts: Sequence[int], length: int) -> Tensor:
+    """[sum of counts, length] uniforms in [0, 1): a generator per key (any printable value)."""
     out = []
-    for key in keys:
-        seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
-        out.append(torch.rand(samples, length, generator=torch.Generator().manual_seed(seed)))
+    for key, count in zip(keys, counts, strict=True):
+        generator = torch.Generator().manual_seed(seed_of(key))
+        out.append(torch.rand(count, length, generator=generator))
     return torch.cat(out)
+
+
+def seed_of(key: object) -> int:
+    """A seed from any printable value, the same on every machine and in every process."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
 
 
 @torch.no_grad()

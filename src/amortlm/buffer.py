@@ -1,0 +1,135 @@
+"""Replay buffer: per prompt, the best completions found so far, without near-duplicates."""
+
+from __future__ import annotations
+
+import json
+from bisect import insort
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rapidfuzz.distance import Levenshtein
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from amortlm.errors import CheckpointError
+from amortlm.passes import pad_right
+from amortlm.types import Rollouts, row_key
+
+NEAR = 0.25  # Hu et al. 2024: two completions are near-duplicates below 25 % of their summed lengths
+
+
+@dataclass(frozen=True, order=True)
+class Entry:
+    """A completion (tokens without stop), its stop symbol and its final log reward, in nats."""
+
+    log_reward: float
+    tokens: tuple[int, ...]
+    stop: int
+
+    def near(self, other: Entry) -> bool:
+        if self.tokens == other.tokens:
+            return True
+        limit = NEAR * (len(self.tokens) + len(other.tokens))
+        # Token ids as code points: rapidfuzz compares strings in C.
+        text, other_text = "".join(map(chr, self.tokens)), "".join(map(chr, other.tokens))
+        return Levenshtein.distance(text, other_text, score_cutoff=int(limit) + 1) < limit
+
+
+class ReplayBuffer:
+    """At most `capacity` completions per prompt, worst first; the better of two near-duplicates stays."""
+
+    def __init__(self, capacity: int = 50, prioritized: bool = True):
+        self.capacity, self.prioritized = capacity, prioritized
+        self._entries: dict[str, list[Entry]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._entries.values()))
+
+    def entries(self, key: str) -> Sequence[Entry]:
+        """The completions stored under a row key, worst first."""
+        return self._entries.get(key, [])
+
+    def add(self, rollouts: Rollouts, log_reward: Tensor) -> None:
+        """Offer every trajectory. log_reward [B]: final log reward, nats; -inf is never stored."""
+        keys = [row_key(row) for row in rollouts.rows]
+        offered = zip(
+            rollouts.row_index.tolist(),
+            rollouts.completions(),
+            rollouts.stops.tolist(),
+            log_reward.tolist(),
+            strict=True,
+        )
+        for row, tokens, stop, reward in offered:
+            if reward > float("-inf"):
+                self._offer(keys[row], Entry(reward, tuple(tokens), stop))
+
+    def _offer(self, key: str, entry: Entry) -> None:
+        stored = self._entries.setdefault(key, [])
+        if len(stored) >= self.capacity and entry.log_reward <= stored[0].log_reward:
+            return
+        near = [e for e in stored if e.near(entry)]
+        if any(e.log_reward >= entry.log_reward for e in near):
+            return
+        for e in near:
+            stored.remove(e)
+        insort(stored, entry)
+        del stored[: -self.capacity]
+
+    def draw(self, key: str, count: int, generator: torch.Generator) -> list[Entry]:
+        """Up to `count` different completions, with probability proportional to reward or uniformly."""
+        stored = self.entries(key)
+        if not stored:
+            return []
+        log_reward = torch.tensor([e.log_reward for e in stored], dtype=torch.float64)
+        log_weight = log_reward if self.prioritized else torch.zeros_like(log_reward)
+        # Gumbel top-k: sampling without replacement from softmax(log_weight).
+        uniform = torch.rand(len(stored), generator=generator, dtype=torch.float64)
+        gumbel = -(-uniform.clamp_min(1e-300).log()).log()
+        best = (log_weight + gumbel).topk(min(count, len(stored))).indices
+        return [stored[i] for i in best.tolist()]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `buffer.json` (keys and counts) and `buffer.safetensors` into `folder`."""
+        folder = Path(folder)
+        flat = [e for stored in self._entries.values() for e in stored]
+        tokens, lengths = pad_right([e.tokens for e in flat], "cpu")
+        save_file(
+            {
+                "tokens": tokens,
+                "lengths": lengths.long(),
+                "stops": torch.tensor([e.stop for e in flat], dtype=torch.long),
+                "log_reward": torch.tensor([e.log_reward for e in flat], dtype=torch.float64),
+            },
+            str(folder / "buffer.safetensors"),
+        )
+        counts = {key: len(stored) for key, stored in self._entries.items()}
+        (folder / "buffer.json").write_text(json.dumps(counts))
+
+    def load(self, folder: str | Path) -> None:
+        """Replace the content by what `save` wrote. Raises CheckpointError if it is incomplete."""
+        folder = Path(folder)
+        try:
+            counts = json.loads((folder / "buffer.json").read_text())
+            data = load_file(str(folder / "buffer.safetensors"))
+            flat = iter(_entries(data))
+            self._entries = {key: [next(flat) for _ in range(n)] for key, n in counts.items()}
+        except (OSError, ValueError, KeyError, StopIteration, RuntimeError, SafetensorError) as e:
+            raise CheckpointError(
+                f"{folder}: the replay buffer is incomplete ({type(e).__name__}: {e}); resume from an earlier "
+                "checkpoint"
+            ) from e
+
+
+def _entries(data: dict[str, Tensor]) -> Iterable[Entry]:
+    columns = zip(
+        data["tokens"].tolist(),
+        data["lengths"].tolist(),
+        data["stops"].tolist(),
+        data["log_reward"].tolist(),
+        strict=True,
+    )
+    for tokens, length, stop, log_reward in columns:
+        yield Entry(log_reward, tuple(tokens[:length]), stop)

@@ -1,0 +1,102 @@
+"""The exact posterior by enumeration of a small support."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amortlm.errors import SupportError
+from amortlm.passes import pad_right
+from amortlm.policy.policy import Policy
+from amortlm.policy.support import BoundSupport
+from amortlm.targets.base import Target
+from amortlm.types import Row
+
+LIMIT = 200_000  # strings
+CHUNK = 2048  # strings per pass
+
+
+@dataclass(frozen=True)
+class ExactPosterior:
+    """Every completion of a support with its exact posterior probability.
+
+    completions  the M token lists; log_p [M] normalised, nats; log_z: the exact log of the sum of R
+    """
+
+    completions: list[list[int]]
+    log_p: Tensor
+    log_z: float
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far q is from the posterior p on an enumerated support. Nats; inf where supports differ.
+
+    total_variation in [0, 1]; kl_qp = KL(q || p), which falls on samples q makes up; kl_pq = KL(p || q), which
+    falls on modes q misses; mass = total probability of q on the support (1 by construction, law 1)
+    """
+
+    total_variation: float
+    kl_qp: float
+    kl_pq: float
+    mass: float
+
+
+def enumerate_posterior(target: Target, support: BoundSupport, row: Row, limit: int = LIMIT) -> ExactPosterior:
+    """Score every completion of the support. Raises SupportError if there are more than `limit`."""
+    if support.size() > limit:
+        raise SupportError(
+            f"the support has {support.size():.3g} completions, more than the limit of {limit} for enumeration; "
+            "narrow it (allowed_tokens, max_tokens), raise `limit`, or use importance diagnostics"
+        )
+    completions, scores = [], []
+    device = torch.device("cpu")
+    for chunk in _chunks(support):
+        tokens, lengths = pad_right(chunk, device)
+        rollouts = support.rollouts([row], torch.zeros(len(chunk), dtype=torch.long), tokens, lengths)
+        scores.append(target.score_final(rollouts).double().cpu())
+        completions += chunk
+    log_r = torch.cat(scores)
+    log_z = log_r.logsumexp(0)
+    if not torch.isfinite(log_z):
+        raise SupportError("the posterior is empty: R = 0 for every completion of the support; relax the constraints")
+    return ExactPosterior(completions, log_r - log_z, log_z.item())
+
+
+@torch.no_grad()
+def policy_log_probs(policy: Policy, row: Row) -> Tensor:
+    """[M] log q of every completion of the policy's support, in the order of `enumerate_posterior`."""
+    out = []
+    for chunk in _chunks(policy.support):
+        rollouts = policy.rollouts([row], [chunk])
+        out.append(policy.evaluate(rollouts).final(rollouts.lengths).double().cpu())
+    return torch.cat(out)
+
+
+def distance(log_q: Tensor, log_p: Tensor) -> Distance:
+    """Exact distances between two distributions over the same M completions. log_q, log_p [M]."""
+    q, p = log_q.double().exp(), log_p.double().exp()
+    return Distance(
+        total_variation=0.5 * (q - p).abs().sum().item(),
+        kl_qp=_kl(log_q.double(), log_p.double()),
+        kl_pq=_kl(log_p.double(), log_q.double()),
+        mass=q.sum().item(),
+    )
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> float:
+    a = log_a.exp()
+    return torch.where(a > 0, a * (log_a - log_b), 0.0).sum().item()
+
+
+def _chunks(support: BoundSupport) -> Iterator[list[list[int]]]:
+    """All completions, shorter ones first, in chunks of one length (no padding)."""
+    allowed = support.allowed.nonzero().squeeze(1).tolist()
+    for length in range(support.min_tokens, support.max_tokens + 1):
+        strings = map(list, itertools.product(allowed, repeat=length))
+        while chunk := list(itertools.islice(strings, CHUNK)):
+            yield chunk

@@ -1,0 +1,86 @@
+"""Diagnostics from the importance weights log w = log R(z) - log q(z) of samples of q."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amortlm.errors import DataError
+
+MIN_FOR_KHAT = 25  # fewer samples leave no tail to fit
+
+
+@dataclass(frozen=True)
+class ImportanceEstimate:
+    """What n samples of q say about one posterior. Nats.
+
+    ess             effective sample size as a share of n, in (0, 1]; 1 = q is the posterior
+    khat            Pareto tail index of the weights (Vehtari et al. 2024): below 0.7 importance estimates can be
+                    trusted; NaN with fewer than 25 samples
+    elbo            mean log w, a lower bound on log Z in expectation: log Z - elbo = KL(q || p)
+    log_z           log mean w: a tighter lower bound in expectation, consistent
+    log_w_variance  unbiased variance of log w; 0 = q is the posterior
+    log_reward      mean log R of the samples
+    valid           share of samples with R > 0; where it is below 1 the ELBO is -inf, and the other figures
+                    except ess and log_z are those of the valid samples
+    """
+
+    n: int
+    ess: float
+    khat: float
+    elbo: float
+    log_z: float
+    log_w_variance: float
+    log_reward: float
+    valid: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(log_w: Tensor, log_reward: Tensor | None = None) -> ImportanceEstimate:
+    """Importance diagnostics of log_w [n] (-inf where R = 0). Raises DataError for no samples or NaN."""
+    log_w = log_w.detach().double().flatten().cpu()
+    if len(log_w) == 0 or torch.isnan(log_w).any() or torch.isposinf(log_w).any():
+        raise DataError("importance diagnostics need at least one log weight, none of them NaN or +inf")
+    finite = log_w[torch.isfinite(log_w)]
+    valid = len(finite) / len(log_w)
+    if len(finite) == 0:
+        return ImportanceEstimate(len(log_w), 0.0, math.nan, -math.inf, -math.inf, math.nan, -math.inf, 0.0)
+    reward = -math.inf if valid < 1 else None
+    log_r = finite if log_reward is None else log_reward.double().cpu()[torch.isfinite(log_w)]
+    return ImportanceEstimate(
+        n=len(log_w),
+        ess=effective_sample_size(log_w) / len(log_w),
+        khat=pareto_khat(log_w),
+        elbo=finite.mean().item() if reward is None else reward,
+        log_z=(log_w.logsumexp(0) - math.log(len(log_w))).item(),
+        log_w_variance=finite.var().item() if len(finite) > 1 else math.nan,
+        log_reward=log_r.mean().item(),
+        valid=valid,
+    )
+
+
+def effective_sample_size(log_w: Tensor) -> float:
+    """(sum w)^2 / sum w^2, between 1 and n."""
+    return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().item()
+
+
+def pareto_khat(log_w: Tensor) -> float:
+    """Pareto k-hat of the importance weights, by arviz's PSIS; NaN for fewer than 25 samples.
+
+    Equal weights (a perfect sampler) have no tail: -inf.
+    """
+    if len(log_w) < MIN_FOR_KHAT:
+        return math.nan
+    if log_w.max() - log_w.min() < 1e-9:
+        return -math.inf
+    import arviz
+
+    floor = log_w[torch.isfinite(log_w)].min() - 100.0
+    _, khat = arviz.psislw(log_w.clamp_min(floor.item()).numpy())
+    return float(khat)

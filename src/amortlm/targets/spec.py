@@ -1,0 +1,61 @@
+"""Targets as JSON or YAML: a list of terms, each with an optional weight or temperature.
+
+    - log_prob: {of: "{z}{y}", given: "{x}"}
+      temperature: 0.8
+    - contains: [dog, park]
+      penalty: 10
+    - matches: "[A-Z].*"
+    - length: {minimum: 3, maximum: 12}
+    - allowed_tokens: [" a", " b"]
+    - predicate: my_package.rules:is_polite
+    - verifier: {function: "my_package.rules:score", every_prefix: false}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from amortlm.errors import ConfigError, nearest
+from amortlm.language_model import LanguageModel
+from amortlm.targets import constraints as c
+from amortlm.targets.base import LinearCombination, Target
+
+MODIFIERS = {"weight", "temperature", "penalty"}
+
+
+def _builders(lm: LanguageModel) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
+    return {
+        "log_prob": lambda a, _: lm.log_prob(**a),
+        "contains": lambda a, k: c.Contains(a, **k),
+        "matches": lambda a, k: c.Matches(a, **k),
+        "allowed_tokens": lambda a, k: c.AllowedTokens(a, **k),
+        "length": lambda a, k: c.Length(**a, **k),
+        "predicate": lambda a, k: c.Predicate(a, **k),
+        "verifier": lambda a, _: c.Verifier(a["function"], a.get("every_prefix", False)),
+    }
+
+
+def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel) -> Target:
+    """Build a target from its JSON/YAML form. Raises ConfigError for an unknown term or bad arguments."""
+    if not isinstance(spec, Sequence) or isinstance(spec, str) or not spec:
+        raise ConfigError("target must be a list of terms, each a mapping such as {log_prob: {of: ..., given: ...}}")
+    builders = _builders(lm)
+    terms: list[tuple[float, Target]] = []
+    for term in spec:
+        names = set(term) - MODIFIERS
+        unknown = names - set(builders)
+        if unknown:
+            name = sorted(unknown)[0]
+            raise ConfigError(f"unknown target term {name!r}; {nearest(name, [*builders, *MODIFIERS])}")
+        if len(names) != 1:
+            raise ConfigError(f"a target term names exactly one of {sorted(builders)}, got {sorted(term)}")
+        name = names.pop()
+        extra = {"penalty": float(term["penalty"])} if "penalty" in term else {}
+        try:
+            built = builders[name](term[name], extra)
+        except (TypeError, KeyError) as e:
+            raise ConfigError(f"target term {name!r} with {term[name]!r}: {e}") from e
+        weight = float(term.get("weight", 1.0)) / float(term.get("temperature", 1.0))
+        terms += [(weight * w, t) for w, t in built.terms]
+    return LinearCombination(terms).bind(lm)

@@ -1,0 +1,108 @@
+"""Training settings: `transformers.TrainingArguments` and fifteen fields of our own."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from amortlm.errors import ConfigError, nearest
+from amortlm.objectives import OBJECTIVES
+
+
+@dataclass
+class GFNConfig(TrainingArguments):
+    """Arguments of `GFNTrainer`. One update sees `per_device_train_batch_size` prompts (times processes and
+    accumulation steps), with `num_samples` completions each.
+
+    The paper's values are those of the next-sentence experiment of Hu et al. 2024 unless said otherwise; why
+    ours differ is told in docs/training.md.
+    """
+
+    objective: str = field(
+        default="subtb", metadata={"help": "subtb, db, tb or vargrad. Paper: subtb."}
+    )
+    num_samples: int = field(default=8, metadata={"help": "Completions per prompt (K). Paper: 8; infilling 16."})
+    subtb_lambda: float = field(default=1.0, metadata={"help": "Weight decay with length in SubTB. Paper: 1.0."})
+    subtb_states: int | None = field(
+        default=None,
+        metadata={"help": "Train SubTB on so many random stopping states per completion. Paper: all (None)."},
+    )
+    log_z: str = field(
+        default="learned",
+        metadata={"help": "Objective tb: log Z 'learned' per prompt, or from the 'group' of samples. Paper: no tb."},
+    )
+    log_z_learning_rate: float = field(default=0.1, metadata={"help": "Step size of learned log Z."})
+    replay_ratio: float = field(
+        default=0.25, metadata={"help": "Share of prompts whose completions come from the buffer. Paper: 0.25."}
+    )
+    buffer_size: int = field(default=50, metadata={"help": "Completions kept per prompt. Paper: 50."})
+    buffer_prioritized: bool = field(
+        default=True, metadata={"help": "Draw from the buffer in proportion to reward. Paper: yes."}
+    )
+    tempered_ratio: float = field(
+        default=0.5,
+        metadata={"help": "Share of the other prompts sampled at a random temperature. Paper: 0.67."},
+    )
+    temperature_range: tuple[float, float] = field(
+        default=(0.5, 2.0), metadata={"help": "Range of that temperature, uniform. Paper: 0.5 to 2."}
+    )
+    epsilon: float = field(default=0.0, metadata={"help": "Share of uniformly random tokens. Paper: 0."})
+    reward_temperature: tuple[float, float, int] = field(
+        default=(1.0, 1.0, 1),
+        metadata={
+            "help": "(start, end, steps): log R is divided by a temperature that moves linearly. Paper: 1.0 to 0.8 "
+            "in 750 steps; infilling 1.1 to 0.85 in 100. Ours: the target states its own temperature."
+        },
+    )
+    hard_penalty: float = field(
+        default=30.0, metadata={"help": "What violating a hard constraint costs in training, in nats."}
+    )
+    diagnose_steps: int = field(
+        default=25, metadata={"help": "Diagnose on a few prompts (ESS, ELBO, samples) every so many steps; 0: never."}
+    )
+
+    # Defaults of TrainingArguments that differ here. See docs/training.md.
+    output_dir: str | None = field(default="runs/amortlm")
+    learning_rate: float = 3e-4
+    max_steps: int = 200
+    warmup_steps: float = 10
+    lr_scheduler_type: str = "cosine"
+    logging_steps: float = 5
+    save_steps: float = 100
+    report_to: None | str | list[str] = "none"
+    remove_unused_columns: bool = False
+    disable_tqdm: bool | None = None
+    dataloader_pin_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        self.temperature_range = tuple(self.temperature_range)  # type: ignore[assignment]
+        self.reward_temperature = tuple(self.reward_temperature)  # type: ignore[assignment]
+        self._check()
+        super().__post_init__()
+
+    def _check(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"unknown objective {self.objective!r}; {nearest(self.objective, OBJECTIVES)}")
+        if self.log_z not in ("learned", "group"):
+            raise ConfigError(f"log_z is 'learned' or 'group', not {self.log_z!r}")
+        needed = 2 if self.objective == "vargrad" or (self.objective, self.log_z) == ("tb", "group") else 1
+        if self.num_samples < needed:
+            raise ConfigError(f"objective {self.objective!r} needs num_samples of at least {needed}")
+        if self.subtb_states is not None and self.subtb_states < 2:
+            raise ConfigError("subtb_states must be at least 2: a pair residual needs two states")
+        for name in ("replay_ratio", "tempered_ratio", "epsilon"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
+        low, high = self.temperature_range
+        start, end, steps = self.reward_temperature
+        if not 0 < low <= high or start <= 0 or end <= 0 or steps < 1:
+            raise ConfigError("temperatures must be positive, ranges ordered, and the schedule at least one step")
+
+    def reward_temperature_at(self, step: int) -> float:
+        """Temperature of log R at an update: linear from start to end, then constant."""
+        start, end, steps = self.reward_temperature
+        return start + (end - start) * min(1.0, step / steps)

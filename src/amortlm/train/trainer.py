@@ -1,0 +1,261 @@
+"""GFNTrainer: GFlowNet fine-tuning on top of `transformers.Trainer`.
+
+prompts -> source.collect -> target.score -> buffer -> policy.evaluate -> log_weights -> objective
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+from amortlm import objectives
+from amortlm.buffer import ReplayBuffer
+from amortlm.errors import AmortLMError, CheckpointError, DataError, RewardError
+from amortlm.language_model import LanguageModel
+from amortlm.policy.policy import Policy
+from amortlm.policy.sampling import seed_of
+from amortlm.policy.support import Support
+from amortlm.posterior import Posterior
+from amortlm.targets.base import Target
+from amortlm.targets.template import Messages, check_rows
+from amortlm.train import checkpoints
+from amortlm.train.callbacks import DiagnoseCallback, TrainingProgress
+from amortlm.train.config import GFNConfig
+from amortlm.train.source import TrajectorySource
+from amortlm.types import Rollouts, Row, row_key
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+CHUNK = 32  # rows at a time when every row of the data is visited
+
+
+class GFNTrainer(Trainer):
+    """Trains a policy to sample from `target` (Hu et al. 2024, section 3).
+
+    train_dataset   rows with the columns the templates name: a `datasets.Dataset` or a list of dicts
+    peft_config     a LoraConfig, "full" for full fine-tuning, or None for LoRA on all linear layers
+    seeds           gold completions that start in the replay buffer: a list per row (texts or tokens)
+
+    `trainer.posterior` is usable before, during and after training. Everything else is `transformers.Trainer`:
+    callbacks, optimizers, trackers, checkpoints, `torchrun`.
+    """
+
+    args: GFNConfig
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        target: Target,
+        prompt: str | Messages,
+        support: Support,
+        train_dataset: Sequence[Row],
+        args: GFNConfig | None = None,
+        peft_config: LoraConfig | str | None = None,
+        seeds: Sequence[Sequence[str | list[int]]] | None = None,
+        **kwargs: Any,
+    ):
+        args = args or GFNConfig()
+        target = target.bind(lm)
+        _check_objective(args.objective, target)
+        policy = Policy(lm, prompt, support, peft_config)
+        check_rows(train_dataset, set(policy.prompt.columns) | set(target.columns), "train_dataset")
+        rows = [dict(row) for row in train_dataset]
+        for start in range(0, len(rows), CHUNK):
+            policy.encode_rows(rows[start : start + CHUNK])  # prompts that are too long fail here, not at step 500
+
+        self.lm, self.target, self.policy = lm, target, policy
+        self.training_target = target.soften(args.hard_penalty)
+        self.posterior = Posterior(policy, target)
+        self.buffer = ReplayBuffer(args.buffer_size, args.buffer_prioritized)
+        self.source = TrajectorySource(policy, self.buffer, args)
+        self._row_number = {row_key(row): i for i, row in enumerate(rows)}
+        self._metrics: dict[str, list[float]] = defaultdict(list)
+        self._micro_step = (-1, 0)
+        if self._learns_log_z(args):
+            policy.log_z = torch.nn.Parameter(torch.full((len(rows),), torch.nan))
+
+        super().__init__(model=policy, args=args, train_dataset=rows, data_collator=_collate, **kwargs)
+        lm.model.to(args.device)
+        self.loss_is_scaled_for_ga = False
+        self.remove_callback(PrinterCallback)
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(TrainingProgress())
+        if args.diagnose_steps:
+            self.add_callback(DiagnoseCallback(self, rows))
+        if seeds is not None:
+            self.seed_buffer(rows, seeds)
+
+    # One update
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        rows = inputs["rows"]
+        rollouts = self._thin(self.source.collect(rows, self._next_micro_step()))
+        log_reward = self.training_target.score(rollouts)
+        self.buffer.add(rollouts, log_reward.gather(1, rollouts.lengths[:, None]).squeeze(1))
+        log_probs = model(rollouts)
+        log_reward = log_reward / self.args.reward_temperature_at(self.state.global_step)
+        log_w = objectives.log_weights(log_reward, log_probs, rollouts.stop_mask)
+        loss, metrics = self._objective(log_w, rollouts)
+        if not torch.isfinite(loss):
+            raise AmortLMError(
+                f"the loss is {loss.item()} at step {self.state.global_step}: lower learning_rate or hard_penalty; "
+                "checkpoints already saved are intact"
+            )
+        self._record(metrics, log_w, rollouts)
+        return (loss, log_w) if return_outputs else loss
+
+    def _objective(self, log_w: Tensor, rollouts: Rollouts) -> objectives.Loss:
+        mask, group = rollouts.stop_mask, rollouts.row_index
+        match self.args.objective:
+            case "subtb":
+                return objectives.subtb(log_w, mask, self.args.subtb_lambda)
+            case "db":
+                return objectives.db(log_w, mask)
+            case "vargrad":
+                return objectives.vargrad(log_w, mask, group)
+            case _:
+                log_z = None
+                if self.args.log_z == "learned":
+                    numbers = [self._row_number[row_key(row)] for row in rollouts.rows]
+                    log_z = self.policy.log_z[numbers]
+                return objectives.tb(log_w, mask, group, log_z)
+
+    def _thin(self, rollouts: Rollouts) -> Rollouts:
+        """Drop the stopping states that this objective will not look at, before they are scored."""
+        if self.args.objective not in objectives.EVERY_PREFIX_OBJECTIVES:
+            return rollouts.final_only()
+        if self.args.subtb_states is None:
+            return rollouts
+        generator = torch.Generator().manual_seed(seed_of((self.args.seed, "states", self._micro_step)))
+        kept = objectives.subsample_states(rollouts.stop_mask, self.args.subtb_states, generator)
+        return replace(rollouts, stop_mask=kept)
+
+    def _next_micro_step(self) -> tuple[int, int]:
+        step, micro = self._micro_step
+        micro = micro + 1 if step == self.state.global_step else 0
+        self._micro_step = (self.state.global_step, micro)
+        return self._micro_step
+
+    @torch.no_grad()
+    def _record(self, metrics: dict[str, float], log_w: Tensor, rollouts: Rollouts) -> None:
+        final = objectives.final_log_w(log_w, rollouts.stop_mask)
+        if self.args.num_samples > 1:
+            variance, more = objectives.vargrad(final[:, None], torch.ones_like(final[:, None]).bool(), rollouts.row_index)
+            metrics = {**more, **metrics, "log_w_variance": variance.item()}
+        metrics["length"] = rollouts.lengths.float().mean().item()
+        metrics["buffer"] = float(len(self.buffer))
+        for name, value in metrics.items():
+            self._metrics[name].append(value)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of our metrics since the last log."""
+        if "loss" in logs:
+            logs = {**logs, **{name: sum(v) / len(v) for name, v in self._metrics.items()}}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+    # Buffer and log Z
+
+    def seed_buffer(self, rows: Sequence[Row], completions: Sequence[Sequence[str | list[int]]]) -> None:
+        """Score gold completions (a list per row) and put them into the replay buffer."""
+        if len(rows) != len(completions):
+            raise DataError(f"{len(completions)} lists of gold completions for {len(rows)} rows; give one list per row")
+        for start in range(0, len(rows), CHUNK):
+            part = completions[start : start + CHUNK]
+            if any(part):
+                rollouts = self.policy.rollouts(rows[start : start + CHUNK], part)
+                self.buffer.add(rollouts, self.training_target.score_final(rollouts))
+
+    @staticmethod
+    def _learns_log_z(args: GFNConfig) -> bool:
+        return args.objective == "tb" and args.log_z == "learned"
+
+    @torch.no_grad()
+    def _start_log_z(self) -> None:
+        """Start each learned log Z at the mean log weight of samples: zero can be hundreds of nats off."""
+        log_z = self.policy.log_z
+        for start in range(0, len(log_z), CHUNK):
+            rows = self.train_dataset[start : start + CHUNK]
+            rollouts, log_probs = self.policy.sample(rows, self.args.num_samples, seed=(self.args.seed, "log_z"))
+            log_reward = self.training_target.score_final(rollouts)
+            log_w = log_reward / self.args.reward_temperature_at(0) - log_probs.final(rollouts.lengths)
+            log_z[start : start + CHUNK] = log_w.view(len(rows), -1).mean(1)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self._learns_log_z(self.args):
+            log_z = self.policy.log_z
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if p is not log_z]
+            optimizer.add_param_group(
+                {"params": [log_z], "lr": self.args.log_z_learning_rate, "weight_decay": 0.0}
+            )
+        return optimizer
+
+    # Running, saving and resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, then save the posterior into `args.output_dir`.
+
+        resume_from_checkpoint: a checkpoint folder, or True for the last complete one in `output_dir`. A run that
+        was interrupted and resumed gives the same numbers as one that was not. Raises CheckpointError.
+        """
+        found = checkpoints.find(resume_from_checkpoint, self.args.output_dir)
+        if self._learns_log_z(self.args) and found is None:
+            self._start_log_z()
+        output = super().train(resume_from_checkpoint=found, **kwargs)
+        if self.args.save_strategy != "no":
+            self.save_model()
+        return output
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        self.posterior.save_pretrained(folder)
+        (folder / "training_args.json").write_text(self.args.to_json_string())
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        # trainer_state.json is written last: a checkpoint without it was cut short.
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        checkpoints.save_state(folder, self.args.process_index, self.buffer, self._log_z())
+        super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.policy.load_adapter(resume_from_checkpoint)
+        checkpoints.load_state(
+            Path(resume_from_checkpoint), self.args.process_index, self.buffer, self._log_z()
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (OSError, RuntimeError, ValueError, EOFError) as e:
+            raise CheckpointError(
+                f"{checkpoint}: cannot read the optimizer state ({e}); resume from an earlier checkpoint"
+            ) from e
+
+    def _log_z(self) -> Tensor | None:
+        return self.policy.log_z.data if self._learns_log_z(self.args) else None
+
+
+def _collate(rows: list[Row]) -> dict[str, list[Row]]:
+    return {"rows": rows}
+
+
+def _check_objective(objective: str, target: Target) -> None:
+    if objective in objectives.EVERY_PREFIX_OBJECTIVES and not target.every_prefix:
+        names = [repr(term) for _, term in target.terms if not term.every_prefix]
+        raise RewardError(
+            f"objective {objective!r} compares the rewards of all prefixes, but these terms judge only finished text: "
+            f"{', '.join(names)}. Use objective='vargrad' or 'tb', or verifier(fn, every_prefix=True)"
+        )
