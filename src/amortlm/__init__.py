@@ -1,1 +1,75 @@
 """amortlm: make a language model sample from posteriors that it defines but cannot sample."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> module. Imported on first use: `import amortlm` and `amortlm --help` stay fast.
+_HOMES = {
+    "LanguageModel": "amortlm.language_model",
+    "Target": "amortlm.targets.base",
+    "LogProb": "amortlm.targets.lm",
+    "Verifier": "amortlm.targets.constraints",
+    "verifier": "amortlm.targets.constraints",
+    "Support": "amortlm.policy.support",
+    "Policy": "amortlm.policy.policy",
+    "Exploration": "amortlm.policy.sampling",
+    "default_lora": "amortlm.policy.policy",
+    "GFNConfig": "amortlm.train.config",
+    "GFNTrainer": "amortlm.train.trainer",
+    "ReplayBuffer": "amortlm.buffer",
+    "Posterior": "amortlm.posterior",
+    "Diagnosis": "amortlm.posterior",
+    "Sample": "amortlm.posterior",
+    "Rollouts": "amortlm.types",
+    "PolicyLogProbs": "amortlm.types",
+    "AmortLMError": "amortlm.errors",
+}
+_MODULES = {
+    "constraint": "amortlm.targets.constraints",
+    "objectives": "amortlm.objectives",
+    "exact": "amortlm.diagnostics.exact",
+    "importance": "amortlm.diagnostics.importance",
+    "errors": "amortlm.errors",
+}
+__all__ = ["__version__", *sorted(_HOMES), *sorted(_MODULES)]
+
+if TYPE_CHECKING:
+    from amortlm import errors as errors
+    from amortlm import objectives as objectives
+    from amortlm.buffer import ReplayBuffer as ReplayBuffer
+    from amortlm.diagnostics import exact as exact
+    from amortlm.diagnostics import importance as importance
+    from amortlm.errors import AmortLMError as AmortLMError
+    from amortlm.language_model import LanguageModel as LanguageModel
+    from amortlm.policy.policy import Policy as Policy
+    from amortlm.policy.policy import default_lora as default_lora
+    from amortlm.policy.sampling import Exploration as Exploration
+    from amortlm.policy.support import Support as Support
+    from amortlm.posterior import Diagnosis as Diagnosis
+    from amortlm.posterior import Posterior as Posterior
+    from amortlm.posterior import Sample as Sample
+    from amortlm.targets import constraints as constraint
+    from amortlm.targets.base import Target as Target
+    from amortlm.targets.constraints import Verifier as Verifier
+    from amortlm.targets.constraints import verifier as verifier
+    from amortlm.targets.lm import LogProb as LogProb
+    from amortlm.train.config import GFNConfig as GFNConfig
+    from amortlm.train.trainer import GFNTrainer as GFNTrainer
+    from amortlm.types import PolicyLogProbs as PolicyLogProbs
+    from amortlm.types import Rollouts as Rollouts
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'amortlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -102,6 +102,11 @@ class LanguageModel:
         start = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
         ids = self._encode(text)
         if (self._adds_bos and ids[:1] != [start]) or not ids:
+            if start is None:
+                raise ConfigError(
+                    f"{self.name}: an empty prompt needs a token to start from, and the tokenizer has neither BOS "
+                    "nor EOS; set tokenizer.bos_token, or write a prompt"
+                )
             ids = [start, *ids]
         return ids
 
@@ -125,8 +130,9 @@ class LanguageModel:
         return self._encode(str(text))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special tokens left out."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+        """Text of a continuation, its leading space included, special tokens left out."""
+        text = str(self.tokenizer.decode([*self._anchor, *tokens], skip_special_tokens=True))
+        return text.removeprefix("\n") if self._anchor else text
 
     def token_id(self, token: str | int) -> int:
         """The id of one token given as text or id. Raises SupportError when the text is not one token."""

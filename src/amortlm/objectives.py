@@ -25,10 +25,10 @@ EVERY_PREFIX_OBJECTIVES = ("subtb", "db")  # these compare the rewards of prefix
 def log_weights(log_reward: Tensor, log_probs: PolicyLogProbs, stop_mask: Tensor) -> Tensor:
     """log_w [B, T+1] (module docstring), 0 outside `stop_mask`.
 
-    Raises RewardError where log_reward is not finite at a stopping state (see `Target.soften`).
+    Raises RewardError where log_reward is not finite at a stopping state (see `targets.base.Softened`).
     """
     if not torch.isfinite(log_reward[stop_mask]).all():
-        raise RewardError("a log reward is not finite; use target.soften(penalty) to train on hard constraints")
+        raise RewardError("a log reward is not finite; wrap the target in Softened to train on hard constraints")
     log_pf = torch.nn.functional.pad(log_probs.log_pf, (1, 0)).cumsum(1)
     log_w = log_reward - log_pf - log_probs.log_pterm
     return torch.where(stop_mask, log_w, 0.0)
@@ -39,6 +39,22 @@ def final_log_w(log_w: Tensor, stop_mask: Tensor) -> Tensor:
     states = torch.arange(log_w.shape[1], device=log_w.device)
     last = (states * stop_mask).argmax(1, keepdim=True)
     return log_w.gather(1, last).squeeze(1)
+
+
+def with_root(
+    log_w: Tensor, stop_mask: Tensor, group: Tensor, log_z: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log_w, stop_mask) with the empty completion as a state, for supports that do not let it stop.
+
+    The flow through the root is log Z, so its log_w is log Z by definition. Without it `db` and `subtb` compare
+    only states that share their first min_tokens tokens, and nothing says how likely those tokens should be.
+    group [B]: prompt of each trajectory; log_z [G], or None for the mean of final log_w in the group (no gradient).
+    """
+    if log_z is None:
+        log_z = _group_mean(final_log_w(log_w, stop_mask).detach(), group)
+    root = torch.where(stop_mask[:, 0], log_w[:, 0], log_z[group])
+    with_state = torch.cat([torch.ones_like(stop_mask[:, :1]), stop_mask[:, 1:]], dim=1)
+    return torch.cat([root[:, None], log_w[:, 1:]], dim=1), with_state
 
 
 def db(log_w: Tensor, stop_mask: Tensor) -> Loss:
@@ -60,6 +76,7 @@ def subtb(log_w: Tensor, stop_mask: Tensor, lam: float = 1.0) -> Loss:
     over pairs of stopping states. O(T) for lam = 1, O(T^2) else.
     """
     n = stop_mask.sum(1)
+    log_w = torch.where(stop_mask, log_w, 0.0)
     if lam == 1.0:
         # sum_{i<j} (a_i - a_j)^2 = n * sum (a - mean)^2
         mean = log_w.sum(1, keepdim=True) / n.clamp(min=1)[:, None]
@@ -93,7 +110,7 @@ def vargrad(log_w: Tensor, stop_mask: Tensor, group: Tensor) -> Loss:
     size = torch.bincount(group)
     if (size == 1).any():
         raise DataError("vargrad compares samples of one prompt: it needs num_samples of at least 2")
-    mean = torch.zeros(len(size), device=final.device).index_add(0, group, final) / size.clamp(min=1)
+    mean = final.new_zeros(len(size)).index_add(0, group, final) / size.clamp(min=1)
     squares = torch.zeros_like(mean).index_add(0, group, (final - mean[group]) ** 2)
     variance = squares / (size - 1).clamp(min=1)
     return variance[size > 0].mean(), {"log_z": mean.detach()[size > 0].mean().item()}
@@ -103,6 +120,11 @@ def group_log_mean_exp(values: Tensor, group: Tensor) -> Tensor:
     """[G] log of the mean of exp(values) within each group."""
     out = [values[group == g] for g in range(int(group.max()) + 1)]
     return torch.stack([v.logsumexp(0) - torch.tensor(float(len(v))).log() for v in out])
+
+
+def _group_mean(values: Tensor, group: Tensor) -> Tensor:
+    size = torch.bincount(group).clamp(min=1)
+    return torch.zeros(len(size), device=values.device).index_add(0, group, values) / size
 
 
 def subsample_states(stop_mask: Tensor, keep: int, generator: torch.Generator | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amortlm.diagnostics.diversity import diversity
 from amortlm.diagnostics.exact import LIMIT, distance, enumerate_posterior, policy_log_probs
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.errors import CheckpointError, ConfigError
@@ -100,8 +101,6 @@ class Posterior:
         for row in rows:
             report = self.estimate(row, n, seed=seed).to_dict()
             rollouts, _, _ = self._draw(row, n, seed)
-            from amortlm.diagnostics.diversity import diversity
-
             report |= diversity(rollouts.completions())
             if self.policy.support.size() <= limit:
                 report |= self._exact(row, limit)

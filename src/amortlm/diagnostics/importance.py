@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,7 +80,9 @@ def pareto_khat(log_w: Tensor) -> float:
         return math.nan
     if log_w.max() - log_w.min() < 1e-9:
         return -math.inf
-    import arviz
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # arviz announces its next major version
+        import arviz
 
     floor = log_w[torch.isfinite(log_w)].min() - 100.0
     _, khat = arviz.psislw(log_w.clamp_min(floor.item()).numpy())

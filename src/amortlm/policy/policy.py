@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from amortlm.errors import CheckpointError, DataError
+from amortlm.errors import CheckpointError, DataError, TemplateError
 from amortlm.passes import encode_prompts, pad_right, state_logits
 from amortlm.policy.sampling import Exploration, draw, uniform_streams
 from amortlm.policy.support import BoundSupport, Support
@@ -54,6 +54,8 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         self.prompt = PromptTemplate(prompt)
+        if any(t.has_latent for t in self.prompt.templates):
+            raise TemplateError(f"policy prompt {prompt!r}: take {{z}} out; the completion follows the prompt")
         self.support_spec = support
         self.support: BoundSupport = support.bind(lm)
         self.model = _trainable_copy(lm, adapter)

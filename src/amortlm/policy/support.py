@@ -85,7 +85,8 @@ class BoundSupport:
 
     def contains(self, tokens: Sequence[int]) -> bool:
         inside = self.min_tokens <= len(tokens) <= self.max_tokens
-        return inside and bool(self.allowed[list(tokens)].all())
+        known = all(0 <= t < len(self.allowed) for t in tokens)
+        return inside and known and bool(self.allowed[list(tokens)].all())
 
     def log_probs(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalisers of q at states 0..S-1 of logits [B, S, V], all float32:

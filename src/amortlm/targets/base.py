@@ -41,6 +41,7 @@ class Target(ABC):
 
     every_prefix: bool = True  # False: only finished completions can be judged
     columns: frozenset[str] = frozenset()  # data columns that templates use
+    normalised: bool = False  # a language model's density: summable over all completions
 
     @abstractmethod
     def score_batch(self, scoring: Scoring) -> Tensor:
@@ -52,11 +53,6 @@ class Target(ABC):
 
     def bind(self, lm: LanguageModel) -> Target:
         """The same target with its text terms reading `lm`'s tokenizer. Sums with a `log_prob` are bound."""
-        return self
-
-    def soften(self, penalty: float) -> Target:
-        """The same target with every R = 0 raised to a finite reward: what hard constraints reject costs
-        `penalty` nats. Squared log-weight differences need this; sampling and diagnostics do not."""
         return self
 
     @property
@@ -132,9 +128,6 @@ class LinearCombination(Target):
     def bind(self, lm: LanguageModel) -> Target:
         return LinearCombination([(w, t.bind(lm)) for w, t in self._terms])
 
-    def soften(self, penalty: float) -> Target:
-        return LinearCombination([(w, t.soften(penalty / abs(w))) for w, t in self._terms])
-
     @property
     def terms(self) -> list[tuple[float, Target]]:
         return self._terms
@@ -153,3 +146,38 @@ class LinearCombination(Target):
 
     def __repr__(self) -> str:
         return " + ".join(f"{w:g} * {t!r}" for w, t in self._terms)
+
+
+class Softened(Target):
+    """`target` with every R = 0 raised to a finite reward, which squared log weights need in training.
+
+    What is rejected (by a hard constraint, by a verifier's -inf) keeps exp(-penalty) of the reward the other terms
+    give it. A target without a language-model term gives it exp(-penalty) * prior(z) instead: a flat reward on
+    everything rejected would sum to more than the few completions that are accepted.
+    """
+
+    def __init__(self, target: Target, prior: Target, penalty: float):
+        self.target, self.prior, self.penalty = target, prior, penalty
+        self.every_prefix, self.columns = target.every_prefix, target.columns
+        self._needs_prior = not any(t.normalised for _, t in target.terms)
+
+    def rows_per_chunk(self, rollouts: Rollouts) -> int:
+        return min(self.target.rows_per_chunk(rollouts), self.prior.rows_per_chunk(rollouts))
+
+    def score_batch(self, scoring: Scoring) -> Tensor:
+        mask = scoring.rollouts.stop_mask
+        total, rejected = torch.zeros(mask.shape, device=mask.device), torch.zeros_like(mask)
+        for weight, term in self.target.terms:
+            log_r = weight * term.score_batch(scoring).to(mask.device)
+            impossible = torch.isneginf(log_r)
+            total, rejected = total + log_r.masked_fill(impossible, 0.0), rejected | impossible
+        fallback = total - self.penalty
+        if self._needs_prior and (rejected & mask).any():
+            fallback = fallback + self.prior.score_batch(scoring).to(mask.device)
+        return torch.where(rejected, fallback, total)
+
+    def to_spec(self) -> list[dict[str, Any]]:
+        return self.target.to_spec()
+
+    def __repr__(self) -> str:
+        return repr(self.target)

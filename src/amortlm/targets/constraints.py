@@ -72,7 +72,7 @@ class _TextTerm(Target):
 class Constraint(_TextTerm):
     """Base of all constraints: 0 where it holds, -penalty (default: -inf, hard) where it fails."""
 
-    def __init__(self, penalty: float | None):
+    def __init__(self, penalty: float | None = None):
         if penalty is not None and not (penalty > 0 and math.isfinite(penalty)):
             raise RewardError(f"a penalty is a positive number of nats, or None for a hard constraint; got {penalty}")
         self.penalty = penalty
@@ -80,13 +80,6 @@ class Constraint(_TextTerm):
     @property
     def hard(self) -> bool:
         return self.penalty is None
-
-    def soften(self, penalty: float) -> Target:
-        if not self.hard:
-            return self
-        soft = copy.copy(self)
-        soft.penalty = penalty
-        return soft
 
     @abstractmethod
     def holds(self, scoring: Scoring) -> Tensor:
@@ -193,6 +186,25 @@ class AllowedTokens(Constraint):
         return "allowed_tokens", self.tokens
 
 
+class Canonical(Constraint):
+    """The completion is what the tokenizer itself writes for its text.
+
+    Without it a text has as much mass as it has tokenisations: " 57" may be one token, or two, or three.
+    """
+
+    def holds(self, scoring: Scoring) -> Tensor:
+        encode = self.bound_lm.encode_continuation
+        texts = state_texts(scoring, self.bound_lm.decode)
+        ok = [
+            [text is not None and encode(text) == tokens[:t] for t, text in enumerate(line)]
+            for line, tokens in zip(texts, scoring.rollouts.tokens.tolist(), strict=True)
+        ]
+        return torch.tensor(ok, device=scoring.rollouts.tokens.device)
+
+    def settings(self) -> tuple[str, Any]:
+        return "canonical", True
+
+
 class Length(Constraint):
     """Between `minimum` and `maximum` tokens, the stop symbol not counted."""
 
@@ -226,12 +238,6 @@ class Verifier(_TextTerm):
     ):
         self.fn, self.path = resolve_function(fn)
         self.every_prefix = every_prefix
-        self._floor = -math.inf
-
-    def soften(self, penalty: float) -> Target:
-        soft = copy.copy(self)
-        soft._floor = -penalty
-        return soft
 
     def __repr__(self) -> str:
         return f"verifier({self.path or self.fn!r})"
@@ -251,7 +257,7 @@ class Verifier(_TextTerm):
         if len(scores) != len(where):
             raise RewardError(f"{self!r} returned {len(scores)} scores for {len(where)} texts; return one per text")
         out = torch.zeros(asked.shape, device=asked.device)
-        out[asked] = torch.tensor([max(float(s), self._floor) for s in scores], device=asked.device)
+        out[asked] = torch.tensor([float(s) for s in scores], device=asked.device)
         return out
 
 
@@ -296,6 +302,11 @@ def matches(pattern: str, penalty: float | None = None) -> Matches:
 def allowed_tokens(*tokens: str | int, penalty: float | None = None) -> AllowedTokens:
     """Only these tokens occur. To forbid others outright, use `Support(allowed_tokens=...)`: it costs nothing."""
     return AllowedTokens(tokens, penalty)
+
+
+def canonical(penalty: float | None = None) -> Canonical:
+    """The completion is what the tokenizer itself writes for its text: one string per text."""
+    return Canonical(penalty)
 
 
 def length(minimum: int = 0, maximum: int | None = None, penalty: float | None = None) -> Length:

@@ -15,13 +15,22 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from amortlm.errors import TemplateError
-from amortlm.passes import Prefix, encode_prompts, gather_log_probs, pad_right, state_logits
+from amortlm.passes import (
+    Prefix,
+    encode_prompts,
+    gather_log_probs,
+    pad_right,
+    select_cache,
+    state_logits,
+)
 from amortlm.targets.base import Scoring, Target
 from amortlm.targets.template import Messages, PromptTemplate, Template
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:
     from amortlm.language_model import LanguageModel
+
+MAX_WIDTH = 128  # branch tokens per trajectory in one pass
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ class LogProb(Target):
                 f"log_prob(of={of!r}, given={given!r}): the latent {{z}} must appear exactly once, in `of` or in a "
                 "text `given`"
             )
+        # p(y | z) is a likelihood: over z it sums to anything.
+        self.normalised = not self._z_in_given
         self.columns = frozenset(self.of.columns | self.given.columns)
 
     def __repr__(self) -> str:
@@ -135,92 +146,108 @@ def completion_pass(
 
 
 @dataclass(frozen=True)
-class Slots:
-    """The branches to score, M per trajectory: which state and stop symbol each hangs on.
+class Branches:
+    """The branches to score: for each trajectory, its (state, stop symbol) pairs and the text behind them.
 
-    state, stop [B, M] long; valid [B, M] bool (trajectories with fewer stopping states are padded)
+    state, stop [B, M] long, the first count [B] of them valid; text, scored [B, L]: tokens, right-padded, and
+    which of them count; length [B]: tokens of the text.
     """
 
     state: Tensor
     stop: Tensor
-    valid: Tensor
+    count: Tensor
+    text: Tensor
+    scored: Tensor
+    length: Tensor
 
     @classmethod
-    def of(cls, rollouts: Rollouts) -> Slots:
-        mask, n_stops = rollouts.stop_mask, len(rollouts.stop_ids)
-        order = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
-        state = order.repeat_interleave(n_stops, dim=1)
-        stop = torch.arange(n_stops, device=mask.device).repeat(order.shape[1]).expand_as(state)
-        return cls(state, stop, mask.gather(1, state))
+    def of(cls, contexts: list[Context], rollouts: Rollouts) -> Branches:
+        mask, n_stops, device = rollouts.stop_mask, len(rollouts.stop_ids), rollouts.tokens.device
+        states = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
+        state = states.repeat_interleave(n_stops, dim=1)
+        stop = torch.arange(n_stops, device=device).repeat(states.shape[1]).expand_as(state)
 
-    def split(self, size: int) -> list[Slots]:
-        parts = zip(self.state.split(size, 1), self.stop.split(size, 1), self.valid.split(size, 1), strict=True)
-        return [Slots(*part) for part in parts]
+        text, length = pad_right([c.after for c in contexts], device)
+        start = length - torch.tensor([c.after_scored for c in contexts], device=device)
+        position = torch.arange(text.shape[1], device=device)
+        scored = (position >= start[:, None]) & (position < length[:, None])
+        row = rollouts.row_index
+        count = torch.where(length[row] > 0, mask.sum(1) * n_stops, 0)
+        return cls(state, stop, count, text[row], scored[row], length[row].clamp(min=1))
 
 
 def score_branches(
     lm: LanguageModel, shared: CompletionPass, contexts: list[Context], rollouts: Rollouts
 ) -> Tensor:
-    """[B, S, T+1] log p(scored text after z | prompt z_1:t s); 0 where stopping is not allowed."""
-    after, _ = pad_right([c.after for c in contexts], lm.device)
-    positions = torch.arange(after.shape[1], device=lm.device)
-    ends = torch.tensor([[len(c.after)] for c in contexts], device=lm.device)
-    starts = ends - torch.tensor([[c.after_scored] for c in contexts], device=lm.device)
-    scored = (positions >= starts) & (positions < ends)
-    after, scored = after[rollouts.row_index], scored[rollouts.row_index]
+    """[B, S, T+1] log p(scored text after z | prompt z_1:t s); 0 where stopping is not allowed.
 
-    n_rows, n_states = rollouts.stop_mask.shape
-    out = torch.zeros(n_rows, len(rollouts.stop_ids), n_states, device=lm.device)
-    # Per branch token: logits with their float32 copies, and its row of the attention mask.
-    keys = shared.prefix.mask.shape[1] + n_states
-    bytes_per_slot = n_rows * after.shape[1] * (3 * 4 * lm.vocab_size + 2 * 4 * keys)
-    size = max(1, int(lm.score_memory_mb * 2**20 // bytes_per_slot))
-    rows = torch.arange(n_rows, device=lm.device)[:, None]
-    for slots in Slots.of(rollouts).split(size):
-        log_p = _score_slots(lm, shared, rollouts, slots, after, scored)
-        # Padded slots hang on states that no other slot of their row names: writing 0 there is harmless.
-        out[rows, slots.stop, slots.state] = log_p.masked_fill(~slots.valid, 0.0)
+    Each chunk takes as many branches of a trajectory as fit `width` tokens; trajectories that are through leave.
+    """
+    branches = Branches.of(contexts, rollouts)
+    out = torch.zeros(len(rollouts), len(rollouts.stop_ids), rollouts.stop_mask.shape[1], device=lm.device)
+    width = _tokens_per_chunk(lm, rollouts, shared, int(branches.length.max()))
+    per_chunk = width // branches.length
+    n_chunks = -(-branches.count // per_chunk)
+    for chunk in range(int(n_chunks.max())):
+        rows = (n_chunks > chunk).nonzero().squeeze(1)
+        first = chunk * per_chunk[rows]
+        last = torch.minimum(first + per_chunk[rows], branches.count[rows])
+        _score_chunk(lm, shared, rollouts, branches, rows, first, last, out)
     return out
 
 
-def _score_slots(
-    lm: LanguageModel, shared: CompletionPass, rollouts: Rollouts, slots: Slots, after: Tensor, scored: Tensor
-) -> Tensor:
-    """[B, M] log-probability of the scored tokens of `after` behind each slot's state and stop symbol."""
-    n_rows, n_slots = slots.state.shape
-    width = after.shape[1]
-    stops = torch.tensor(rollouts.stop_ids, device=lm.device)[slots.stop]
-    # Input: stop symbol, then the text without its last token; output: the text.
-    ids = torch.cat([stops[..., None], after[:, None, :-1].expand(-1, n_slots, -1)], dim=2)
-    past = shared.prefix.mask[rollouts.row_index]
-    first = past.sum(1, keepdim=True) + 1 + slots.state
-    positions = first[..., None] + torch.arange(width, device=lm.device)
-    cache = shared.cache
+def _tokens_per_chunk(lm: LanguageModel, rollouts: Rollouts, shared: CompletionPass, longest: int) -> int:
+    """Branch tokens per trajectory in one pass: within the memory budget (logits with their float32 copies, and
+    the attention mask), at least one branch, and no more than MAX_WIDTH, since attention is quadratic in it."""
+    keys = shared.prefix.mask.shape[1] + rollouts.stop_mask.shape[1] + MAX_WIDTH
+    bytes_per_token = len(rollouts) * 4 * (3 * lm.vocab_size + 2 * keys)
+    return max(longest, min(MAX_WIDTH, int(lm.score_memory_mb * 2**20 // bytes_per_token)))
+
+
+def _score_chunk(
+    lm: LanguageModel,
+    shared: CompletionPass,
+    rollouts: Rollouts,
+    branches: Branches,
+    rows: Tensor,
+    first: Tensor,
+    last: Tensor,
+    out: Tensor,
+) -> None:
+    """Add log p of branches first..last-1 (each [b]) of the trajectories `rows` [b] to `out`."""
+    length = branches.length[rows, None]
+    used = (last - first)[:, None] * length
+    column = torch.arange(int(used.max()), device=lm.device)
+    # Token `column` of a trajectory's pack belongs to this branch, at this offset in it.
+    branch = (first[:, None] + column // length).clamp(max=branches.state.shape[1] - 1)
+    offset = column % length
+    state, stop = branches.state[rows].gather(1, branch), branches.stop[rows].gather(1, branch)
+    text = branches.text[rows]
+    # Input: the stop symbol, then the text without its last token; output: the text.
+    symbols = torch.tensor(rollouts.stop_ids, device=lm.device)[stop]
+    ids = torch.where(offset == 0, symbols, text.gather(1, (offset - 1).clamp(min=0)))
+    past = shared.prefix.mask[rollouts.row_index[rows]]
+    cache = shared.cache if len(rows) == len(rollouts) else select_cache(shared.cache, rows)
     assert cache is not None, "the completion pass keeps its cache"
-    out = lm.model(
-        input_ids=ids.flatten(1),
-        attention_mask=_branch_mask(past, rollouts.stop_mask.shape[1], slots.state, width, lm.model.dtype),
-        position_ids=positions.flatten(1),
+    logits = lm.model(
+        input_ids=ids,
+        attention_mask=_branch_mask(past, state, branch, rollouts.stop_mask.shape[1], lm.model.dtype),
+        position_ids=past.sum(1, keepdim=True) + 1 + state + offset,
         past_key_values=cache,
         use_cache=True,
-    )
-    cache.crop(-n_slots * width)
-    targets = after[:, None].expand(-1, n_slots, -1)
-    log_p = gather_log_probs(out.logits.view(n_rows, n_slots, width, -1), targets)
-    return (log_p * scored[:, None]).sum(-1)
+    ).logits
+    cache.crop(-len(column))
+    counts = branches.scored[rows].gather(1, offset) & (column < used)
+    log_p = torch.where(counts, gather_log_probs(logits, text.gather(1, offset)), 0.0)
+    out.index_put_((rows[:, None], stop, state), log_p, accumulate=True)
 
 
-def _branch_mask(past: Tensor, n_states: int, state: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Additive 4-D mask [B, 1, M*L, P-1 + T+1 + M*L]: prompt, z_1:t, then the branch itself, causally."""
-    n_rows, n_slots = state.shape
-    length = n_slots * width
-    seen = torch.arange(n_states, device=state.device) <= state[..., None]  # [B, M, T+1]
-    seen = seen.repeat_interleave(width, dim=1)
-    token = torch.arange(length, device=state.device)
-    same = token[:, None] // width == token // width
-    own = same & (token[:, None] >= token)
-    allowed = torch.cat(
-        [past[:, None].expand(-1, length, -1), seen, own.expand(n_rows, -1, -1)], dim=2
-    )
+def _branch_mask(past: Tensor, state: Tensor, branch: Tensor, n_states: int, dtype: torch.dtype) -> Tensor:
+    """Additive 4-D mask [b, 1, Q, P-1 + T+1 + Q]: the prompt, z_1:t, then the branch itself, causally."""
+    width = state.shape[1]
+    seen = torch.arange(n_states, device=state.device) <= state[..., None]
+    column = torch.arange(width, device=state.device)
+    own = (branch[:, :, None] == branch[:, None, :]) & (column[:, None] >= column)
+    allowed = torch.cat([past[:, None].expand(-1, width, -1), seen, own], dim=2)
     mask = torch.zeros(allowed.shape, dtype=dtype, device=state.device)
     return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]

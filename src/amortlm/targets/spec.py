@@ -7,6 +7,7 @@
     - matches: "[A-Z].*"
     - length: {minimum: 3, maximum: 12}
     - allowed_tokens: [" a", " b"]
+    - canonical: true
     - predicate: my_package.rules:is_polite
     - verifier: {function: "my_package.rules:score", every_prefix: false}
 """
@@ -30,6 +31,7 @@ def _builders(lm: LanguageModel) -> dict[str, Callable[[Any, dict[str, Any]], Ta
         "contains": lambda a, k: c.Contains(a, **k),
         "matches": lambda a, k: c.Matches(a, **k),
         "allowed_tokens": lambda a, k: c.AllowedTokens(a, **k),
+        "canonical": lambda _, k: c.Canonical(**k),
         "length": lambda a, k: c.Length(**a, **k),
         "predicate": lambda a, k: c.Predicate(a, **k),
         "verifier": lambda a, _: c.Verifier(a["function"], a.get("every_prefix", False)),

@@ -28,7 +28,10 @@ class Template:
         self.parts: list[tuple[str, str | None]] = []
         for literal, field, spec, conversion in parsed:
             if field is not None and (not field.isidentifier() or spec or conversion):
-                raise TemplateError(f"template {text!r}: {{{field}}} is not a plain column name")
+                raise TemplateError(
+                    f"template {text!r}: {{{field}}} is not a plain column name; write {{name}} without format or "
+                    "conversion, and {{ for a literal brace"
+                )
             self.parts.append((literal, field))
         if self.fields.count(LATENT) > 1:
             raise TemplateError(f"template {text!r}: {{z}} may appear only once")

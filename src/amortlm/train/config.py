@@ -30,8 +30,11 @@ class GFNConfig(TrainingArguments):
         metadata={"help": "Train SubTB on so many random stopping states per completion. Paper: all (None)."},
     )
     log_z: str = field(
-        default="learned",
-        metadata={"help": "Objective tb: log Z 'learned' per prompt, or from the 'group' of samples. Paper: no tb."},
+        default="group",
+        metadata={
+            "help": "log Z of a prompt, which tb needs, and db and subtb where min_tokens > 0: estimated from the "
+            "'group' of its samples, or 'learned'. Paper: subtb without it."
+        },
     )
     log_z_learning_rate: float = field(default=0.1, metadata={"help": "Step size of learned log Z."})
     replay_ratio: float = field(
@@ -57,7 +60,7 @@ class GFNConfig(TrainingArguments):
         },
     )
     hard_penalty: float = field(
-        default=30.0, metadata={"help": "What violating a hard constraint costs in training, in nats."}
+        default=15.0, metadata={"help": "What violating a hard constraint costs in training, in nats. Paper: no such."}
     )
     diagnose_steps: int = field(
         default=25, metadata={"help": "Diagnose on a few prompts (ESS, ELBO, samples) every so many steps; 0: never."}
@@ -89,9 +92,11 @@ class GFNConfig(TrainingArguments):
             raise ConfigError(f"unknown objective {self.objective!r}; {nearest(self.objective, OBJECTIVES)}")
         if self.log_z not in ("learned", "group"):
             raise ConfigError(f"log_z is 'learned' or 'group', not {self.log_z!r}")
-        needed = 2 if self.objective == "vargrad" or (self.objective, self.log_z) == ("tb", "group") else 1
-        if self.num_samples < needed:
-            raise ConfigError(f"objective {self.objective!r} needs num_samples of at least {needed}")
+        if self.num_samples < (2 if self.objective == "vargrad" or self.log_z == "group" else 1):
+            raise ConfigError(
+                f"objective {self.objective!r} with log_z={self.log_z!r} compares samples of one prompt: num_samples "
+                "must be at least 2 (or set log_z='learned' for tb, db and subtb)"
+            )
         if self.subtb_states is not None and self.subtb_states < 2:
             raise ConfigError("subtb_states must be at least 2: a pair residual needs two states")
         for name in ("replay_ratio", "tempered_ratio", "epsilon"):

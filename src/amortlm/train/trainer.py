@@ -23,7 +23,7 @@ from amortlm.policy.policy import Policy
 from amortlm.policy.sampling import seed_of
 from amortlm.policy.support import Support
 from amortlm.posterior import Posterior
-from amortlm.targets.base import Target
+from amortlm.targets.base import Softened, Target
 from amortlm.targets.template import Messages, check_rows
 from amortlm.train import checkpoints
 from amortlm.train.callbacks import DiagnoseCallback, TrainingProgress
@@ -73,7 +73,7 @@ class GFNTrainer(Trainer):
             policy.encode_rows(rows[start : start + CHUNK])  # prompts that are too long fail here, not at step 500
 
         self.lm, self.target, self.policy = lm, target, policy
-        self.training_target = target.soften(args.hard_penalty)
+        self.training_target = Softened(target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
         self.posterior = Posterior(policy, target)
         self.buffer = ReplayBuffer(args.buffer_size, args.buffer_prioritized)
         self.source = TrajectorySource(policy, self.buffer, args)
@@ -117,19 +117,18 @@ class GFNTrainer(Trainer):
 
     def _objective(self, log_w: Tensor, rollouts: Rollouts) -> objectives.Loss:
         mask, group = rollouts.stop_mask, rollouts.row_index
+        log_z = None
+        if self._learns_log_z(self.args):
+            log_z = self.policy.log_z[[self._row_number[row_key(row)] for row in rollouts.rows]]
         match self.args.objective:
-            case "subtb":
-                return objectives.subtb(log_w, mask, self.args.subtb_lambda)
-            case "db":
-                return objectives.db(log_w, mask)
+            case "tb":
+                return objectives.tb(log_w, mask, group, log_z)
             case "vargrad":
                 return objectives.vargrad(log_w, mask, group)
-            case _:
-                log_z = None
-                if self.args.log_z == "learned":
-                    numbers = [self._row_number[row_key(row)] for row in rollouts.rows]
-                    log_z = self.policy.log_z[numbers]
-                return objectives.tb(log_w, mask, group, log_z)
+        log_w, mask = objectives.with_root(log_w, mask, group, log_z)
+        if self.args.objective == "db":
+            return objectives.db(log_w, mask)
+        return objectives.subtb(log_w, mask, self.args.subtb_lambda)
 
     def _thin(self, rollouts: Rollouts) -> Rollouts:
         """Drop the stopping states that this objective will not look at, before they are scored."""
@@ -179,7 +178,7 @@ class GFNTrainer(Trainer):
 
     @staticmethod
     def _learns_log_z(args: GFNConfig) -> bool:
-        return args.objective == "tb" and args.log_z == "learned"
+        return args.objective != "vargrad" and args.log_z == "learned"
 
     @torch.no_grad()
     def _start_log_z(self) -> None:

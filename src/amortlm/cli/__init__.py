@@ -1,0 +1,70 @@
+"""The command line: `amortlm train | sample | evaluate`. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from amortlm import __version__
+from amortlm.tasks import TASKS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, or 2 after printing one error line."""
+    args = _parser().parse_args(argv)
+    from amortlm.cli import commands
+    from amortlm.errors import AmortLMError
+
+    try:
+        getattr(commands, args.command)(args)
+    except AmortLMError as e:
+        print(f"amortlm: {e}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"amortlm: {e}. What was saved before is intact.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("amortlm: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="amortlm", description="Make a language model sample from posteriors that it defines but cannot sample."
+    )
+    parser.add_argument("--version", action="version", version=f"amortlm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    train = commands.add_parser("train", help="train a sampler for a task or a YAML file")
+    train.add_argument("spec", help=f"a task ({', '.join(TASKS)}) or a YAML file; see docs/yaml.md")
+    train.add_argument("--model", help="hub name or local folder (default: the spec's)")
+    train.add_argument("--data", help="rows as .jsonl, .json, .csv or .tsv (default: the spec's)")
+    train.add_argument("--output", help="output folder (default: runs/NAME)")
+    train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    train.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any GFNConfig field, e.g. max_steps=50"
+    )
+
+    sample = commands.add_parser("sample", help="draw from a saved posterior")
+    _add_posterior(sample)
+    sample.add_argument("-n", type=int, default=5, help="completions per row (default 5)")
+    sample.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+
+    evaluate = commands.add_parser("evaluate", help="how far a saved posterior is from the truth")
+    _add_posterior(evaluate)
+    evaluate.add_argument("-n", type=int, default=256, help="samples per row (default 256; fewer flatter)")
+    evaluate.add_argument("--rows", type=int, default=8, help="evaluate at most so many rows (default 8)")
+    evaluate.add_argument("--output", help="write the figures to this JSON file")
+    return parser
+
+
+def _add_posterior(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="a folder written by `amortlm train` or Posterior.save_pretrained")
+    parser.add_argument("--data", help="rows as .jsonl, .json, .csv or .tsv")
+    parser.add_argument(
+        "--column", action="append", default=[], metavar="NAME=TEXT", help="one row on the command line, e.g. x='...'"
+    )
+    parser.add_argument("--model", help="the frozen model, if it is not where it was in training")
+    parser.add_argument("--seed", type=int, default=0)

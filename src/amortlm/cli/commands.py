@@ -1,0 +1,93 @@
+"""What the commands do, once the heavy imports are wanted."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tabulate import tabulate
+from transformers.utils import logging as hf_logging
+
+from amortlm.errors import ConfigError, DataError
+from amortlm.language_model import LanguageModel
+from amortlm.posterior import Posterior
+from amortlm.tasks import load_task
+from amortlm.tasks.spec import RunSpec, load_rows
+from amortlm.types import Row
+
+hf_logging.disable_progress_bar()
+TEXT_WIDTH = 60
+
+
+def train(args: Namespace) -> None:
+    is_file = args.spec.endswith((".yaml", ".yml"))
+    spec: RunSpec = RunSpec.from_yaml(args.spec) if is_file else load_task(args.spec).SPEC
+    spec = spec.with_overrides(model=args.model, data=args.data, config=_settings(args.set))
+    output = args.output or f"runs/{Path(args.spec).stem}"
+    trainer = spec.trainer(output)
+    trainer.train(resume_from_checkpoint=args.resume)
+    if trainer.is_world_process_zero():
+        rows = Path(output) / "rows.jsonl"
+        rows.write_text("".join(json.dumps(row) + "\n" for row in spec.rows()))
+        print(f"saved {output}")
+        print(f"try:  amortlm sample {output}")
+
+
+def sample(args: Namespace) -> None:
+    posterior = _load(args)
+    for row in _rows(args)[: None if args.data else 1]:
+        samples = posterior.sample(row, args.n, seed=args.seed)
+        if args.json:
+            for s in samples:
+                print(json.dumps({"row": dict(row), **s.to_dict()}))
+            continue
+        for name, value in row.items():
+            print(textwrap.fill(f"{name}: {value}", 100, subsequent_indent="   "))
+        table = [[_wrap(s.text), s.log_q, s.log_reward, s.weight] for s in samples]
+        print(tabulate(table, headers=["completion", "log q", "log R", "weight"], floatfmt=".3f"), end="\n\n")
+
+
+def evaluate(args: Namespace) -> None:
+    posterior = _load(args)
+    diagnosis = posterior.diagnose(_rows(args)[: args.rows], args.n, seed=args.seed)
+    print(diagnosis)
+    if args.output:
+        Path(args.output).write_text(json.dumps(diagnosis.reports, indent=2) + "\n")
+        print(f"wrote {args.output}")
+
+
+def _load(args: Namespace) -> Posterior:
+    lm = LanguageModel.from_pretrained(args.model) if args.model else None
+    return Posterior.from_pretrained(args.folder, lm=lm)
+
+
+def _rows(args: Namespace) -> Sequence[Row]:
+    """--column, --data, or the rows that the posterior was trained on."""
+    if args.column:
+        return [dict(_pair(text, "--column") for text in args.column)]
+    if args.data:
+        return load_rows(args.data)
+    saved = Path(args.folder) / "rows.jsonl"
+    if not saved.exists():
+        raise DataError("which row? give --column NAME=TEXT (once per column) or --data FILE")
+    return load_rows(saved)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    return {key: yaml.safe_load(value) for key, value in (_pair(text, "--set") for text in pairs)}
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    key, found, value = text.partition("=")
+    if not found:
+        raise ConfigError(f"{option} {text!r}: write {option} NAME=VALUE")
+    return key, value
+
+
+def _wrap(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, TEXT_WIDTH))

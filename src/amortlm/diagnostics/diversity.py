@@ -1,0 +1,76 @@
+"""How different are the samples of one prompt?
+
+A completion is a text or a list of tokens. Texts are compared by words (split at whitespace), token lists by
+tokens. Diversity is no quality by itself: read it next to the diagnostics of the posterior, since the exact
+posterior has a diversity of its own, neither 0 nor 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from itertools import chain
+
+from amortlm.errors import DataError
+
+Completion = str | Sequence[Hashable]
+
+
+def num_distinct(completions: Sequence[Completion]) -> int:
+    """Number of different completions, 1 to n. Texts differ if their words do, whatever the whitespace."""
+    return len(set(_units(completions)))
+
+
+def distinct(completions: Sequence[Completion]) -> float:
+    """Share of different completions: num_distinct / n, in [1/n, 1]."""
+    return num_distinct(completions) / len(completions)
+
+
+def distinct_ngrams(completions: Sequence[Completion], n: int) -> float:
+    """Distinct-n (Li et al. 2016): different n-grams / all n-grams, over all completions; in (0, 1].
+
+    It falls with the number and length of completions, so compare equal counts only. nan without any n-gram.
+    """
+    if n < 1:
+        raise ValueError(f"n-grams need n of at least 1, not {n}")
+    grams = list(chain.from_iterable(_ngrams(units, n) for units in _units(completions)))
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def edit_distance(completions: Sequence[Completion]) -> float:
+    """Mean over pairs of samples of Levenshtein distance / length of the longer one, in [0, 1].
+
+    0: all the same; 1: no unit shared at any place. nan for fewer than two completions. O(n^2) pairs.
+    """
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
+    units = _units(completions)
+    n = len(units)
+    if n < 2:
+        return math.nan
+    distances = cdist(units, units, scorer=Levenshtein.normalized_distance)
+    return float(distances.sum(dtype="float64")) / (n * (n - 1))  # the diagonal is 0
+
+
+def diversity(completions: Sequence[Completion]) -> dict[str, float]:
+    """Every measure of this module, for the samples of one prompt."""
+    return {
+        "num_distinct": num_distinct(completions),
+        "distinct": distinct(completions),
+        "distinct_1": distinct_ngrams(completions, 1),
+        "distinct_2": distinct_ngrams(completions, 2),
+        "edit_distance": edit_distance(completions),
+    }
+
+
+def _units(completions: Sequence[Completion]) -> list[tuple[Hashable, ...]]:
+    if isinstance(completions, str):
+        raise DataError("diversity compares several completions: give a list of them, not one text")
+    if not len(completions):
+        raise DataError("diversity of no completions is undefined: give at least one")
+    return [tuple(c.split() if isinstance(c, str) else c) for c in completions]
+
+
+def _ngrams(units: tuple[Hashable, ...], n: int) -> list[tuple[Hashable, ...]]:
+    return [units[i : i + n] for i in range(len(units) - n + 1)]

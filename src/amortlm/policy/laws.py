@@ -1,0 +1,84 @@
+"""Laws that every policy obeys, as assertions to run on your own model and support: see `check_policy`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from amortlm.policy.policy import Policy
+from amortlm.types import PolicyLogProbs, Rollouts, Row
+
+MAX_SUPPORT = 20_000
+
+
+def check_policy(
+    policy: Policy, rows: Sequence[Row], atol: float = 1e-4, num_samples: int = 8, seed: object = 0
+) -> None:
+    """Assert that `policy` is one distribution per row, the same in `sample` and in `evaluate`.
+
+    1. Sum: over a support of at most `MAX_SUPPORT` completions, q(z) sums to one for each row (within `atol`).
+    2. Agreement: the log-probabilities that `sample` returns are those of `evaluate` (within `atol` nats).
+    3. Batches: a row alone gets the completions and log q that it gets among the others.
+
+    AssertionError names row and completion.
+    """
+    if policy.support.size() <= MAX_SUPPORT:
+        check_sum(policy, rows, atol)
+    rollouts, sampled = policy.sample(rows, num_samples, seed=seed)
+    with torch.no_grad():
+        evaluated = policy.evaluate(rollouts)
+    _assert_same(rollouts, "evaluate() and sample() differ", evaluated, sampled, atol)
+    for n, row in enumerate(rows):
+        mine = (rollouts.row_index == n).nonzero().squeeze(1)
+        part = rollouts.select(mine)
+        alone, _ = policy.sample([row], num_samples, seed=seed)
+        if alone.completions() != part.completions():
+            raise AssertionError(
+                f"row {n}: sample() draws other completions when the row is alone in the batch"
+            )
+        with torch.no_grad():
+            log_probs = policy.evaluate(alone)
+        width = part.tokens.shape[1]
+        batch = PolicyLogProbs(evaluated.log_pf[mine, :width], evaluated.log_pterm[mine, : width + 1])
+        _assert_same(part, f"row {n}: alone and in a batch evaluate() differs", batch, log_probs, atol)
+
+
+def check_sum(policy: Policy, rows: Sequence[Row], atol: float = 1e-4) -> None:
+    """Assert that q sums to one for each row, by enumeration of the whole support."""
+    completions = support_completions(policy)
+    for n, row in enumerate(rows):
+        rollouts = policy.rollouts([row], [completions])
+        with torch.no_grad():
+            log_q = policy.evaluate(rollouts).final(rollouts.lengths)
+        total = log_q.double().exp().sum().item()
+        if not abs(total - 1) <= atol:
+            raise AssertionError(
+                f"row {n}: q sums to {total:.6f} over the {len(completions)} completions, not to 1"
+            )
+
+
+def support_completions(policy: Policy) -> list[list[int]]:
+    """Every completion of the policy's support, as token lists."""
+    support = policy.support
+    allowed = support.allowed.nonzero().squeeze(1).tolist()
+    lengths = range(support.min_tokens, support.max_tokens + 1)
+    return [list(z) for length in lengths for z in product(allowed, repeat=length)]
+
+
+def _assert_same(
+    rollouts: Rollouts, law: str, expected: PolicyLogProbs, got: PolicyLogProbs, atol: float
+) -> None:
+    where: tuple[tuple[str, Tensor, Tensor, Tensor], ...] = (
+        ("token", rollouts.action_mask, expected.log_pf, got.log_pf),
+        ("stop at state", rollouts.stop_mask, expected.log_pterm, got.log_pterm),
+    )
+    for what, mask, a, b in where:
+        near = (a == b) | ((a - b).abs() <= atol)
+        for i, t in (mask & ~near).nonzero().tolist():
+            raise AssertionError(
+                f"{law}: trajectory {i} {rollouts.completions()[i]}, log q of {what} {t} is {a[i, t].item():.6g} and "
+                f"{b[i, t].item():.6g} (allowed: {atol:g} nats)"
+            )

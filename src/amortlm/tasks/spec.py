@@ -1,0 +1,124 @@
+"""A whole training run as data: what a YAML file or a built-in task states."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from amortlm.errors import ConfigError, DataError, nearest
+from amortlm.types import Row
+
+if TYPE_CHECKING:
+    from amortlm.train.trainer import GFNTrainer
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """model, prompt, target, support and data of a run, and any `GFNConfig` field under `config`.
+
+    target   terms as in `amortlm.targets.spec`
+    data     rows, or a path to .jsonl, .json, .csv or .tsv with a header
+    lora     rank of the adapter, or "full" for full fine-tuning
+    """
+
+    prompt: Any
+    target: list[dict[str, Any]]
+    support: dict[str, Any]
+    data: list[dict[str, Any]] | str
+    model: str = "embedded"
+    lora: int | str = 16
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> RunSpec:
+        """Read a YAML file. Raises ConfigError for unknown or missing keys, with the nearest valid name."""
+        import yaml
+
+        path = Path(path)
+        try:
+            raw = yaml.safe_load(path.read_text())
+        except OSError as e:
+            raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+        except yaml.YAMLError as e:
+            raise ConfigError(f"{path} is not valid YAML: {e}") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} must be a mapping with the keys {', '.join(_keys(cls))}")
+        check_keys(raw, _keys(cls), str(path))
+        missing = [name for name in ("prompt", "target", "support", "data") if name not in raw]
+        if missing:
+            raise ConfigError(f"{path}: {', '.join(missing)} missing; a run states prompt, target, support and data")
+        if isinstance(raw["data"], str):
+            raw["data"] = str(path.parent / raw["data"])
+        return cls(**raw)
+
+    def rows(self) -> list[Row]:
+        return load_rows(self.data) if isinstance(self.data, str) else list(self.data)
+
+    def with_overrides(self, **given: Any) -> RunSpec:
+        """A copy with the arguments that are not None; `config` is merged."""
+        given = {k: v for k, v in given.items() if v is not None}
+        config = {**self.config, **given.pop("config", {})}
+        return replace(self, **given, config=config)
+
+    def trainer(self, output_dir: str) -> GFNTrainer:
+        """Load the model and build the trainer. Raises ConfigError, DataError, SupportError, TemplateError."""
+        from amortlm.language_model import LanguageModel
+        from amortlm.policy import Support, default_lora
+        from amortlm.targets.spec import target_from_spec
+        from amortlm.train import GFNConfig, GFNTrainer
+
+        check_keys(self.config, _keys(GFNConfig), "config")
+        check_keys(self.support, _keys(Support), "support")
+        lm = LanguageModel.from_pretrained(self.model)
+        return GFNTrainer(
+            lm,
+            target=target_from_spec(self.target, lm),
+            prompt=self.prompt,
+            support=Support(**self.support),
+            train_dataset=self.rows(),
+            args=GFNConfig(**{**self.config, "output_dir": output_dir}),
+            peft_config=self.lora if isinstance(self.lora, str) else default_lora(self.lora),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _keys(cls: type) -> list[str]:
+    return [f.name for f in fields(cls) if f.init]
+
+
+def check_keys(given: dict[str, Any], valid: Sequence[str], where: str) -> None:
+    """Raise ConfigError for a key that is not valid, naming the nearest that is."""
+    for key in given:
+        if key not in valid:
+            close = nearest(key, valid).split("Valid:")[0]
+            listing = f"Valid: {', '.join(sorted(valid))}." if len(valid) < 20 else ""
+            raise ConfigError(f"{where}: unknown key {key!r}; {close or 'no such setting. '}{listing}".strip())
+
+
+def load_rows(path: str | Path) -> list[Row]:
+    """Rows of a .jsonl, .json, .csv or .tsv file. Raises DataError naming what is wrong."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise DataError(f"cannot read data file {path}: {e.strerror}") from None
+    try:
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        elif path.suffix == ".json":
+            rows = json.loads(text)
+        elif path.suffix in (".csv", ".tsv"):
+            rows = list(csv.DictReader(text.splitlines(), delimiter="," if path.suffix == ".csv" else "\t"))
+        else:
+            raise DataError(f"data file {path}: use .jsonl, .json, .csv or .tsv")
+    except json.JSONDecodeError as e:
+        raise DataError(f"data file {path}: {e}") from None
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"data file {path} has no rows; it needs one mapping of column to value per row")
+    return rows
