@@ -19,6 +19,7 @@ from amortlm.passes import pad_right
 from amortlm.types import Rollouts, row_key
 
 NEAR = 0.25  # Hu et al. 2024: two completions are near-duplicates below 25 % of their summed lengths
+SHORT = 4  # tokens; of shorter completions one edit makes another answer (" 10", " 100"), so only equal ones are
 
 
 @dataclass(frozen=True, order=True)
@@ -30,8 +31,8 @@ class Entry:
     stop: int
 
     def near(self, other: Entry) -> bool:
-        if self.tokens == other.tokens:
-            return True
+        if self.tokens == other.tokens or min(len(self.tokens), len(other.tokens)) < SHORT:
+            return self.tokens == other.tokens
         limit = NEAR * (len(self.tokens) + len(other.tokens))
         # Token ids as code points: rapidfuzz compares strings in C.
         text, other_text = "".join(map(chr, self.tokens)), "".join(map(chr, other.tokens))
@@ -67,6 +68,8 @@ class ReplayBuffer:
                 self._offer(keys[row], Entry(reward, tuple(tokens), stop))
 
     def _offer(self, key: str, entry: Entry) -> None:
+        if self.capacity < 1:
+            return
         stored = self._entries.setdefault(key, [])
         if len(stored) >= self.capacity and entry.log_reward <= stored[0].log_reward:
             return
@@ -115,12 +118,15 @@ class ReplayBuffer:
             counts = json.loads((folder / "buffer.json").read_text())
             data = load_file(str(folder / "buffer.safetensors"))
             flat = iter(_entries(data))
-            self._entries = {key: [next(flat) for _ in range(n)] for key, n in counts.items()}
+            entries = {key: [next(flat) for _ in range(n)] for key, n in counts.items()}
+            if next(flat, None) is not None:
+                raise ValueError("buffer.json counts fewer completions than buffer.safetensors holds")
         except (OSError, ValueError, KeyError, StopIteration, RuntimeError, SafetensorError) as e:
             raise CheckpointError(
                 f"{folder}: the replay buffer is incomplete ({type(e).__name__}: {e}); resume from an earlier "
                 "checkpoint"
             ) from e
+        self._entries = entries
 
 
 def _entries(data: dict[str, Tensor]) -> Iterable[Entry]:

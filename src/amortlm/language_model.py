@@ -60,7 +60,8 @@ class LanguageModel:
             kwargs.setdefault("dtype", torch.float32)
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, **kwargs).to(device)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+            model = model.to(device)
         except (OSError, ValueError) as e:
             raise ConfigError(
                 f"cannot load a causal LM from {str(name_or_path)!r}: {e}\nGive a hub name, a local folder with "

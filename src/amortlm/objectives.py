@@ -124,7 +124,7 @@ def group_log_mean_exp(values: Tensor, group: Tensor) -> Tensor:
 
 def _group_mean(values: Tensor, group: Tensor) -> Tensor:
     size = torch.bincount(group).clamp(min=1)
-    return torch.zeros(len(size), device=values.device).index_add(0, group, values) / size
+    return values.new_zeros(len(size)).index_add(0, group, values) / size
 
 
 def subsample_states(stop_mask: Tensor, keep: int, generator: torch.Generator | None = None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def select_cache(cache: DynamicCache | None, index: Tensor) -> DynamicCache | No
     if cache is None:
         return None
     out = DynamicCache()
-    for i, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers):
         out.update(layer.keys[index], layer.values[index], i)
     return out
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from amortlm.diagnostics.diversity import diversity
 from amortlm.diagnostics.exact import LIMIT, distance, enumerate_posterior, policy_log_probs
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
-from amortlm.errors import CheckpointError, ConfigError
+from amortlm.errors import CheckpointError, ConfigError, DataError
 from amortlm.language_model import LanguageModel
 from amortlm.policy.policy import FULL, Policy
 from amortlm.policy.support import Support
@@ -74,6 +74,10 @@ class Posterior:
         A completion outside the support raises DataError.
         """
         self._check([row])
+        if isinstance(completions, str):
+            raise DataError(f"log_prob takes a list of completions: write [{completions!r}]")
+        if len(completions) == 0:
+            return torch.zeros(0)
         rollouts = self.policy.rollouts([row], [completions])
         return self.policy.evaluate(rollouts).final(rollouts.lengths).float().cpu()
 
@@ -95,7 +99,7 @@ class Posterior:
         Importance diagnostics from n samples each; where the support has at most `limit` completions, also
         exact log Z, total variation and both KL divergences by enumeration.
         """
-        rows = [rows] if isinstance(rows, dict) else list(rows)  # type: ignore[list-item]
+        rows = [rows] if isinstance(rows, dict) else list(rows)  # type: ignore[arg-type]
         self._check(rows)
         reports = []
         for row in rows:
@@ -172,10 +176,16 @@ class Posterior:
             spec = json.loads((folder / FILE).read_text())
             prompt: str | Messages = spec["prompt"]
             support, weights, saved = Support(**spec["support"]), spec["weights"], spec["target"]
+            found = spec["format"]
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise CheckpointError(
                 f"{folder}: {FILE} is missing or damaged ({e}); this is not a complete saved posterior"
             ) from e
+        if found != FORMAT:
+            raise CheckpointError(
+                f"{folder}: {FILE} has format {found}, this version reads format {FORMAT}; load it with the version "
+                "of amortlm that saved it"
+            )
         lm = lm or LanguageModel.from_pretrained(spec["model"])
         policy = Policy(lm, prompt, support, FULL if weights == FULL else folder)
         if weights == FULL:

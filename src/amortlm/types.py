@@ -76,7 +76,7 @@ class Rollouts:
         return replace(self, stop_mask=self.stop_mask & (states == self.lengths[:, None]))
 
     def to(self, device: torch.device | str) -> Rollouts:
-        tensors = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
+        tensors: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
     @property

@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         getattr(commands, args.command)(args)
     except AmortLMError as e:
-        print(f"amortlm: {e}", file=sys.stderr)
+        print("amortlm:", " ".join(str(e).split()), file=sys.stderr)  # one line, whatever the library beneath says
         return 2
     except OSError as e:
         print(f"amortlm: {e}. What was saved before is intact.", file=sys.stderr)

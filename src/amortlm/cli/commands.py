@@ -33,7 +33,7 @@ def train(args: Namespace) -> None:
     trainer.train(resume_from_checkpoint=args.resume)
     if trainer.is_world_process_zero():
         rows = Path(output) / "rows.jsonl"
-        rows.write_text("".join(json.dumps(row) + "\n" for row in spec.rows()))
+        rows.write_text("".join(json.dumps(row, default=str) + "\n" for row in spec.rows()))
         print(f"saved {output}")
         print(f"try:  amortlm sample {output}")
 

@@ -57,7 +57,7 @@ def estimate(log_w: Tensor, log_reward: Tensor | None = None) -> ImportanceEstim
     return ImportanceEstimate(
         n=len(log_w),
         ess=effective_sample_size(log_w) / len(log_w),
-        khat=pareto_khat(log_w),
+        khat=pareto_khat(finite),
         elbo=finite.mean().item() if reward is None else reward,
         log_z=(log_w.logsumexp(0) - math.log(len(log_w))).item(),
         log_w_variance=finite.var().item() if len(finite) > 1 else math.nan,
@@ -72,7 +72,7 @@ def effective_sample_size(log_w: Tensor) -> float:
 
 
 def pareto_khat(log_w: Tensor) -> float:
-    """Pareto k-hat of the importance weights, by arviz's PSIS; NaN for fewer than 25 samples.
+    """Pareto k-hat of finite log weights, by arviz's PSIS; NaN for fewer than 25 samples.
 
     Equal weights (a perfect sampler) have no tail: -inf.
     """
@@ -84,6 +84,5 @@ def pareto_khat(log_w: Tensor) -> float:
         warnings.simplefilter("ignore", FutureWarning)  # arviz announces its next major version
         import arviz
 
-    floor = log_w[torch.isfinite(log_w)].min() - 100.0
-    _, khat = arviz.psislw(log_w.clamp_min(floor.item()).numpy())
+    _, khat = arviz.psislw(log_w.numpy())
     return float(khat)

@@ -52,6 +52,7 @@ class Policy(nn.Module):
     ):
         """adapter: a LoraConfig, "full" for a full copy, a folder with a saved adapter, None for default_lora()."""
         super().__init__()
+        self.log_z: nn.Parameter  # of each training row, where the objective learns it
         self.lm = lm
         self.prompt = PromptTemplate(prompt)
         if any(t.has_latent for t in self.prompt.templates):
@@ -127,8 +128,10 @@ class Policy(nn.Module):
 
     def parse(self, completion: Sequence[int] | str) -> tuple[list[int], int]:
         """(tokens, stop symbol) of a completion. Raises DataError if it is outside the support."""
-        is_text = isinstance(completion, str)
-        tokens = self.lm.encode_continuation(completion) if is_text else list(completion)  # type: ignore[arg-type]
+        if isinstance(completion, str):
+            tokens = self.lm.encode_continuation(completion)
+        else:
+            tokens = list(completion)
         stop = self.support.stop_ids[0]
         if tokens and tokens[-1] in self.support.stop_ids:
             stop = tokens.pop()
@@ -152,16 +155,18 @@ class Policy(nn.Module):
 
         name = "model.safetensors" if self.is_full else "adapter_model.safetensors"
         try:
-            weights = load_file(str(Path(folder) / name))
             if self.is_full:
-                missing = self.model.load_state_dict(weights, strict=False).missing_keys
-                unexpected = set(missing) - set(self.model._tied_weights_keys or [])
-                if unexpected:
-                    raise ValueError(f"missing {sorted(unexpected)[:3]}")
+                # By transformers, which renames weights on disk (the head of GPT-NeoX, for one).
+                saved, info = type(self.model).from_pretrained(
+                    str(folder), dtype=self.model.dtype, local_files_only=True, output_loading_info=True
+                )
+                if info["missing_keys"]:
+                    raise ValueError(f"missing {sorted(info['missing_keys'])[:3]}")
+                self.model.load_state_dict(saved.state_dict())
             else:
                 from peft import set_peft_model_state_dict
 
-                result: Any = set_peft_model_state_dict(self.model, weights)
+                result: Any = set_peft_model_state_dict(self.model, load_file(str(Path(folder) / name)))
                 if result.unexpected_keys:
                     raise ValueError(f"unexpected {result.unexpected_keys[:3]}")
         except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as e:

@@ -142,11 +142,12 @@ def metric_bars(ax: Axes, metrics: Mapping[str, tuple[float, float]]) -> None:
     """Before and after bars of metrics with different units: each row has a scale of its own, from 0."""
     _require("metrics", metrics)
     for row, (name, pair) in enumerate(metrics.items()):
-        low, high = min(0.0, *pair), max(0.0, *pair)
+        sizes = [value if np.isfinite(value) else 0.0 for value in pair]  # nan and inf: a number, no bar
+        low, high = min(0.0, *sizes), max(0.0, *sizes)
         scale = (high - low) or 1.0
-        for value, colour, shift in zip(pair, (BEFORE, AFTER), (0.0, 0.26), strict=True):
-            ax.barh(row + shift, value / scale, left=-low / scale, height=0.24, color=colour)
-            end = (max(value, 0.0) - low) / scale + 0.02
+        for value, size, colour, shift in zip(pair, sizes, (BEFORE, AFTER), (0.0, 0.26), strict=True):
+            ax.barh(row + shift, size / scale, left=-low / scale, height=0.24, color=colour)
+            end = (max(size, 0.0) - low) / scale + 0.02
             ax.text(end, row + shift, _number(value), va="center", fontsize=SMALL, color=INK)
         ax.text(0, row - 0.29, name, va="center", fontsize=TEXT, color=INK)
     ax.set(xlim=(0, 1.2), ylim=(len(metrics) - 0.5, -0.5), xticks=[], yticks=[])

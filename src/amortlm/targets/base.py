@@ -119,7 +119,7 @@ class LinearCombination(Target):
         for weight, term in self._terms:
             if weight < 0 and getattr(term, "hard", False):
                 raise RewardError(f"{term!r} is a hard constraint: a negative weight would make it +inf")
-        lm = next((t.lm for _, t in self._terms if getattr(t, "lm", None) is not None), None)
+        lm = next((found for _, t in self._terms if (found := getattr(t, "lm", None)) is not None), None)
         if lm is not None:
             self._terms = [(w, t if getattr(t, "lm", None) else t.bind(lm)) for w, t in self._terms]
         self.every_prefix = all(t.every_prefix for _, t in self._terms)

@@ -270,9 +270,9 @@ def resolve_function(fn: Callable[..., Any] | str) -> tuple[Callable[..., Any], 
         except (ImportError, AttributeError, ValueError) as e:
             raise ConfigError(f"cannot import {fn!r} ({e}); write 'package.module:function'") from None
         return found, fn
-    module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
-    importable = module not in (None, "__main__") and name.isidentifier()
-    return fn, f"{module}:{name}" if importable else None
+    home, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
+    importable = home not in (None, "__main__") and name.isidentifier()
+    return fn, f"{home}:{name}" if importable else None
 
 
 def takes_row(fn: Callable[..., Any]) -> bool:

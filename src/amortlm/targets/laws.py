@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def _finished(rollouts: Rollouts, where: Tensor) -> Rollouts:
 
 
 def _pad(rollouts: Rollouts, by: int) -> Rollouts:
-    padded = {
+    padded: dict[str, Any] = {
         name: torch.nn.functional.pad(getattr(rollouts, name), (0, by))
         for name in ("tokens", "stop_mask", "action_mask")
     }

@@ -27,15 +27,32 @@ MODIFIERS = {"weight", "temperature", "penalty"}
 
 def _builders(lm: LanguageModel) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
     return {
-        "log_prob": lambda a, _: lm.log_prob(**a),
-        "contains": lambda a, k: c.Contains(a, **k),
+        "log_prob": lambda a, k: lm.log_prob(**a, **k),
+        "contains": lambda a, k: c.Contains(_listed(a), **k),
         "matches": lambda a, k: c.Matches(a, **k),
-        "allowed_tokens": lambda a, k: c.AllowedTokens(a, **k),
-        "canonical": lambda _, k: c.Canonical(**k),
+        "allowed_tokens": lambda a, k: c.AllowedTokens(_listed(a), **k),
+        "canonical": lambda a, k: _canonical(a, **k),
         "length": lambda a, k: c.Length(**a, **k),
         "predicate": lambda a, k: c.Predicate(a, **k),
-        "verifier": lambda a, _: c.Verifier(a["function"], a.get("every_prefix", False)),
+        "verifier": lambda a, k: c.Verifier(a.pop("function"), **a, **k),
     }
+
+
+def _canonical(wanted: Any, **extra: float) -> Target:
+    if wanted is not True:
+        raise ConfigError(f"canonical: {wanted!r}: write `canonical: true`, or leave the term out")
+    return c.Canonical(**extra)
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str | int) else list(value)
+
+
+def _number(term: dict[str, Any], name: str) -> float:
+    try:
+        return float(term[name])
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} of a target term must be a number, got {term[name]!r}") from None
 
 
 def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel) -> Target:
@@ -45,6 +62,8 @@ def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel) -> Targe
     builders = _builders(lm)
     terms: list[tuple[float, Target]] = []
     for term in spec:
+        if not isinstance(term, dict):
+            raise ConfigError(f"a target term is a mapping such as {{contains: [dog]}}, got {term!r}")
         names = set(term) - MODIFIERS
         unknown = names - set(builders)
         if unknown:
@@ -53,11 +72,16 @@ def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel) -> Targe
         if len(names) != 1:
             raise ConfigError(f"a target term names exactly one of {sorted(builders)}, got {sorted(term)}")
         name = names.pop()
-        extra = {"penalty": float(term["penalty"])} if "penalty" in term else {}
+        arguments = dict(term[name]) if isinstance(term[name], dict) else term[name]
+        extra = {"penalty": _number(term, "penalty")} if "penalty" in term else {}
         try:
-            built = builders[name](term[name], extra)
-        except (TypeError, KeyError) as e:
+            built = builders[name](arguments, extra)
+        except (TypeError, KeyError, AttributeError) as e:
             raise ConfigError(f"target term {name!r} with {term[name]!r}: {e}") from e
-        weight = float(term.get("weight", 1.0)) / float(term.get("temperature", 1.0))
+        weight = _number({"weight": 1.0, **term}, "weight")
+        temperature = _number({"temperature": 1.0, **term}, "temperature")
+        if temperature <= 0:
+            raise ConfigError(f"the temperature of a target term must be positive, got {temperature:g}")
+        weight /= temperature
         terms += [(weight * w, t) for w, t in built.terms]
     return LinearCombination(terms).bind(lm)

@@ -28,13 +28,13 @@ SPEC = RunSpec(
     support={"stop": ".", "min_tokens": 1, "max_tokens": 3},
     data=[{}],
     config={
-        "max_steps": 200,
-        "num_samples": 64,
+        "objective": "vargrad",
+        "max_steps": 250,
+        "num_samples": 128,
         "per_device_train_batch_size": 1,
         "learning_rate": 1e-3,
-        "replay_ratio": 0.0,
-        "tempered_ratio": 0.5,
-        "temperature_range": (1.0, 2.0),
+        "replay_ratio": 0.25,
+        "buffer_size": 128,
     },
 )
 

@@ -6,10 +6,11 @@ import csv
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amortlm.errors import ConfigError, DataError, nearest
+from amortlm.errors import AmortLMError, ConfigError, DataError, nearest
 from amortlm.types import Row
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class RunSpec:
         return cls(**raw)
 
     def rows(self) -> list[Row]:
-        return load_rows(self.data) if isinstance(self.data, str) else list(self.data)
+        return load_rows(self.data) if isinstance(self.data, str) else _checked_rows(self.data, "data")
 
     def with_overrides(self, **given: Any) -> RunSpec:
         """A copy with the arguments that are not None; `config` is merged."""
@@ -73,14 +74,21 @@ class RunSpec:
 
         check_keys(self.config, _keys(GFNConfig), "config")
         check_keys(self.support, _keys(Support), "support")
+        try:
+            support = Support(**self.support)
+            args = GFNConfig(**{**_numbers(self.config, GFNConfig), "output_dir": output_dir})
+        except AmortLMError:
+            raise
+        except (TypeError, ValueError) as e:
+            raise ConfigError(f"support or config: {e}") from e
         lm = LanguageModel.from_pretrained(self.model)
         return GFNTrainer(
             lm,
             target=target_from_spec(self.target, lm),
             prompt=self.prompt,
-            support=Support(**self.support),
+            support=support,
             train_dataset=self.rows(),
-            args=GFNConfig(**{**self.config, "output_dir": output_dir}),
+            args=args,
             peft_config=self.lora if isinstance(self.lora, str) else default_lora(self.lora),
         )
 
@@ -94,6 +102,8 @@ def _keys(cls: type) -> list[str]:
 
 def check_keys(given: dict[str, Any], valid: Sequence[str], where: str) -> None:
     """Raise ConfigError for a key that is not valid, naming the nearest that is."""
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} must be a mapping of settings, got {given!r}")
     for key in given:
         if key not in valid:
             close = nearest(key, valid).split("Valid:")[0]
@@ -101,24 +111,46 @@ def check_keys(given: dict[str, Any], valid: Sequence[str], where: str) -> None:
             raise ConfigError(f"{where}: unknown key {key!r}; {close or 'no such setting. '}{listing}".strip())
 
 
+def _numbers(config: dict[str, Any], cls: type) -> dict[str, Any]:
+    """The settings with numbers for strings such as "1e-3", which YAML does not read as a number."""
+    numeric = {f.name: type(f.default) for f in fields(cls) if type(f.default) in (int, float)}
+    out = dict(config)
+    for key, value in config.items():
+        if key in numeric and isinstance(value, str):
+            try:
+                number = float(value)
+            except ValueError:
+                raise ConfigError(f"config: {key} must be a number, got {value!r}") from None
+            out[key] = int(number) if numeric[key] is int and number.is_integer() else number
+    return out
+
+
 def load_rows(path: str | Path) -> list[Row]:
     """Rows of a .jsonl, .json, .csv or .tsv file. Raises DataError naming what is wrong."""
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
         raise DataError(f"cannot read data file {path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise DataError(f"data file {path} is not UTF-8 text: {e}") from None
     try:
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         elif path.suffix == ".json":
             rows = json.loads(text)
         elif path.suffix in (".csv", ".tsv"):
-            rows = list(csv.DictReader(text.splitlines(), delimiter="," if path.suffix == ".csv" else "\t"))
+            rows = list(csv.DictReader(StringIO(text), delimiter="," if path.suffix == ".csv" else "\t"))
+            if any(None in row for row in rows):
+                raise DataError(f"data file {path}: a line has more values than the header has columns")
         else:
             raise DataError(f"data file {path}: use .jsonl, .json, .csv or .tsv")
     except json.JSONDecodeError as e:
         raise DataError(f"data file {path}: {e}") from None
+    return _checked_rows(rows, f"data file {path}")
+
+
+def _checked_rows(rows: Any, what: str) -> list[Row]:
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"data file {path} has no rows; it needs one mapping of column to value per row")
+        raise DataError(f"{what} has no rows; it needs one mapping of column to value per row")
     return rows

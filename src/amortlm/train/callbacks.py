@@ -52,7 +52,7 @@ class DiagnoseCallback(TrainerCallback):
         names = ("ess", "log_w_variance", "elbo")
         means = {n: sum(getattr(r, n) for r in reports) / len(reports) for n in names}
         trainer.log({"ess": means["ess"], "fresh_log_w_variance": means["log_w_variance"], "elbo": means["elbo"]})
-        folder = Path(trainer.args.output_dir)
+        folder = Path(str(trainer.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.jsonl").open("a") as file:
             for row in self.rows:

@@ -74,7 +74,7 @@ class GFNConfig(TrainingArguments):
     lr_scheduler_type: str = "cosine"
     logging_steps: float = 5
     save_steps: float = 100
-    report_to: None | str | list[str] = "none"
+    report_to: str | list[str] | None = "none"
     remove_unused_columns: bool = False
     disable_tqdm: bool | None = None
     dataloader_pin_memory: bool = False
@@ -84,6 +84,8 @@ class GFNConfig(TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()
         self.temperature_range = tuple(self.temperature_range)  # type: ignore[assignment]
         self.reward_temperature = tuple(self.reward_temperature)  # type: ignore[assignment]
+        if self.data_seed is None:
+            self.data_seed = self.seed  # else the order of the data depends on the global random state
         self._check()
         super().__post_init__()
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
 
 from amortlm import objectives
 from amortlm.buffer import ReplayBuffer
@@ -49,6 +49,7 @@ class GFNTrainer(Trainer):
     """
 
     args: GFNConfig
+    train_dataset: Any  # a list of rows
 
     def __init__(
         self,
@@ -66,11 +67,13 @@ class GFNTrainer(Trainer):
         args = args or GFNConfig()
         target = target.bind(lm)
         _check_objective(args.objective, target)
+        set_seed(args.seed)
         policy = Policy(lm, prompt, support, peft_config)
         check_rows(train_dataset, set(policy.prompt.columns) | set(target.columns), "train_dataset")
         rows = [dict(row) for row in train_dataset]
         for start in range(0, len(rows), CHUNK):
-            policy.encode_rows(rows[start : start + CHUNK])  # prompts that are too long fail here, not at step 500
+            # Prompts that are too long fail here, not at step 500.
+            policy.encode_rows(rows[start : start + CHUNK])
 
         self.lm, self.target, self.policy = lm, target, policy
         self.training_target = Softened(target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
@@ -150,7 +153,8 @@ class GFNTrainer(Trainer):
     def _record(self, metrics: dict[str, float], log_w: Tensor, rollouts: Rollouts) -> None:
         final = objectives.final_log_w(log_w, rollouts.stop_mask)
         if self.args.num_samples > 1:
-            variance, more = objectives.vargrad(final[:, None], torch.ones_like(final[:, None]).bool(), rollouts.row_index)
+            one_state = torch.ones(len(final), 1, dtype=torch.bool, device=final.device)
+            variance, more = objectives.vargrad(final[:, None], one_state, rollouts.row_index)
             metrics = {**more, **metrics, "log_w_variance": variance.item()}
         metrics["length"] = rollouts.lengths.float().mean().item()
         metrics["buffer"] = float(len(self.buffer))
@@ -204,7 +208,9 @@ class GFNTrainer(Trainer):
 
     # Running, saving and resuming
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> Any:
         """Train, then save the posterior into `args.output_dir`.
 
         resume_from_checkpoint: a checkpoint folder, or True for the last complete one in `output_dir`. A run that

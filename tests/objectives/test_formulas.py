@@ -1,0 +1,285 @@
+"""Each objective equals a slow double loop written from the paper's formula, in value and in gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from amortlm.errors import DataError, RewardError
+from amortlm.objectives import (
+    db,
+    final_log_w,
+    group_log_mean_exp,
+    log_weights,
+    subsample_states,
+    subtb,
+    tb,
+    vargrad,
+    with_root,
+)
+from amortlm.types import PolicyLogProbs
+
+B, T = 8, 5
+GROUP = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+
+
+def batch(gaps: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log_reward, log_pf, log_pterm, stop_mask) of B trajectories of many lengths, leaves with gradients."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    lengths = torch.tensor([5, 3, 1, 4, 0, 2, 5, 3])
+    states = torch.arange(T + 1)
+    stop_mask = states <= lengths[:, None]
+    stop_mask[3, 0] = stop_mask[7, 0] = False  # min_tokens = 1
+    if gaps:
+        stop_mask[0, 1:4] = stop_mask[1, 1] = stop_mask[6, [0, 2, 4]] = False
+    written = states[:-1] < lengths[:, None]
+    log_pf = torch.where(written, -normal(B, T).abs(), 0.0).requires_grad_()
+    log_pterm = (-normal(B, T + 1).abs()).requires_grad_()
+    return normal(B, T + 1), log_pf, log_pterm, stop_mask
+
+
+def stopping(mask: Tensor) -> list[int]:
+    return mask.nonzero().squeeze(1).tolist()
+
+
+def residual(r: Tensor, pf: Tensor, pterm: Tensor, i: int, j: int) -> Tensor:
+    """Hu et al. 2024, equation 3: between the states i < j of one trajectory."""
+    steps = sum((pf[k - 1] for k in range(i + 1, j + 1)), torch.zeros((), dtype=pf.dtype))
+    return r[i] + steps + pterm[j] - r[j] - pterm[i]
+
+
+def slow_subtb(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor, lam: float = 1.0) -> Tensor:
+    losses = []
+    for b in range(B):
+        total, weights = torch.zeros((), dtype=pf.dtype), 0.0
+        for i in stopping(mask[b]):
+            for j in stopping(mask[b]):
+                if i < j:
+                    total = total + lam ** (j - i - 1) * residual(r[b], pf[b], pterm[b], i, j) ** 2
+                    weights += lam ** (j - i - 1)
+        losses.append(total / weights if weights else total)
+    return torch.stack(losses).mean()
+
+
+def slow_db(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor) -> Tensor:
+    losses = []
+    for b in range(B):
+        states = stopping(mask[b])
+        pairs = list(pairwise(states))
+        squares = [residual(r[b], pf[b], pterm[b], i, j) ** 2 for i, j in pairs]
+        losses.append(sum(squares, torch.zeros((), dtype=pf.dtype)) / max(1, len(pairs)))
+    return torch.stack(losses).mean()
+
+
+def slow_final(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor) -> list[Tensor]:
+    out = []
+    for b in range(B):
+        n = stopping(mask[b])[-1]
+        out.append(r[b, n] - sum(pf[b, k] for k in range(n)) - pterm[b, n])
+    return out
+
+
+def slow_tb(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor, log_z: Tensor | None = None) -> Tensor:
+    final = slow_final(r, pf, pterm, mask)
+    if log_z is None:
+        weights: dict[int, list[float]] = {}
+        for g, w in zip(GROUP.tolist(), final, strict=True):
+            weights.setdefault(g, []).append(math.exp(w.item()))
+        log_z = torch.tensor([math.log(sum(w) / len(w)) for w in weights.values()], dtype=torch.float64)
+    return sum((w - log_z[g]) ** 2 for g, w in zip(GROUP.tolist(), final, strict=True)) / B
+
+
+def slow_vargrad(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor) -> Tensor:
+    """The unbiased variance as half the mean squared difference of pairs."""
+    final, losses = slow_final(r, pf, pterm, mask), []
+    for g in range(3):
+        mine = [w for w, h in zip(final, GROUP.tolist(), strict=True) if h == g]
+        pairs = [(a, b) for a in range(len(mine)) for b in range(a)]
+        losses.append(sum((mine[a] - mine[b]) ** 2 for a, b in pairs) / (2 * len(pairs)))
+    return sum(losses) / 3
+
+
+LOG_Z = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+Fast = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, float]]]
+OBJECTIVES: dict[str, tuple[Fast, Callable[..., Tensor]]] = {
+    "subtb": (lambda w, m: subtb(w, m), slow_subtb),
+    "subtb 0.9": (lambda w, m: subtb(w, m, 0.9), lambda *a: slow_subtb(*a, lam=0.9)),
+    "subtb 1.5": (lambda w, m: subtb(w, m, 1.5), lambda *a: slow_subtb(*a, lam=1.5)),
+    "db": (lambda w, m: db(w, m), slow_db),
+    "tb learned": (lambda w, m: tb(w, m, GROUP, LOG_Z), lambda *a: slow_tb(*a, log_z=LOG_Z)),
+    "tb estimated": (lambda w, m: tb(w, m, GROUP), slow_tb),
+    "vargrad": (lambda w, m: vargrad(w, m, GROUP), slow_vargrad),
+}
+
+
+@pytest.mark.parametrize("gaps", [False, True], ids=["no gaps", "gaps"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_value_and_gradient_equal_the_formula(name: str, gaps: bool) -> None:
+    fast, slow = OBJECTIVES[name]
+    log_reward, log_pf, log_pterm, mask = batch(gaps)
+    loss, _ = fast(log_weights(log_reward, PolicyLogProbs(log_pf, log_pterm), mask), mask)
+    expected = slow(log_reward, log_pf, log_pterm, mask)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    leaves = (log_pf, log_pterm)
+    for got, want in zip(
+        torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True
+    ):
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+    assert loss > 0.01
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_entries_outside_the_mask_are_ignored(name: str) -> None:
+    fast, _ = OBJECTIVES[name]
+    log_reward, log_pf, log_pterm, mask = batch(gaps=True)
+    log_w = log_weights(log_reward, PolicyLogProbs(log_pf, log_pterm), mask).detach()
+    assert (log_w[~mask] == 0).all()
+    noisy = torch.where(mask, log_w, 7.0)
+    torch.testing.assert_close(fast(noisy, mask)[0], fast(log_w, mask)[0])
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_single_precision_agrees(name: str) -> None:
+    fast, slow = OBJECTIVES[name]
+    log_reward, log_pf, log_pterm, mask = batch(gaps=False)
+    single = PolicyLogProbs(log_pf.float(), log_pterm.float())
+    loss, metrics = fast(log_weights(log_reward.float(), single, mask), mask)
+    expected = slow(log_reward, log_pf, log_pterm, mask)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert all(math.isfinite(v) for v in metrics.values())
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_constant_weights_have_no_loss_and_no_gradient(name: str) -> None:
+    """Law 3: at q = R / Z every stopping state of a prompt has log_w = log Z."""
+    fast, _ = OBJECTIVES[name]
+    _, _, _, mask = batch(gaps=True)
+    log_w = torch.where(mask, LOG_Z[GROUP][:, None], 0.0).requires_grad_()
+    loss, _ = fast(log_w, mask)
+    (gradient,) = torch.autograd.grad(loss, log_w)
+    assert loss.item() < 1e-12
+    assert gradient.abs().max() < 1e-6
+    wrong = log_w.detach().clone()
+    wrong[6, 5] += 0.1
+    assert fast(wrong, mask)[0] > 1e-5
+
+
+def test_trajectories_with_one_state_count_as_zero() -> None:
+    log_w = torch.tensor([[3.0, 0.0, 0.0], [1.0, 2.0, 4.0]], requires_grad=True)
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    for objective, expected in ((subtb, (1 + 9 + 4) / 3 / 2), (db, (1 + 4) / 2 / 2)):
+        loss, metrics = objective(log_w, mask)
+        assert loss.item() == pytest.approx(expected)
+        assert metrics == {"trajectories_without_pair": 1}
+    loss, _ = subtb(log_w[:1], mask[:1])
+    assert loss == 0
+    loss.backward()
+    assert torch.isfinite(log_w.grad).all()
+
+
+def test_a_split_batch_has_the_gradient_of_the_whole() -> None:
+    log_reward, log_pf, log_pterm, mask = batch(gaps=True)
+    log_w = log_weights(log_reward, PolicyLogProbs(log_pf, log_pterm), mask)
+    for objective in (subtb, db):
+        whole = torch.autograd.grad(objective(log_w, mask)[0], log_pf, retain_graph=True)[0]
+        halves = (objective(log_w[:4], mask[:4])[0] + objective(log_w[4:], mask[4:])[0]) / 2
+        torch.testing.assert_close(torch.autograd.grad(halves, log_pf, retain_graph=True)[0], whole)
+
+
+def test_final_log_w_is_at_the_last_stopping_state() -> None:
+    log_w = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]])
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    assert final_log_w(log_w, mask).tolist() == [3.0, 5.0, 7.0]
+
+
+def test_group_log_mean_exp() -> None:
+    values = torch.tensor([0.0, math.log(3.0), 5.0, -2.0])
+    out = group_log_mean_exp(values, torch.tensor([0, 0, 2, 1]))
+    torch.testing.assert_close(out, torch.tensor([math.log(2.0), -2.0, 5.0]))
+
+
+def test_tb_reports_log_z_and_learns_it() -> None:
+    log_reward, log_pf, log_pterm, mask = batch(gaps=False)
+    log_w = log_weights(log_reward, PolicyLogProbs(log_pf, log_pterm), mask)
+    log_z = LOG_Z.clone().requires_grad_()
+    loss, metrics = tb(log_w, mask, GROUP, log_z)
+    assert metrics["log_z"] == pytest.approx(LOG_Z.mean().item())
+    (gradient,) = torch.autograd.grad(loss, log_z)
+    final = final_log_w(log_w, mask).detach()
+    slow = [sum(2 * (LOG_Z[g] - final[g == GROUP])).item() / B for g in range(3)]
+    assert gradient.tolist() == pytest.approx(slow)
+
+
+def test_vargrad_needs_two_samples() -> None:
+    log_w, mask = torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool)
+    with pytest.raises(DataError, match=r"num_samples of at least 2"):
+        vargrad(log_w, mask, torch.tensor([0, 0, 1]))
+
+
+@pytest.mark.parametrize("bad", [-math.inf, math.inf, math.nan])
+def test_rewards_that_are_not_finite_are_refused_with_the_remedy(bad: float) -> None:
+    log_reward, log_pf, log_pterm, mask = batch(gaps=True)
+    outside = log_reward.masked_fill(~mask, bad)
+    assert torch.isfinite(log_weights(outside, PolicyLogProbs(log_pf, log_pterm), mask)).all()
+    inside = log_reward.clone()
+    inside[0, 5] = bad
+    with pytest.raises(RewardError, match="Softened to train on hard constraints"):
+        log_weights(inside, PolicyLogProbs(log_pf, log_pterm), mask)
+
+
+def test_subsampled_states_keep_the_last_and_at_most_k() -> None:
+    _, _, _, mask = batch(gaps=True)
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.zeros_like(mask)
+    for _ in range(40):
+        kept = subsample_states(mask, 2, generator)
+        assert (kept <= mask).all()
+        assert (kept.sum(1) == mask.sum(1).clamp(max=2)).all()
+        for b in range(B):
+            assert kept[b, stopping(mask[b])[-1]]
+        seen |= kept
+    assert (seen == mask).all(), "every state is drawn now and then"
+    assert (subsample_states(mask, T + 1) == mask).all()
+    assert (subsample_states(mask, 1).sum(1) == 1).all()
+
+
+def test_subtb_on_a_subset_equals_the_formula_on_the_subset() -> None:
+    log_reward, log_pf, log_pterm, mask = batch(gaps=False)
+    kept = subsample_states(mask, 3, torch.Generator().manual_seed(1))
+    full = log_weights(log_reward, PolicyLogProbs(log_pf, log_pterm), mask)
+    expected = slow_subtb(log_reward, log_pf, log_pterm, kept)
+    torch.testing.assert_close(subtb(full, kept)[0], expected, atol=1e-6, rtol=1e-6)
+
+
+def test_the_root_is_a_state_with_log_w_equal_to_log_z() -> None:
+    log_reward, log_pf, log_pterm, mask = batch(gaps=False)
+    log_w = log_weights(log_reward, PolicyLogProbs(log_pf, log_pterm), mask)
+    rooted, states = with_root(log_w, mask, GROUP, LOG_Z)
+    assert states[:, 0].all()
+    assert (states[:, 1:] == mask[:, 1:]).all()
+    for b in range(B):
+        expected = log_w[b, 0] if mask[b, 0] else LOG_Z[GROUP[b]]
+        assert rooted[b, 0] == expected
+    torch.testing.assert_close(rooted[:, 1:], log_w[:, 1:])
+
+
+def test_the_root_is_estimated_by_the_mean_final_weight_without_gradient() -> None:
+    log_reward, log_pf, log_pterm, mask = batch(gaps=False)
+    mask[:, 0] = False
+    mask[4, 1] = True
+    log_w = log_weights(log_reward, PolicyLogProbs(log_pf, log_pterm), mask)
+    rooted, _ = with_root(log_w, mask, GROUP)
+    final = final_log_w(log_w, mask)
+    for b in range(B):
+        torch.testing.assert_close(rooted[b, 0], final[GROUP[b] == GROUP].mean())
+    gradient = torch.autograd.grad(rooted[:, 0].sum(), log_pf, allow_unused=True)[0]
+    assert gradient is None or not gradient.any()

@@ -1,0 +1,89 @@
+"""The flat public API: every name imports, importing the package costs nothing, and changes show up here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+from transformers import TrainingArguments
+
+import amortlm
+from amortlm import GFNConfig, errors
+
+# Taking a name out or renaming it breaks the programs of users: say so in CHANGELOG.md.
+NAMES = """
+AmortLMError Diagnosis Exploration GFNConfig GFNTrainer LanguageModel LogProb Policy PolicyLogProbs Posterior
+ReplayBuffer Rollouts Sample Support Target Verifier __version__ constraint default_lora errors exact importance
+objectives verifier
+"""
+SETTINGS = """
+buffer_prioritized buffer_size diagnose_steps epsilon hard_penalty log_z log_z_learning_rate num_samples objective
+replay_ratio reward_temperature subtb_lambda subtb_states tempered_ratio temperature_range
+"""
+CONSTRAINTS = ("allowed_tokens", "canonical", "contains", "length", "matches", "predicate")
+
+
+def own_settings() -> list[str]:
+    inherited = {f.name for f in fields(TrainingArguments)}
+    return sorted(f.name for f in fields(GFNConfig) if f.name not in inherited)
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(amortlm.__all__) == NAMES.split()
+
+
+@pytest.mark.parametrize("name", amortlm.__all__)
+def test_every_public_name_exists(name: str) -> None:
+    assert getattr(amortlm, name) is not None
+    assert name in dir(amortlm)
+
+
+def test_names_are_what_their_modules_define() -> None:
+    from amortlm.targets import constraints
+    from amortlm.train import GFNTrainer
+
+    assert amortlm.GFNTrainer is GFNTrainer
+    assert amortlm.constraint is constraints
+    assert all(callable(getattr(amortlm.constraint, name)) for name in CONSTRAINTS)
+
+
+def test_a_star_import_gives_the_public_names() -> None:
+    space: dict[str, object] = {}
+    exec("from amortlm import *", space)
+    assert set(amortlm.__all__) <= set(space)
+
+
+def test_unknown_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'GFNTrainerr'"):
+        _ = amortlm.GFNTrainerr
+    assert not hasattr(amortlm, "anything_else")
+
+
+def test_importing_the_package_loads_no_heavy_library() -> None:
+    code = "import sys, amortlm; print(sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_the_settings_are_these() -> None:
+    assert own_settings() == SETTINGS.split()
+    assert len(own_settings()) <= 15
+
+
+@pytest.mark.parametrize("name", SETTINGS.split())
+def test_every_setting_is_explained(name: str) -> None:
+    (setting,) = (f for f in fields(GFNConfig) if f.name == name)
+    assert len(setting.metadata.get("help", "")) > 15
+    assert "Paper:" in setting.metadata["help"] or name in ("log_z_learning_rate", "diagnose_steps")
+
+
+def test_every_error_is_caught_by_the_base_class() -> None:
+    kinds = {v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, Exception)}
+    assert {k.__name__ for k in kinds} == {
+        "AmortLMError", "CheckpointError", "ConfigError", "DataError", "MissingExtraError", "PromptTooLongError",
+        "RewardError", "SupportError", "TemplateError",
+    }  # fmt: skip
+    assert all(issubclass(k, amortlm.AmortLMError) for k in kinds)
+    assert all(k.__name__ in (errors.__doc__ or "") for k in kinds)

@@ -1,0 +1,372 @@
+"""Targets and whole runs as YAML, and the data files that they name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from amortlm import LanguageModel, Target, constraint, verifier
+from amortlm.errors import ConfigError, DataError, SupportError, TemplateError
+from amortlm.policy import Support
+from amortlm.targets.spec import _builders, target_from_spec
+from amortlm.tasks import TASKS, load_task
+from amortlm.tasks.spec import RunSpec, load_rows
+from reference import random_rollouts
+
+ROWS = [{"x": "the dog", "y": " ran"}, {"x": "a", "y": " a cat"}]
+# Few tokens, so that every kind of term below accepts some completions and rejects others.
+TOKENS = (" ", "a", " a", " cat", "t")
+SUPPORT = Support(stop=(".", "!"), min_tokens=0, max_tokens=3, allowed_tokens=TOKENS)
+
+
+def short(text: str) -> bool:
+    return len(text) < 5
+
+
+def longer_than_x(text: str, row: dict) -> bool:
+    return len(text) > len(row["x"])
+
+
+def minus_length(texts: list[str], rows: list[dict]) -> list[float]:
+    return [-float(len(t)) for t in texts]
+
+
+# Targets
+
+KINDS: dict[str, Callable[[LanguageModel], Target]] = {
+    "log_prob": lambda lm: lm.log_prob("{z}{y}", given="{x}"),
+    "log_prob with z given": lambda lm: lm.log_prob("{y}", given="{x}{z}"),
+    "tempered": lambda lm: lm.log_prob("{z}") / 0.8,
+    "contrastive": lambda lm: 1.5 * lm.log_prob("{z}", given="{x}") - 0.5 * lm.log_prob("{z}"),
+    "contains": lambda lm: constraint.contains("a", "cat"),
+    "contains, soft": lambda lm: constraint.contains("cat", penalty=4.0),
+    "matches": lambda lm: constraint.matches("[a-m ]*"),
+    "allowed_tokens": lambda lm: constraint.allowed_tokens("a", " cat", *range(2, 20)),
+    "canonical": lambda lm: constraint.canonical(penalty=1.5),
+    "length": lambda lm: constraint.length(1, 2),
+    "length, open": lambda lm: constraint.length(2, penalty=2.0),
+    "predicate": lambda lm: constraint.predicate(short),
+    "predicate of a row": lambda lm: constraint.predicate(f"{__name__}:longer_than_x"),
+    "verifier": lambda lm: verifier(minus_length),
+    "verifier of prefixes": lambda lm: -2.0 * verifier(minus_length, every_prefix=True),
+    "sum": lambda lm: (lm.log_prob("{z}") + 2 * verifier(minus_length)) / 0.5 + constraint.length(1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_target_survives_yaml(one_lm: LanguageModel, kind: str) -> None:
+    target = KINDS[kind](one_lm).bind(one_lm)
+    text = yaml.safe_dump(target.to_spec())
+    rebuilt = target_from_spec(yaml.safe_load(text), one_lm)
+    rollouts = random_rollouts(one_lm, SUPPORT, ROWS, per_row=20)
+    scores = target.score(rollouts)
+    torch.testing.assert_close(rebuilt.score(rollouts), scores)
+    assert scores[rollouts.stop_mask].unique().numel() > 1, "the term tells these completions apart"
+    assert rebuilt.columns == target.columns
+    assert rebuilt.every_prefix == target.every_prefix
+    assert rebuilt.to_spec() == (1.0 * target).to_spec()
+
+
+def test_every_kind_of_term_is_covered(one_lm: LanguageModel) -> None:
+    written = {name for make in KINDS.values() for term in make(one_lm).to_spec() for name in term}
+    assert set(_builders(one_lm)) == written - {"weight", "penalty"}
+
+
+def scored(lm: LanguageModel, text: str) -> torch.Tensor:
+    return target_from_spec(yaml.safe_load(text), lm).score(random_rollouts(lm, SUPPORT, ROWS, per_row=20))
+
+
+@pytest.mark.parametrize(
+    ("text", "make"),
+    [
+        ("- log_prob: {of: '{z}{y}', given: '{x}'}\n  temperature: 0.8", lambda lm: lm.log_prob("{z}{y}", "{x}") / 0.8),
+        ("- {log_prob: {of: '{z}'}, weight: -5e-1}", lambda lm: -0.5 * lm.log_prob("{z}")),
+        ("- {log_prob: {of: '{z}'}, weight: 3, temperature: 2}", lambda lm: 1.5 * lm.log_prob("{z}")),
+        ("- contains: [cat, a]\n  penalty: 1e1", lambda lm: constraint.contains("cat", "a", penalty=10.0).bind(lm)),
+        ("- contains: cat", lambda lm: constraint.contains("cat").bind(lm)),
+        ("- allowed_tokens: ' a'", lambda lm: constraint.allowed_tokens(" a").bind(lm)),
+        ("- allowed_tokens: 7", lambda lm: constraint.allowed_tokens(7).bind(lm)),
+        ("- length: {maximum: 2}", lambda lm: constraint.length(0, 2)),
+        ("- verifier: {function: 'test_yaml:minus_length'}", lambda lm: verifier(minus_length).bind(lm)),
+        ("- canonical: true\n- length: {minimum: 1}", lambda lm: (constraint.canonical() + constraint.length(1)).bind(lm)),
+    ],
+)  # fmt: skip
+def test_yaml_means_what_it_says(
+    one_lm: LanguageModel, text: str, make: Callable[[LanguageModel], Target]
+) -> None:
+    rollouts = random_rollouts(one_lm, SUPPORT, ROWS, per_row=20)
+    torch.testing.assert_close(scored(one_lm, text), make(one_lm).score(rollouts))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- lob_prob: {of: '{z}'}", "unknown target term 'lob_prob'; did you mean 'log_prob'?"),
+        ("- {length: {minimum: 1}, wieght: 2}", "unknown target term 'wieght'; did you mean 'weight'?"),
+        ("- {weight: 2}", "names exactly one of"),
+        ("- {contains: [a], matches: a}", "names exactly one of"),
+        ("- canonical", "a target term is a mapping such as {contains: [dog]}, got 'canonical'"),
+        ("- canonical: false", "write `canonical: true`, or leave the term out"),
+        ("- log_prob: {ov: '{z}'}", "target term 'log_prob' with {'ov': '{z}'}"),
+        ("- log_prob: '{z}'", "target term 'log_prob' with '{z}'"),
+        ("- {log_prob: {of: '{z}'}, penalty: 3}", "target term 'log_prob' with"),
+        ("- {verifier: {function: 'test_yaml:minus_length'}, penalty: 3}", "target term 'verifier' with"),
+        ("- verifier: {every_prefix: true}", "target term 'verifier' with"),
+        ("- verifier: {function: 'test_yaml:minus_length', every_perfix: true}", "'every_perfix'"),
+        ("- verifier: test_yaml:minus_length", "target term 'verifier' with"),
+        ("- predicate: test_yaml:nothing", "cannot import 'test_yaml:nothing'"),
+        ("- {log_prob: {of: '{z}'}, weight: heavy}", "weight of a target term must be a number, got 'heavy'"),
+        ("- {log_prob: {of: '{z}'}, temperature: warm}", "temperature of a target term must be a number"),
+        ("- {log_prob: {of: '{z}'}, temperature: 0}", "temperature of a target term must be positive, got 0"),
+        ("- {log_prob: {of: '{z}'}, temperature: -1}", "temperature of a target term must be positive, got -1"),
+        ("- {contains: [a], penalty: much}", "penalty of a target term must be a number, got 'much'"),
+        ("log_prob: {of: '{z}'}", "target must be a list of terms"),
+        ("[]", "target must be a list of terms"),
+        ("contains", "target must be a list of terms"),
+    ],
+)
+def test_bad_targets_say_what_is_wrong(one_lm: LanguageModel, text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        target_from_spec(yaml.safe_load(text), one_lm)
+    assert message in str(e.value)
+
+
+def test_building_a_target_leaves_its_spec_alone(one_lm: LanguageModel) -> None:
+    spec = [{"verifier": {"function": "test_yaml:minus_length"}, "weight": 2}]
+    before = json.dumps(spec)
+    target_from_spec(spec, one_lm)
+    assert json.dumps(spec) == before
+
+
+# Runs
+
+RUN: dict[str, Any] = {
+    "prompt": "{x}",
+    "target": [{"log_prob": {"of": "{z}{y}", "given": "{x}"}}],
+    "support": {"stop": ".", "max_tokens": 2},
+    "data": ROWS,
+    "lora": 2,
+    "config": {"max_steps": 1, "num_samples": 2, "diagnose_steps": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def model_folder(models: dict[str, LanguageModel], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    lm = models["llama-untied"]
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(tmp_path: Path, model_folder: Path, **changes: Any) -> RunSpec:
+    """A spec read from a YAML file; None takes a key out."""
+    stated = {"model": str(model_folder), **RUN, **changes}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({k: v for k, v in stated.items() if v is not None}))
+    return RunSpec.from_yaml(file)
+
+
+def test_a_yaml_file_is_the_same_spec(tmp_path: Path, model_folder: Path) -> None:
+    spec = run(tmp_path, model_folder)
+    assert spec == RunSpec(**RUN, model=str(model_folder))
+    assert spec.to_dict() == {"model": str(model_folder), **RUN}
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(spec.to_dict()))
+    assert RunSpec.from_yaml(again) == spec
+    defaults = run(tmp_path, model_folder, model=None, lora=None, config=None)
+    assert (defaults.model, defaults.lora, defaults.config) == ("embedded", 16, {})
+
+
+def test_a_spec_becomes_a_trainer(tmp_path: Path, model_folder: Path) -> None:
+    config = {"max_steps": 3, "num_samples": 5, "learning_rate": "1e-3", "output_dir": "elsewhere"}
+    spec = run(tmp_path, model_folder, config=config, lora=3)
+    trainer = spec.trainer(str(tmp_path / "out"))
+    assert trainer.args.max_steps == 3
+    assert trainer.args.num_samples == 5
+    assert trainer.args.learning_rate == 0.001, "YAML reads 1e-3 as a string"
+    assert trainer.args.output_dir == str(tmp_path / "out")
+    assert trainer.train_dataset == ROWS
+    assert trainer.target.to_spec() == [{**RUN["target"][0], "weight": 1.0}]
+    assert trainer.policy.prompt.source == "{x}"
+    assert trainer.policy.support_spec == Support(stop=".", max_tokens=2)
+    assert trainer.policy.model.peft_config["default"].r == 3
+    assert run(tmp_path, model_folder, lora="full").trainer(str(tmp_path)).policy.is_full
+
+
+def test_overrides_merge_the_config_and_leave_the_spec_alone() -> None:
+    spec = RunSpec(**RUN)
+    new = spec.with_overrides(model="other", data=None, config={"max_steps": 7, "seed": 1})
+    assert new.model == "other"
+    assert new.data == ROWS
+    assert new.config == {"max_steps": 7, "num_samples": 2, "diagnose_steps": 0, "seed": 1}
+    assert spec == RunSpec(**RUN)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("promt: a", "unknown key 'promt'; did you mean 'prompt'?"),
+        ("prompt: a\ntarget: []", "support, data missing; a run states prompt, target, support and data"),
+        ("", "must be a mapping with the keys prompt, target"),
+        ("- a list", "must be a mapping"),
+        ("prompt: [unclosed", "is not valid YAML"),
+        ("prompt: a\n  target: b", "is not valid YAML"),
+    ],
+)
+def test_bad_yaml_says_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as e:
+        RunSpec.from_yaml(file)
+    assert message in str(e.value)
+    assert str(file) in str(e.value)
+
+
+def test_a_yaml_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*none\.yaml: No such file"):
+        RunSpec.from_yaml(tmp_path / "none.yaml")
+
+
+def test_yaml_cannot_run_code(tmp_path: Path) -> None:
+    file = tmp_path / "evil.yaml"
+    file.write_text(f"prompt: !!python/object/apply:pathlib.Path.touch [{tmp_path / 'ran'}]\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        RunSpec.from_yaml(file)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"config": {"max_step": 1}}, ConfigError, "config: unknown key 'max_step'; did you mean 'max_steps'?"),
+        ({"config": {"zzz": 1}}, ConfigError, "config: unknown key 'zzz'; no such setting."),
+        ({"config": {"max_steps": "ten"}}, ConfigError, "config: max_steps must be a number, got 'ten'"),
+        ({"config": {"lr_scheduler_type": "ladder"}}, ConfigError, "ladder is not a valid SchedulerType"),
+        ({"config": {"temperature_range": 2.0}}, ConfigError, "support or config: "),
+        ({"config": {"objective": "subbt"}}, ConfigError, "unknown objective 'subbt'; did you mean 'subtb'?"),
+        ({"config": [1]}, ConfigError, "config must be a mapping of settings, got [1]"),
+        ({"support": {"stop": ".", "max_token": 2}}, ConfigError, "support: unknown key 'max_token'; did you mean"),
+        ({"support": {"max_tokens": 2}}, ConfigError, "'stop'"),
+        ({"support": "."}, ConfigError, "support must be a mapping of settings, got '.'"),
+        ({"support": {"stop": " cats"}}, SupportError, "2 tokens"),
+        ({"target": [{"contain": ["a"]}]}, ConfigError, "unknown target term 'contain'; did you mean 'contains'?"),
+        ({"prompt": "{w}"}, DataError, "row 0 has no column 'w', which a template uses"),
+        ({"prompt": "{x}{z}"}, TemplateError, "take {z} out"),
+        ({"data": []}, DataError, "data has no rows"),
+        ({"data": ["a"]}, DataError, "data has no rows; it needs one mapping of column to value per row"),
+        ({"data": 3}, DataError, "data has no rows"),
+        ({"model": "no/such/folder"}, ConfigError, "cannot load a causal LM from 'no/such/folder'"),
+    ],
+)  # fmt: skip
+def test_bad_runs_say_what_is_wrong(
+    tmp_path: Path, model_folder: Path, changes: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as e:
+        run(tmp_path, model_folder, **changes).trainer(str(tmp_path / "out"))
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_built_in_tasks_are_valid_specs(name: str, tmp_path: Path) -> None:
+    spec = load_task(name).SPEC
+    file = tmp_path / "task.yaml"
+    file.write_text(yaml.safe_dump(json.loads(json.dumps(spec.to_dict()))))
+    again = RunSpec.from_yaml(file)
+    assert again.target == spec.target
+    assert again.rows() == spec.rows()
+
+
+def test_unknown_tasks_name_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown task 'number'; did you mean 'numbers'\?.*ends in \.yaml"):
+        load_task("number")
+
+
+# Data files
+
+TABLE = [{"x": "the dog", "y": "1"}, {"x": "a, cat", "y": ""}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rows"),
+    [
+        ("rows.jsonl", '{"x": "a"}\n\n{"x": "b"}\n', [{"x": "a"}, {"x": "b"}]),
+        ("rows.jsonl", '{"x": "a\u2028b\x85c"}\r\n{"x": 3}', [{"x": "a\u2028b\x85c"}, {"x": 3}]),
+        ("rows.json", '[{"x": "a"},\n {"x": null}]', [{"x": "a"}, {"x": None}]),
+        ("rows.json", '\ufeff[{"x": "ä"}]', [{"x": "ä"}]),
+        ("rows.csv", 'x,y\nthe dog,1\n"a, cat",\n', TABLE),
+        ("rows.csv", '\ufeffx,y\nthe dog,1\n"a, cat",\n', TABLE),
+        ("rows.csv", 'x,y\n"two\nlines","a ""quote"""\n', [{"x": "two\nlines", "y": 'a "quote"'}]),
+        ("rows.csv", "x,y\nonly x\n", [{"x": "only x", "y": None}]),
+        ("rows.tsv", "x\ty\nthe dog\t1\na, cat\t\n", TABLE),
+        ("rows.jsonl", "{}", [{}]),
+    ],
+)
+def test_data_files(tmp_path: Path, name: str, text: str, rows: list[dict]) -> None:
+    file = tmp_path / name
+    file.write_text(text, encoding="utf-8")
+    assert load_rows(file) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("rows.jsonl", "", "has no rows; it needs one mapping of column to value per row"),
+        ("rows.jsonl", "\n\n", "has no rows"),
+        ("rows.json", "", "Expecting value"),
+        ("rows.json", "[]", "has no rows"),
+        ("rows.json", '{"x": "a"}', "has no rows"),
+        ("rows.jsonl", "1\n2\n", "has no rows"),
+        ("rows.csv", "", "has no rows"),
+        ("rows.csv", "x,y\n", "has no rows"),
+        ("rows.csv", "x,y\n1,2,3\n", "more values than the header has columns"),
+        ("rows.jsonl", '{"x": "a"}\n{"x": \n', "Expecting value"),
+        ("rows.txt", "a\n", "use .jsonl, .json, .csv or .tsv"),
+        ("rows", "a\n", "use .jsonl, .json, .csv or .tsv"),
+    ],
+)
+def test_bad_data_files_say_what_is_wrong(tmp_path: Path, name: str, text: str, message: str) -> None:
+    file = tmp_path / name
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError) as e:
+        load_rows(file)
+    assert message in str(e.value)
+    assert str(file) in str(e.value)
+
+
+def test_data_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read data file .*none\.jsonl: No such file"):
+        load_rows(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match="cannot read data file"):
+        load_rows(tmp_path)
+    latin = tmp_path / "latin.csv"
+    latin.write_bytes("x\ncafé\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8 text"):
+        load_rows(latin)
+
+
+def test_a_data_path_is_relative_to_the_yaml_file(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "rows.jsonl").write_text('{"x": "here"}\n')
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "data").mkdir(parents=True)
+    (elsewhere / "data" / "rows.jsonl").write_text('{"x": "not here"}\n')
+    monkeypatch.chdir(elsewhere)
+    assert run(tmp_path, model_folder, data="data/rows.jsonl").rows() == [{"x": "here"}]
+    absolute = str(elsewhere / "data" / "rows.jsonl")
+    assert run(tmp_path, model_folder, data=absolute).rows() == [{"x": "not here"}]
+
+
+def test_temperature_in_yaml_is_a_division_not_a_product(one_lm: LanguageModel) -> None:
+    plain = scored(one_lm, "- log_prob: {of: '{z}'}")
+    halved = scored(one_lm, "- {log_prob: {of: '{z}'}, temperature: 2}")
+    assert math.isclose(plain.sum().item(), 2 * halved.sum().item(), rel_tol=1e-5)

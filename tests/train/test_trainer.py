@@ -1,0 +1,266 @@
+"""GFNTrainer on tiny models: what an update does, exact resume, and errors that name the remedy."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from amortlm import GFNConfig, GFNTrainer, LanguageModel, Support, verifier
+from amortlm import constraint as c
+from amortlm.errors import (
+    AmortLMError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PromptTooLongError,
+    RewardError,
+)
+from amortlm.policy import default_lora
+
+ROWS = [{"x": x, "y": y} for x, y in (("a b", " c"), ("b", " a"), ("c a b", " b"), ("a", " d"), ("d c", " a"))]
+
+
+def make_trainer(lm: LanguageModel, folder: Path, rows: Any = None, **settings: Any) -> GFNTrainer:
+    """A trainer of the infilling target with small batches; `settings` go to GFNConfig or GFNTrainer."""
+    own = {k: settings.pop(k) for k in ("target", "prompt", "support", "seeds", "peft_config") if k in settings}
+    config = {
+        "max_steps": 4,
+        "num_samples": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "diagnose_steps": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        **settings,
+    }
+    arguments = {
+        "target": lm.log_prob("{z}{y}", given="{x}"),
+        "prompt": "{x}{y}",
+        "support": Support(stop=".", min_tokens=1, max_tokens=3),
+        "peft_config": default_lora(4),
+        **own,
+    }
+    return GFNTrainer(
+        lm,
+        train_dataset=ROWS if rows is None else rows,
+        args=GFNConfig(output_dir=str(folder), **config),
+        **arguments,
+    )
+
+
+def weights(trainer: GFNTrainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.policy.parameters() if p.requires_grad])
+
+
+def losses(trainer: GFNTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"objective": "subtb"},
+        {"objective": "subtb", "subtb_lambda": 0.9, "subtb_states": 2},
+        {"objective": "db", "log_z": "learned"},
+        {"objective": "tb", "log_z": "learned", "log_z_learning_rate": 0.5},
+        {"objective": "tb"},
+        {"objective": "vargrad", "epsilon": 0.1},
+    ],
+    ids=lambda s: "-".join(map(str, s.values())),
+)
+def test_every_objective_lowers_the_log_weight_variance(
+    one_lm: LanguageModel, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    trainer = make_trainer(one_lm, tmp_path, max_steps=60, num_samples=16, replay_ratio=0.1, **settings)
+
+    def variance() -> float:
+        return sum(trainer.posterior.estimate(row, 256).log_w_variance for row in ROWS)
+
+    before = variance()
+    trainer.train()
+    assert variance() < 0.5 * before
+
+
+def test_the_frozen_model_is_untouched(one_lm: LanguageModel, tmp_path: Path) -> None:
+    before = {k: v.clone() for k, v in one_lm.model.state_dict().items()}
+    modules = [name for name, _ in one_lm.model.named_modules()]
+    for adapter in (default_lora(4), "full"):
+        trainer = make_trainer(one_lm, tmp_path, peft_config=adapter)
+        start = weights(trainer).clone()
+        trainer.train()
+        assert not torch.equal(start, weights(trainer))
+    assert [name for name, _ in one_lm.model.named_modules()] == modules
+    assert all(torch.equal(v, before[k]) for k, v in one_lm.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("objective", "log_z"), [("subtb", "group"), ("tb", "learned")])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    one_lm: LanguageModel, tmp_path: Path, objective: str, log_z: str
+) -> None:
+    """Adapter, optimiser, buffer, schedules and random state: every loss and weight is the same to the bit."""
+    settings = {
+        "objective": objective,
+        "log_z": log_z,
+        "max_steps": 7,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "reward_temperature": (1.5, 1.0, 6),
+        "replay_ratio": 0.5,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 1,
+    }
+    whole = make_trainer(one_lm, tmp_path / "whole", **settings)
+    whole.train()
+    half = make_trainer(one_lm, tmp_path / "half", **settings)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "half" / "checkpoint-3")
+    torch.manual_seed(99)  # whatever the interruption left behind
+    half.train(resume_from_checkpoint=True)
+    assert losses(half) == losses(whole)
+    assert torch.equal(weights(half), weights(whole))
+    assert half.buffer._entries == whole.buffer._entries
+    # The control: with an empty buffer the resumed run goes elsewhere, so the comparison can fail.
+    other = make_trainer(one_lm, tmp_path / "other", **settings)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "other" / "checkpoint-3")
+    other.add_callback(EmptyBuffer(other))
+    other.train(resume_from_checkpoint=True)
+    assert losses(other) != losses(whole)
+
+
+class EmptyBuffer(TrainerCallback):
+    def __init__(self, trainer: GFNTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.buffer._entries.clear()
+
+
+def test_accumulated_micro_batches_equal_one_batch(one_lm: LanguageModel, tmp_path: Path) -> None:
+    """On-policy, the samples of a row depend on seed, step and row only, so the gradient is the same."""
+    settings = {"max_steps": 1, "warmup_steps": 0, "replay_ratio": 0.0, "max_grad_norm": 0.0, "optim": "sgd"}
+    whole = make_trainer(one_lm, tmp_path, per_device_train_batch_size=4, rows=ROWS[:4], **settings)
+    parts = make_trainer(
+        one_lm, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, rows=ROWS[:4], **settings
+    )
+    parts._next_micro_step = lambda: (0, 0)  # type: ignore[method-assign]  # both micro-batches: the same seed
+    whole.train()
+    parts.train()
+    torch.testing.assert_close(weights(whole), weights(parts), atol=1e-6, rtol=1e-5)
+
+
+def test_reward_temperature_schedule() -> None:
+    config = GFNConfig(reward_temperature=(1.1, 0.5, 10))
+    assert [config.reward_temperature_at(s) for s in (0, 5, 10, 99)] == pytest.approx([1.1, 0.8, 0.5, 0.5])
+
+
+def test_gold_completions_start_in_the_buffer(one_lm: LanguageModel, tmp_path: Path) -> None:
+    seeds = [[" a b."], [], [" c", " d a"], [], []]
+    trainer = make_trainer(one_lm, tmp_path, seeds=seeds)
+    assert len(trainer.buffer) == 3
+    with pytest.raises(DataError, match="one list per row"):
+        make_trainer(one_lm, tmp_path, seeds=seeds[:2])
+
+
+def test_logs_and_sample_table(one_lm: LanguageModel, tmp_path: Path) -> None:
+    trainer = make_trainer(one_lm, tmp_path, diagnose_steps=2)
+    trainer.train()
+    logged = set().union(*trainer.state.log_history)
+    assert {"loss", "log_w_variance", "ess", "elbo", "length", "buffer"} <= logged
+    assert (tmp_path / "samples.jsonl").read_text().count('"step": 4') == 4 * 4
+
+
+def test_hard_constraints_train(one_lm: LanguageModel, tmp_path: Path) -> None:
+    """R = 0 almost everywhere: the share of accepted samples rises, with and without a language-model term."""
+    for target in (one_lm.log_prob("{z}", given="{x}") + c.contains("a"), c.contains("a")):
+        trainer = make_trainer(one_lm, tmp_path, target=target, max_steps=120, num_samples=16, replay_ratio=0.25)
+        before = sum(trainer.posterior.estimate(row, 256).valid for row in ROWS) / len(ROWS)
+        trainer.train()
+        after = sum(trainer.posterior.estimate(row, 256).valid for row in ROWS) / len(ROWS)
+        assert before < 0.6
+        assert after > 0.9
+
+
+# Errors
+
+
+def test_every_prefix_objectives_refuse_finished_only_targets(one_lm: LanguageModel, tmp_path: Path) -> None:
+    judge = verifier(lambda texts, rows: [0.0] * len(texts))
+    target = one_lm.log_prob("{z}", given="{x}") + judge
+    for objective in ("subtb", "db"):
+        with pytest.raises(RewardError, match=r"verifier.*vargrad.*every_prefix=True"):
+            make_trainer(one_lm, tmp_path, target=target, objective=objective)
+    make_trainer(one_lm, tmp_path, target=target, objective="vargrad").train()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_reward_stops_with_the_completion(one_lm: LanguageModel, tmp_path: Path, value: float) -> None:
+    target = one_lm.log_prob("{z}", given="{x}") + verifier(lambda texts, rows: [value] * len(texts), True)
+    with pytest.raises(RewardError, match=r"NaN or \+inf for completion \[.*return finite numbers"):
+        make_trainer(one_lm, tmp_path, target=target).train()
+
+
+def test_bad_data(one_lm: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="train_dataset is empty: give at least one row"):
+        make_trainer(one_lm, tmp_path, rows=[])
+    with pytest.raises(DataError, match="row 1 has no column 'y'"):
+        make_trainer(one_lm, tmp_path, rows=[ROWS[0], {"x": "a"}])
+    with pytest.raises(PromptTooLongError, match="shorten the prompt"):
+        make_trainer(one_lm, tmp_path, rows=[{"x": " a" * 5000, "y": " b"}])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"objective": "subtbb"}, "did you mean 'subtb'"),
+        ({"num_samples": 1}, "at least 2"),
+        ({"log_z": "lerned"}, "learned"),
+        ({"replay_ratio": 1.5}, r"\[0, 1\]"),
+        ({"subtb_states": 1}, "at least 2"),
+        ({"temperature_range": (2.0, 1.0)}, "ordered"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        GFNConfig(**settings)
+
+
+def test_a_loss_that_is_not_finite_stops(one_lm: LanguageModel, tmp_path: Path) -> None:
+    trainer = make_trainer(one_lm, tmp_path)
+    trainer._objective = lambda log_w, rollouts: (log_w.sum() * math.nan, {})  # type: ignore[method-assign]
+    with pytest.raises(AmortLMError, match="lower learning_rate"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    "victim",
+    [
+        "trainer_state.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "process-0/buffer.safetensors",
+        "process-0/buffer.json",
+    ],
+)
+def test_checkpoint_cut_short(one_lm: LanguageModel, tmp_path: Path, victim: str) -> None:
+    """A truncated file gives one error; asking for the last complete checkpoint passes over an unfinished one."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "replay_ratio": 0.5}
+    make_trainer(one_lm, tmp_path, **settings).train()
+    file = tmp_path / "checkpoint-4" / victim
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(CheckpointError, match="resume from"):
+        make_trainer(one_lm, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    if victim == "trainer_state.json":
+        resumed = make_trainer(one_lm, tmp_path, **settings)
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 4
+
+
+def test_nothing_to_resume(one_lm: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        make_trainer(one_lm, tmp_path).train(resume_from_checkpoint=True)
