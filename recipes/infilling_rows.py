@@ -1,6 +1,6 @@
 """Write the rows of the infilling task: generated stories under keys that training never uses.
 
-    python recipes/infilling_rows.py > src/amortlm/tasks/stories.jsonl
+python recipes/infilling_rows.py > src/amortlm/tasks/stories.jsonl
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent / "embedded"))
 
-from stories import story  # noqa: E402
+from stories import story
 
 ROWS = 240
 

@@ -111,22 +111,22 @@ def test_an_exact_duplicate_is_stored_once_with_the_better_reward(first: float, 
     assert stored(empty) == {(): -1.0}
 
 
-# Lengths 4 + 4, 3 + 3, 2 + 2, 1 + 1: near below an edit distance of 2, 1.5, 1 and 0.5.
 BASE = [1, 2, 3, 4]
 NEAR_CASES = [
     (BASE, [1, 2, 3, 9], True, "one of four replaced: 1 < 2"),
     (BASE, [1, 2, 8, 9], False, "two of four replaced: 2 is not below 2"),
-    (BASE, [1, 2, 3], True, "one of four deleted: 1 < 1.75"),
-    (BASE, [1, 2], False, "two of four deleted: 2 > 1.5"),
     (BASE, [9, 1, 2, 3, 4], True, "one inserted: 1 < 2.25"),
+    (BASE, [9, 1, 2, 3, 4, 9], True, "two inserted: 2 < 2.5"),
+    (BASE, [9, 9, 1, 2, 3, 4, 9], False, "three inserted: 3 > 2.75"),
     (BASE, [2, 3, 4, 1], False, "rotated: 2 is not below 2"),
-    ([1, 2, 3], [1, 2, 9], True, "one of three replaced: 1 < 1.5"),
-    ([1, 2], [1, 9], False, "one of two replaced: 1 is not below 1"),
-    ([1], [2], False, "single tokens: 1 > 0.5"),
-    ([], [1], False, "the empty completion: 1 > 0.25"),
     ([1, 2, 3] * 4, [1, 2, 3] * 3 + [7, 8, 9, 7, 8], True, "5 of 12 and 14: 5 < 6.5"),
-    ([55300, 60000, 57000], [55300, 60000, 57001], True, "ids that are no characters"),
-    ([55300], [55301], False, "ids that are no characters"),
+    ([1, 2, 3] * 4, [1, 2, 3] * 2 + [7, 8, 9, 7, 8, 9], False, "6 of 12 and 12: 6 is not below 6"),
+    (BASE, [1, 2, 3], False, "fewer than four tokens: only equal ones are near"),
+    ([1, 2, 3], [1, 2, 9], False, "three tokens, one replaced"),
+    ([1], [2], False, "single tokens"),
+    ([], [1], False, "the empty completion"),
+    ([55300, 60000, 57000, 55299], [55300, 60000, 57001, 55299], True, "ids that are no characters"),
+    ([55300, 60000, 57000, 55299], [55301, 60000, 57001, 55299], False, "ids that are no characters, apart"),
 ]
 
 
@@ -177,9 +177,7 @@ def filled(prioritized: bool) -> ReplayBuffer:
 def draw_counts(buffer: ReplayBuffer, count: int) -> Counter[tuple[int, ...]]:
     """How often each ordered draw of numbers of completions comes up."""
     generator = torch.Generator().manual_seed(5)
-    return Counter(
-        tuple(e.tokens[0] // 10 for e in buffer.draw(KEY, count, generator)) for _ in range(DRAWS)
-    )
+    return Counter(tuple(e.tokens[0] // 10 for e in buffer.draw(KEY, count, generator)) for _ in range(DRAWS))
 
 
 @pytest.mark.parametrize("prioritized", [True, False])
@@ -275,7 +273,9 @@ def test_a_buffer_that_was_cut_short_says_what_to_do(tmp_path: Path, name: str, 
         file.write_bytes(content[: min(int(len(content) * share), len(content) - 1)])
     loaded = filled(False)
     before = stored(loaded)
-    with pytest.raises(CheckpointError, match="replay buffer is incomplete .*resume from an earlier checkpoint"):
+    with pytest.raises(
+        CheckpointError, match="replay buffer is incomplete .*resume from an earlier checkpoint"
+    ):
         loaded.load(tmp_path)
     assert stored(loaded) == before, "a failed load changes nothing"
 

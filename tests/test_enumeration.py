@@ -75,7 +75,9 @@ def test_more_strings_than_one_pass_takes(one_lm: LanguageModel, monkeypatch: py
 def test_too_large_a_support_says_what_to_do(one_lm: LanguageModel) -> None:
     target, support = one_lm.log_prob("{z}"), SUPPORT.bind(one_lm)
     assert len(enumerate_posterior(target, support, ROW, limit=13).completions) == 13
-    with pytest.raises(SupportError, match=r"13 completions, more than the limit of 12 .*narrow it .*raise `limit`"):
+    with pytest.raises(
+        SupportError, match=r"13 completions, more than the limit of 12 .*narrow it .*raise `limit`"
+    ):
         enumerate_posterior(target, support, ROW, limit=12)
     wide = Support(stop=".", max_tokens=25).bind(one_lm)
     with pytest.raises(SupportError, match=r"e\+\d+ completions"):
@@ -84,7 +86,9 @@ def test_too_large_a_support_says_what_to_do(one_lm: LanguageModel) -> None:
 
 def test_an_empty_posterior_says_what_to_do(one_lm: LanguageModel) -> None:
     target = one_lm.log_prob("{z}") + constraint.contains("dog")
-    with pytest.raises(SupportError, match="R = 0 for every completion of the support; relax the constraints"):
+    with pytest.raises(
+        SupportError, match="R = 0 for every completion of the support; relax the constraints"
+    ):
         enumerate_posterior(target, SUPPORT.bind(one_lm), ROW)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from amortlm import LanguageModel, Posterior, Support, Target, constraint
@@ -135,7 +136,9 @@ def test_log_prob_reads_texts_and_tokens_with_and_without_stop(posterior: Poster
     same = [" cats", " cats.", tokens, [*tokens, lm.token_id(".")]]
     log_q = posterior.log_prob(ROW, [*same, " dog"])
     assert log_q.shape == (5,)
-    torch.testing.assert_close(log_q[:4], torch.full((4,), log_q_by_loop(posterior, tokens)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        log_q[:4], torch.full((4,), log_q_by_loop(posterior, tokens)), atol=1e-4, rtol=0
+    )
     assert abs(log_q[4] - log_q[0]) > 1e-3
     assert not log_q.requires_grad
 
@@ -151,7 +154,9 @@ def test_log_prob_adds_up_the_stop_symbols(one_lm: LanguageModel) -> None:
 @pytest.mark.parametrize(
     "completion", ["", ".", " cat cat cat cat", " the", " cat. a.", [2, 3], [10**6], [-1]]
 )
-def test_completions_outside_the_support_are_refused(posterior: Posterior, completion: str | list[int]) -> None:
+def test_completions_outside_the_support_are_refused(
+    posterior: Posterior, completion: str | list[int]
+) -> None:
     with pytest.raises(DataError, match="is outside the support: .* 1 to 3 are allowed"):
         posterior.log_prob(ROW, [" cat", completion])
 
@@ -359,22 +364,34 @@ def test_the_model_is_found_by_the_name_in_the_folder(one_lm: LanguageModel, tmp
 
 
 @pytest.mark.parametrize("share", [None, 0.0, 0.4, 0.95])
-def test_a_damaged_posterior_json_is_refused(posterior: Posterior, tmp_path: Path, share: float | None) -> None:
+def test_a_damaged_posterior_json_is_refused(
+    posterior: Posterior, tmp_path: Path, share: float | None
+) -> None:
     posterior.save_pretrained(tmp_path)
     file = tmp_path / "posterior.json"
     text = file.read_text()
     file.unlink()
     if share is not None:
         file.write_text(text[: int(len(text) * share)])
-    with pytest.raises(CheckpointError, match=r"posterior\.json is missing or damaged .*not a complete saved"):
+    with pytest.raises(
+        CheckpointError, match=r"posterior\.json is missing or damaged .*not a complete saved"
+    ):
         Posterior.from_pretrained(tmp_path, lm=posterior.lm)
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"prompt": None}, {"support": None}, {"support": {"stop": ".", "longest": 3}}, {"weights": None}, {"target": None}],
+    [
+        {"prompt": None},
+        {"support": None},
+        {"support": {"stop": ".", "longest": 3}},
+        {"weights": None},
+        {"target": None},
+    ],
 )
-def test_a_posterior_json_with_missing_parts_is_refused(posterior: Posterior, tmp_path: Path, change: dict) -> None:
+def test_a_posterior_json_with_missing_parts_is_refused(
+    posterior: Posterior, tmp_path: Path, change: dict
+) -> None:
     posterior.save_pretrained(tmp_path)
     file = tmp_path / "posterior.json"
     spec = json.loads(file.read_text())
@@ -412,9 +429,17 @@ def test_weights_that_were_cut_short_are_refused(
         Posterior.from_pretrained(tmp_path, lm=one_lm)
 
 
-def test_an_adapter_of_another_model_is_refused(
-    models: dict[str, LanguageModel], tmp_path: Path
-) -> None:
+def test_a_full_model_without_one_of_its_weights_is_refused(family_lm: LanguageModel, tmp_path: Path) -> None:
+    make(family_lm, adapter="full").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights[next(name for name in weights if "layers.1" in name or "h.1" in name)]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="missing"):
+        Posterior.from_pretrained(tmp_path, lm=family_lm)
+
+
+def test_an_adapter_of_another_model_is_refused(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     make(models["gpt2-tied"]).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="cannot load the adapter"):
         Posterior.from_pretrained(tmp_path, lm=models["llama-untied"])

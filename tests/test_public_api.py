@@ -20,7 +20,7 @@ objectives verifier
 """
 SETTINGS = """
 buffer_prioritized buffer_size diagnose_steps epsilon hard_penalty log_z log_z_learning_rate num_samples objective
-replay_ratio reward_temperature subtb_lambda subtb_states tempered_ratio temperature_range
+replay_ratio reward_temperature subtb_lambda subtb_states temperature_range tempered_ratio
 """
 CONSTRAINTS = ("allowed_tokens", "canonical", "contains", "length", "matches", "predicate")
 

@@ -125,7 +125,10 @@ def test_yaml_means_what_it_says(
         ("- {log_prob: {of: '{z}'}, weight: heavy}", "weight of a target term must be a number, got 'heavy'"),
         ("- {log_prob: {of: '{z}'}, temperature: warm}", "temperature of a target term must be a number"),
         ("- {log_prob: {of: '{z}'}, temperature: 0}", "temperature of a target term must be positive, got 0"),
-        ("- {log_prob: {of: '{z}'}, temperature: -1}", "temperature of a target term must be positive, got -1"),
+        (
+            "- {log_prob: {of: '{z}'}, temperature: -1}",
+            "temperature of a target term must be positive, got -1",
+        ),
         ("- {contains: [a], penalty: much}", "penalty of a target term must be a number, got 'much'"),
         ("log_prob: {of: '{z}'}", "target must be a list of terms"),
         ("[]", "target must be a list of terms"),

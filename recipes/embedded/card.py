@@ -161,7 +161,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="folder of the real text")
     parser.add_argument("--model", type=Path, required=True, help="model folder; the card is written into it")
     parser.add_argument("--log", type=Path, help="log.jsonl of the training run, for the training section")
-    parser.add_argument("--count", type=int, default=400, help="examples per measurement")
+    parser.add_argument("--count", type=int, default=1000, help="examples per measurement")
     parser.add_argument("--only", help="print this section instead of writing the card")
     return parser.parse_args()
 

@@ -74,7 +74,7 @@ def read_validation(data: Path) -> list[str]:
     return [clean(piece) for piece in pieces[1:-1]]
 
 
-def real_losses(scorer: Scorer, data: Path, count: int = 400) -> dict[str, tuple[float, int]]:
+def real_losses(scorer: Scorer, data: Path, count: int = 1000) -> dict[str, tuple[float, int]]:
     """Held-out loss on real text: none of it was trained on."""
     dev = (data / "commongen" / "commongen.dev.jsonl").read_text(encoding="utf-8").splitlines()
     scenes = [clean(scene) for line in dev for scene in json.loads(line)["scene"]]
@@ -87,7 +87,7 @@ def real_losses(scorer: Scorer, data: Path, count: int = 400) -> dict[str, tuple
     return {name: scorer.loss(lines[:count]) for name, lines in texts.items()}
 
 
-def generated_losses(scorer: Scorer, data: Path, count: int = 400) -> dict[str, tuple[float, int]]:
+def generated_losses(scorer: Scorer, data: Path, count: int = 1000) -> dict[str, tuple[float, int]]:
     """Loss on documents of a seed that training did not use."""
     corpus = Corpus(data, HELD_OUT_SEED)
     return {part: scorer.loss([corpus.document(part, i) for i in range(count)]) for part in GENERATED}
@@ -145,7 +145,7 @@ def real_dependence(scorer: Scorer, data: Path, count: int) -> dict[str, float]:
     }
 
 
-def dependence(scorer: Scorer, data: Path, count: int = 400) -> dict[str, float]:
+def dependence(scorer: Scorer, data: Path, count: int = 1000) -> dict[str, float]:
     """Every dependence measure, in nats."""
     return {
         **story_dependence(scorer, count),

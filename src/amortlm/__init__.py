@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from amortlm.posterior import Diagnosis as Diagnosis
     from amortlm.posterior import Posterior as Posterior
     from amortlm.posterior import Sample as Sample
-    from amortlm.targets import constraints as constraint
+    from amortlm.targets import constraints as constraint  # noqa: F401
     from amortlm.targets.base import Target as Target
     from amortlm.targets.constraints import Verifier as Verifier
     from amortlm.targets.constraints import verifier as verifier

@@ -19,7 +19,8 @@ from amortlm.passes import pad_right
 from amortlm.types import Rollouts, row_key
 
 NEAR = 0.25  # Hu et al. 2024: two completions are near-duplicates below 25 % of their summed lengths
-SHORT = 4  # tokens; of shorter completions one edit makes another answer (" 10", " 100"), so only equal ones are
+# Tokens. Of shorter completions one edit makes another answer (" 10", " 100"), so only equal ones count as near.
+SHORT = 4
 
 
 @dataclass(frozen=True, order=True)

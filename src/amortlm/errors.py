@@ -1,14 +1,14 @@
 """Every error amortlm raises on purpose.
 
-    AmortLMError
-    ├── DataError            rows are empty, a column is missing, a completion is outside the support
-    ├── TemplateError        unknown placeholder, `{z}` missing or repeated, bad braces
-    ├── PromptTooLongError   prompt + completion do not fit the model's context
-    ├── SupportError         a stop string that is not one token, a support that allows nothing
-    ├── RewardError          NaN or +inf reward, a target that cannot do what an objective needs
-    ├── ConfigError          unknown task, YAML key or objective (with the nearest valid name)
-    ├── CheckpointError      a saved run or posterior that is incomplete or of another layout
-    └── MissingExtraError    an optional dependency is not installed
+AmortLMError
+├── DataError            rows are empty, a column is missing, a completion is outside the support
+├── TemplateError        unknown placeholder, `{z}` missing or repeated, bad braces
+├── PromptTooLongError   prompt + completion do not fit the model's context
+├── SupportError         a stop string that is not one token, a support that allows nothing
+├── RewardError          NaN or +inf reward, a target that cannot do what an objective needs
+├── ConfigError          unknown task, YAML key or objective (with the nearest valid name)
+├── CheckpointError      a saved run or posterior that is incomplete or of another layout
+└── MissingExtraError    an optional dependency is not installed
 """
 
 from __future__ import annotations

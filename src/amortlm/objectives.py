@@ -28,7 +28,9 @@ def log_weights(log_reward: Tensor, log_probs: PolicyLogProbs, stop_mask: Tensor
     Raises RewardError where log_reward is not finite at a stopping state (see `targets.base.Softened`).
     """
     if not torch.isfinite(log_reward[stop_mask]).all():
-        raise RewardError("a log reward is not finite; wrap the target in Softened to train on hard constraints")
+        raise RewardError(
+            "a log reward is not finite; wrap the target in Softened to train on hard constraints"
+        )
     log_pf = torch.nn.functional.pad(log_probs.log_pf, (1, 0)).cumsum(1)
     log_w = log_reward - log_pf - log_probs.log_pterm
     return torch.where(stop_mask, log_w, 0.0)

@@ -100,9 +100,7 @@ def _drops_cache(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_activation_checkpointing", False)) and model.training
 
 
-def _state_logits_without_cache(
-    model: PreTrainedModel, prefix: Prefix, index: Tensor, ids: Tensor
-) -> Tensor:
+def _state_logits_without_cache(model: PreTrainedModel, prefix: Prefix, index: Tensor, ids: Tensor) -> Tensor:
     heads, mask = pad_left([list(prefix.prompts[i][:-1]) for i in index.tolist()], ids.device)
     mask = torch.cat([mask, mask.new_ones(ids.shape)], dim=1)
     out = model(

@@ -90,10 +90,14 @@ class Posterior:
         """Importance diagnostics of one row from n fresh samples. Small n flatter a bad proposal."""
         _, log_q, log_reward = self._draw(row, n, seed)
         if log_reward is None:
-            raise ConfigError("this posterior has no target to weigh samples with; pass target= to from_pretrained")
+            raise ConfigError(
+                "this posterior has no target to weigh samples with; pass target= to from_pretrained"
+            )
         return estimate(log_reward - log_q, log_reward)
 
-    def diagnose(self, rows: Row | Sequence[Row], n: int = 256, *, seed: object = 0, limit: int = LIMIT) -> Diagnosis:
+    def diagnose(
+        self, rows: Row | Sequence[Row], n: int = 256, *, seed: object = 0, limit: int = LIMIT
+    ) -> Diagnosis:
         """How far the sampler is from the posterior, row by row.
 
         Importance diagnostics from n samples each; where the support has at most `limit` completions, also

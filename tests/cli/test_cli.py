@@ -103,9 +103,9 @@ def test_train_writes_a_posterior_and_says_what_to_do_next(cli: Cli, model: Path
     assert steps == {0, 1, 2}
     posterior = Posterior.from_pretrained(out)
     assert posterior.lm.name == str(model)
-    assert any(
-        p.abs().sum() > 0 for name, p in posterior.policy.named_parameters() if "lora_B" in name
-    ), "two steps have moved the adapter"
+    assert any(p.abs().sum() > 0 for name, p in posterior.policy.named_parameters() if "lora_B" in name), (
+        "two steps have moved the adapter"
+    )
 
 
 def test_the_default_folder_has_the_name_of_the_file(

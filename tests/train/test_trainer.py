@@ -23,12 +23,16 @@ from amortlm.errors import (
 )
 from amortlm.policy import default_lora
 
-ROWS = [{"x": x, "y": y} for x, y in (("a b", " c"), ("b", " a"), ("c a b", " b"), ("a", " d"), ("d c", " a"))]
+ROWS = [
+    {"x": x, "y": y} for x, y in (("a b", " c"), ("b", " a"), ("c a b", " b"), ("a", " d"), ("d c", " a"))
+]
 
 
 def make_trainer(lm: LanguageModel, folder: Path, rows: Any = None, **settings: Any) -> GFNTrainer:
     """A trainer of the infilling target with small batches; `settings` go to GFNConfig or GFNTrainer."""
-    own = {k: settings.pop(k) for k in ("target", "prompt", "support", "seeds", "peft_config") if k in settings}
+    own = {
+        k: settings.pop(k) for k in ("target", "prompt", "support", "seeds", "peft_config") if k in settings
+    }
     config = {
         "max_steps": 4,
         "num_samples": 4,
@@ -146,7 +150,12 @@ def test_accumulated_micro_batches_equal_one_batch(one_lm: LanguageModel, tmp_pa
     settings = {"max_steps": 1, "warmup_steps": 0, "replay_ratio": 0.0, "max_grad_norm": 0.0, "optim": "sgd"}
     whole = make_trainer(one_lm, tmp_path, per_device_train_batch_size=4, rows=ROWS[:4], **settings)
     parts = make_trainer(
-        one_lm, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, rows=ROWS[:4], **settings
+        one_lm,
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        rows=ROWS[:4],
+        **settings,
     )
     parts._next_micro_step = lambda: (0, 0)  # type: ignore[method-assign]  # both micro-batches: the same seed
     whole.train()
@@ -178,7 +187,9 @@ def test_logs_and_sample_table(one_lm: LanguageModel, tmp_path: Path) -> None:
 def test_hard_constraints_train(one_lm: LanguageModel, tmp_path: Path) -> None:
     """R = 0 almost everywhere: the share of accepted samples rises, with and without a language-model term."""
     for target in (one_lm.log_prob("{z}", given="{x}") + c.contains("a"), c.contains("a")):
-        trainer = make_trainer(one_lm, tmp_path, target=target, max_steps=120, num_samples=16, replay_ratio=0.25)
+        trainer = make_trainer(
+            one_lm, tmp_path, target=target, max_steps=120, num_samples=16, replay_ratio=0.25
+        )
         before = sum(trainer.posterior.estimate(row, 256).valid for row in ROWS) / len(ROWS)
         trainer.train()
         after = sum(trainer.posterior.estimate(row, 256).valid for row in ROWS) / len(ROWS)
@@ -254,7 +265,9 @@ def test_checkpoint_cut_short(one_lm: LanguageModel, tmp_path: Path, victim: str
     file = tmp_path / "checkpoint-4" / victim
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(CheckpointError, match="resume from"):
-        make_trainer(one_lm, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        make_trainer(one_lm, tmp_path, **settings).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
     if victim == "trainer_state.json":
         resumed = make_trainer(one_lm, tmp_path, **settings)
         resumed.train(resume_from_checkpoint=True)

@@ -19,7 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         getattr(commands, args.command)(args)
     except AmortLMError as e:
-        print("amortlm:", " ".join(str(e).split()), file=sys.stderr)  # one line, whatever the library beneath says
+        print(
+            "amortlm:", " ".join(str(e).split()), file=sys.stderr
+        )  # one line, whatever the library beneath says
         return 2
     except OSError as e:
         print(f"amortlm: {e}. What was saved before is intact.", file=sys.stderr)
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="amortlm", description="Make a language model sample from posteriors that it defines but cannot sample."
+        prog="amortlm",
+        description="Make a language model sample from posteriors that it defines but cannot sample.",
     )
     parser.add_argument("--version", action="version", version=f"amortlm {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
@@ -44,7 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--output", help="output folder (default: runs/NAME)")
     train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
     train.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any GFNConfig field, e.g. max_steps=50"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any GFNConfig field, e.g. max_steps=50",
     )
 
     sample = commands.add_parser("sample", help="draw from a saved posterior")
@@ -64,7 +71,11 @@ def _add_posterior(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a folder written by `amortlm train` or Posterior.save_pretrained")
     parser.add_argument("--data", help="rows as .jsonl, .json, .csv or .tsv")
     parser.add_argument(
-        "--column", action="append", default=[], metavar="NAME=TEXT", help="one row on the command line, e.g. x='...'"
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="one row on the command line, e.g. x='...'",
     )
     parser.add_argument("--model", help="the frozen model, if it is not where it was in training")
     parser.add_argument("--seed", type=int, default=0)

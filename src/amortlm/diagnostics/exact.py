@@ -46,7 +46,9 @@ class Distance:
     mass: float
 
 
-def enumerate_posterior(target: Target, support: BoundSupport, row: Row, limit: int = LIMIT) -> ExactPosterior:
+def enumerate_posterior(
+    target: Target, support: BoundSupport, row: Row, limit: int = LIMIT
+) -> ExactPosterior:
     """Score every completion of the support. Raises SupportError if there are more than `limit`."""
     if support.size() > limit:
         raise SupportError(
@@ -63,7 +65,9 @@ def enumerate_posterior(target: Target, support: BoundSupport, row: Row, limit: 
     log_r = torch.cat(scores)
     log_z = log_r.logsumexp(0)
     if not torch.isfinite(log_z):
-        raise SupportError("the posterior is empty: R = 0 for every completion of the support; relax the constraints")
+        raise SupportError(
+            "the posterior is empty: R = 0 for every completion of the support; relax the constraints"
+        )
     return ExactPosterior(completions, log_r - log_z, log_z.item())
 
 

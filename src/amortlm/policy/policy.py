@@ -56,7 +56,9 @@ class Policy(nn.Module):
         self.lm = lm
         self.prompt = PromptTemplate(prompt)
         if any(t.has_latent for t in self.prompt.templates):
-            raise TemplateError(f"policy prompt {prompt!r}: take {{z}} out; the completion follows the prompt")
+            raise TemplateError(
+                f"policy prompt {prompt!r}: take {{z}} out; the completion follows the prompt"
+            )
         self.support_spec = support
         self.support: BoundSupport = support.bind(lm)
         self.model = _trainable_copy(lm, adapter)
@@ -113,9 +115,7 @@ class Policy(nn.Module):
     def forward(self, rollouts: Rollouts) -> PolicyLogProbs:
         return self.evaluate(rollouts)
 
-    def rollouts(
-        self, rows: Sequence[Row], completions: Sequence[Sequence[Sequence[int] | str]]
-    ) -> Rollouts:
+    def rollouts(self, rows: Sequence[Row], completions: Sequence[Sequence[Sequence[int] | str]]) -> Rollouts:
         """Rollouts from given completions (texts or token lists), a list per row.
 
         A stop symbol at the end of a text is taken off. Raises DataError outside the support.
@@ -198,4 +198,3 @@ def _zero_dropout(model: nn.Module) -> None:
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0  # type: ignore[assignment]
-

@@ -65,7 +65,9 @@ class _TextTerm(Target):
     @property
     def bound_lm(self) -> LanguageModel:
         if self.lm is None:
-            raise ConfigError(f"{self!r} does not know the tokenizer yet: call target.bind(lm) before score()")
+            raise ConfigError(
+                f"{self!r} does not know the tokenizer yet: call target.bind(lm) before score()"
+            )
         return self.lm
 
 
@@ -74,7 +76,9 @@ class Constraint(_TextTerm):
 
     def __init__(self, penalty: float | None = None):
         if penalty is not None and not (penalty > 0 and math.isfinite(penalty)):
-            raise RewardError(f"a penalty is a positive number of nats, or None for a hard constraint; got {penalty}")
+            raise RewardError(
+                f"a penalty is a positive number of nats, or None for a hard constraint; got {penalty}"
+            )
         self.penalty = penalty
 
     @property
@@ -255,7 +259,9 @@ class Verifier(_TextTerm):
         batch = [(texts[b][t] or "", rows[b]) for b, t in where]
         scores = list(self.fn([text for text, _ in batch], [row for _, row in batch])) if batch else []
         if len(scores) != len(where):
-            raise RewardError(f"{self!r} returned {len(scores)} scores for {len(where)} texts; return one per text")
+            raise RewardError(
+                f"{self!r} returned {len(scores)} scores for {len(where)} texts; return one per text"
+            )
         out = torch.zeros(asked.shape, device=asked.device)
         out[asked] = torch.tensor([float(s) for s in scores], device=asked.device)
         return out

@@ -1,15 +1,15 @@
 """Targets as JSON or YAML: a list of terms, each with an optional weight or temperature.
 
-    - log_prob: {of: "{z}{y}", given: "{x}"}
-      temperature: 0.8
-    - contains: [dog, park]
-      penalty: 10
-    - matches: "[A-Z].*"
-    - length: {minimum: 3, maximum: 12}
-    - allowed_tokens: [" a", " b"]
-    - canonical: true
-    - predicate: my_package.rules:is_polite
-    - verifier: {function: "my_package.rules:score", every_prefix: false}
+- log_prob: {of: "{z}{y}", given: "{x}"}
+  temperature: 0.8
+- contains: [dog, park]
+  penalty: 10
+- matches: "[A-Z].*"
+- length: {minimum: 3, maximum: 12}
+- allowed_tokens: [" a", " b"]
+- canonical: true
+- predicate: my_package.rules:is_polite
+- verifier: {function: "my_package.rules:score", every_prefix: false}
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def _number(term: dict[str, Any], name: str) -> float:
 def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel) -> Target:
     """Build a target from its JSON/YAML form. Raises ConfigError for an unknown term or bad arguments."""
     if not isinstance(spec, Sequence) or isinstance(spec, str) or not spec:
-        raise ConfigError("target must be a list of terms, each a mapping such as {log_prob: {of: ..., given: ...}}")
+        raise ConfigError(
+            "target must be a list of terms, each a mapping such as {log_prob: {of: ..., given: ...}}"
+        )
     builders = _builders(lm)
     terms: list[tuple[float, Target]] = []
     for term in spec:

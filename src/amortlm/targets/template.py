@@ -97,9 +97,7 @@ class PromptTemplate:
         """The filled-in messages, or None for a text prompt."""
         if self.roles is None:
             return None
-        return [
-            {**r, "content": t.split(row)[0]} for r, t in zip(self.roles, self.templates, strict=True)
-        ]
+        return [{**r, "content": t.split(row)[0]} for r, t in zip(self.roles, self.templates, strict=True)]
 
 
 def check_rows(rows: Sequence[Row], columns: set[str], what: str) -> None:

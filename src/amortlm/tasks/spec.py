@@ -51,7 +51,9 @@ class RunSpec:
         check_keys(raw, _keys(cls), str(path))
         missing = [name for name in ("prompt", "target", "support", "data") if name not in raw]
         if missing:
-            raise ConfigError(f"{path}: {', '.join(missing)} missing; a run states prompt, target, support and data")
+            raise ConfigError(
+                f"{path}: {', '.join(missing)} missing; a run states prompt, target, support and data"
+            )
         if isinstance(raw["data"], str):
             raw["data"] = str(path.parent / raw["data"])
         return cls(**raw)
@@ -108,7 +110,9 @@ def check_keys(given: dict[str, Any], valid: Sequence[str], where: str) -> None:
         if key not in valid:
             close = nearest(key, valid).split("Valid:")[0]
             listing = f"Valid: {', '.join(sorted(valid))}." if len(valid) < 20 else ""
-            raise ConfigError(f"{where}: unknown key {key!r}; {close or 'no such setting. '}{listing}".strip())
+            raise ConfigError(
+                f"{where}: unknown key {key!r}; {close or 'no such setting. '}{listing}".strip()
+            )
 
 
 def _numbers(config: dict[str, Any], cls: type) -> dict[str, Any]:

@@ -21,7 +21,9 @@ ROWS, SAMPLES, EXAMPLES = 4, 64, 4  # what one diagnosis costs: 4 prompts x 64 s
 class TrainingProgress(ProgressCallback):
     """The trainer's progress bar (rate, time left) with loss, log-weight variance and ESS beside it."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         if state.is_world_process_zero and self.training_bar is not None and logs:
             self._seen = {**getattr(self, "_seen", {}), **logs}
             shown = {label: f"{self._seen[k]:.3g}" for k, label in SHOWN.items() if k in self._seen}
@@ -51,7 +53,9 @@ class DiagnoseCallback(TrainerCallback):
         reports = [trainer.posterior.estimate(row, SAMPLES, seed=seed) for row in self.rows]
         names = ("ess", "log_w_variance", "elbo")
         means = {n: sum(getattr(r, n) for r in reports) / len(reports) for n in names}
-        trainer.log({"ess": means["ess"], "fresh_log_w_variance": means["log_w_variance"], "elbo": means["elbo"]})
+        trainer.log(
+            {"ess": means["ess"], "fresh_log_w_variance": means["log_w_variance"], "elbo": means["elbo"]}
+        )
         folder = Path(str(trainer.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "samples.jsonl").open("a") as file:

@@ -50,7 +50,9 @@ def complete(folder: Path) -> bool:
 def list_complete(output_dir: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first."""
     numbered = [
-        (int(m.group(1)), p) for p in output_dir.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
+        (int(m.group(1)), p)
+        for p in output_dir.glob("checkpoint-*")
+        if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
     ]
     return [p for _, p in sorted(numbered) if complete(p)]
 

@@ -20,11 +20,13 @@ class GFNConfig(TrainingArguments):
     ours differ is told in docs/training.md.
     """
 
-    objective: str = field(
-        default="subtb", metadata={"help": "subtb, db, tb or vargrad. Paper: subtb."}
+    objective: str = field(default="subtb", metadata={"help": "subtb, db, tb or vargrad. Paper: subtb."})
+    num_samples: int = field(
+        default=8, metadata={"help": "Completions per prompt (K). Paper: 8; infilling 16."}
     )
-    num_samples: int = field(default=8, metadata={"help": "Completions per prompt (K). Paper: 8; infilling 16."})
-    subtb_lambda: float = field(default=1.0, metadata={"help": "Weight decay with length in SubTB. Paper: 1.0."})
+    subtb_lambda: float = field(
+        default=1.0, metadata={"help": "Weight decay with length in SubTB. Paper: 1.0."}
+    )
     subtb_states: int | None = field(
         default=None,
         metadata={"help": "Train SubTB on so many random stopping states per completion. Paper: all (None)."},
@@ -38,7 +40,8 @@ class GFNConfig(TrainingArguments):
     )
     log_z_learning_rate: float = field(default=0.1, metadata={"help": "Step size of learned log Z."})
     replay_ratio: float = field(
-        default=0.25, metadata={"help": "Share of prompts whose completions come from the buffer. Paper: 0.25."}
+        default=0.25,
+        metadata={"help": "Share of prompts whose completions come from the buffer. Paper: 0.25."},
     )
     buffer_size: int = field(default=50, metadata={"help": "Completions kept per prompt. Paper: 50."})
     buffer_prioritized: bool = field(
@@ -60,10 +63,12 @@ class GFNConfig(TrainingArguments):
         },
     )
     hard_penalty: float = field(
-        default=15.0, metadata={"help": "What violating a hard constraint costs in training, in nats. Paper: no such."}
+        default=15.0,
+        metadata={"help": "What violating a hard constraint costs in training, in nats. Paper: no such."},
     )
     diagnose_steps: int = field(
-        default=25, metadata={"help": "Diagnose on a few prompts (ESS, ELBO, samples) every so many steps; 0: never."}
+        default=25,
+        metadata={"help": "Diagnose on a few prompts (ESS, ELBO, samples) every so many steps; 0: never."},
     )
 
     # Defaults of TrainingArguments that differ here. See docs/training.md.
@@ -107,7 +112,9 @@ class GFNConfig(TrainingArguments):
         low, high = self.temperature_range
         start, end, steps = self.reward_temperature
         if not 0 < low <= high or start <= 0 or end <= 0 or steps < 1:
-            raise ConfigError("temperatures must be positive, ranges ordered, and the schedule at least one step")
+            raise ConfigError(
+                "temperatures must be positive, ranges ordered, and the schedule at least one step"
+            )
 
     def reward_temperature_at(self, step: int) -> float:
         """Temperature of log R at an update: linear from start to end, then constant."""

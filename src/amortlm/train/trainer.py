@@ -173,7 +173,9 @@ class GFNTrainer(Trainer):
     def seed_buffer(self, rows: Sequence[Row], completions: Sequence[Sequence[str | list[int]]]) -> None:
         """Score gold completions (a list per row) and put them into the replay buffer."""
         if len(rows) != len(completions):
-            raise DataError(f"{len(completions)} lists of gold completions for {len(rows)} rows; give one list per row")
+            raise DataError(
+                f"{len(completions)} lists of gold completions for {len(rows)} rows; give one list per row"
+            )
         for start in range(0, len(rows), CHUNK):
             part = completions[start : start + CHUNK]
             if any(part):
@@ -190,7 +192,9 @@ class GFNTrainer(Trainer):
         log_z = self.policy.log_z
         for start in range(0, len(log_z), CHUNK):
             rows = self.train_dataset[start : start + CHUNK]
-            rollouts, log_probs = self.policy.sample(rows, self.args.num_samples, seed=(self.args.seed, "log_z"))
+            rollouts, log_probs = self.policy.sample(
+                rows, self.args.num_samples, seed=(self.args.seed, "log_z")
+            )
             log_reward = self.training_target.score_final(rollouts)
             log_w = log_reward / self.args.reward_temperature_at(0) - log_probs.final(rollouts.lengths)
             log_z[start : start + CHUNK] = log_w.view(len(rows), -1).mean(1)
