@@ -88,12 +88,15 @@ class Posterior:
 
     def estimate(self, row: Row, n: int = 256, *, seed: object = 0) -> ImportanceEstimate:
         """Importance diagnostics of one row from n fresh samples. Small n flatter a bad proposal."""
-        _, log_q, log_reward = self._draw(row, n, seed)
+        return self._weigh(row, n, seed)[1]
+
+    def _weigh(self, row: Row, n: int, seed: object) -> tuple[Rollouts, ImportanceEstimate]:
+        rollouts, log_q, log_reward = self._draw(row, n, seed)
         if log_reward is None:
             raise ConfigError(
                 "this posterior has no target to weigh samples with; pass target= to from_pretrained"
             )
-        return estimate(log_reward - log_q, log_reward)
+        return rollouts, estimate(log_reward - log_q, log_reward)
 
     def diagnose(
         self, rows: Row | Sequence[Row], n: int = 256, *, seed: object = 0, limit: int = LIMIT
@@ -107,9 +110,8 @@ class Posterior:
         self._check(rows)
         reports = []
         for row in rows:
-            report = self.estimate(row, n, seed=seed).to_dict()
-            rollouts, _, _ = self._draw(row, n, seed)
-            report |= diversity(rollouts.completions())
+            rollouts, weighed = self._weigh(row, n, seed)
+            report = weighed.to_dict() | diversity(rollouts.completions())
             if self.policy.support.size() <= limit:
                 report |= self._exact(row, limit)
             reports.append(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 from argparse import Namespace
 from collections.abc import Sequence
@@ -44,7 +45,7 @@ def sample(args: Namespace) -> None:
         samples = posterior.sample(row, args.n, seed=args.seed)
         if args.json:
             for s in samples:
-                print(json.dumps({"row": dict(row), **s.to_dict()}))
+                print(json.dumps(_finite({"row": dict(row), **s.to_dict()})))
             continue
         for name, value in row.items():
             print(textwrap.fill(f"{name}: {value}", 100, subsequent_indent="   "))
@@ -57,7 +58,7 @@ def evaluate(args: Namespace) -> None:
     diagnosis = posterior.diagnose(_rows(args)[: args.rows], args.n, seed=args.seed)
     print(diagnosis)
     if args.output:
-        Path(args.output).write_text(json.dumps(diagnosis.reports, indent=2) + "\n")
+        Path(args.output).write_text(json.dumps(_finite(diagnosis.reports), indent=2) + "\n")
         print(f"wrote {args.output}")
 
 
@@ -91,3 +92,12 @@ def _pair(text: str, option: str) -> tuple[str, str]:
 
 def _wrap(text: str) -> str:
     return "\n".join(textwrap.wrap(text, TEXT_WIDTH))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -164,11 +164,13 @@ class Policy(nn.Module):
                     raise ValueError(f"missing {sorted(info['missing_keys'])[:3]}")
                 self.model.load_state_dict(saved.state_dict())
             else:
-                from peft import set_peft_model_state_dict
+                from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-                result: Any = set_peft_model_state_dict(self.model, load_file(str(Path(folder) / name)))
-                if result.unexpected_keys:
-                    raise ValueError(f"unexpected {result.unexpected_keys[:3]}")
+                weights = load_file(str(Path(folder) / name))
+                odd = set(get_peft_model_state_dict(self.model)) ^ set(weights)
+                if odd:
+                    raise ValueError(f"missing or unexpected {sorted(odd)[:3]}")
+                set_peft_model_state_dict(self.model, weights)
         except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as e:
             raise CheckpointError(
                 f"{folder}: cannot read {name} ({e}); the save was cut short or is of another model: "

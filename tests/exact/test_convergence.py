@@ -1,0 +1,79 @@
+"""Training reaches the exact posterior: total variation by enumeration on the embedded model.
+
+Sixteen words, one to three of them: 4,368 completions. Before training TV is above 0.5, after it below 0.1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from amortlm import GFNConfig, GFNTrainer, LanguageModel, Support, Target, default_lora, exact
+from amortlm import constraint as c
+
+WORDS = " the, a, dog, cat, ran, home, saw, was, happy, sad, to, and, her, his, she, found".split(",")
+SUPPORT = Support(stop=".", min_tokens=1, max_tokens=3, allowed_tokens=WORDS)
+ROW = {"x": "Tom had a dog. One day the dog was lost.", "y": "Tom was happy to have his dog again."}
+FAR, NEAR = 0.5, 0.1
+
+
+def targets(lm: LanguageModel) -> dict[str, Target]:
+    prior = lm.log_prob("{z}", given="{x}")
+    return {
+        "infilling": lm.log_prob("{z} {y}", given="{x}"),
+        "tempered": prior / 0.7,
+        "contrastive": 1.5 * prior - 1.0 * lm.log_prob("{z}"),
+        "constrained": prior + c.contains("cat"),
+    }
+
+
+def train(lm: LanguageModel, target: Target, objective: str, folder: Path, **settings: object) -> GFNTrainer:
+    config = {
+        "objective": objective,
+        "max_steps": 200,
+        "num_samples": 64,
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-3,
+        "epsilon": 0.1,  # some of these posteriors like what the model would hardly write
+        "save_strategy": "no",
+        "diagnose_steps": 0,
+        **settings,
+    }
+    return GFNTrainer(
+        lm,
+        target=target,
+        prompt="{x}",
+        support=SUPPORT,
+        train_dataset=[ROW],
+        peft_config=default_lora(16),
+        args=GFNConfig(output_dir=str(folder), **config),
+    )
+
+
+def total_variation(trainer: GFNTrainer, truth: exact.ExactPosterior) -> float:
+    return exact.distance(exact.policy_log_probs(trainer.policy, ROW), truth.log_p).total_variation
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["subtb", "vargrad"])
+@pytest.mark.parametrize("name", ["infilling", "tempered", "contrastive", "constrained"])
+def test_training_reaches_the_posterior(
+    embedded: LanguageModel, tmp_path: Path, name: str, objective: str
+) -> None:
+    target = targets(embedded)[name]
+    truth = exact.enumerate_posterior(target, SUPPORT.bind(embedded), ROW)
+    trainer = train(embedded, target, objective, tmp_path)
+    assert total_variation(trainer, truth) > FAR
+    trainer.train()
+    assert total_variation(trainer, truth) < NEAR
+
+
+@pytest.mark.slow
+def test_the_wrong_target_does_not(embedded: LanguageModel, tmp_path: Path) -> None:
+    """The control: trained on one posterior, the sampler stays far from another."""
+    trained_on, truth_of = targets(embedded)["tempered"], targets(embedded)["infilling"]
+    trainer = train(embedded, trained_on, "vargrad", tmp_path)
+    trainer.train()
+    truth = exact.enumerate_posterior(truth_of, SUPPORT.bind(embedded), ROW)
+    assert total_variation(trainer, truth) > FAR
