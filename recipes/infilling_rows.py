@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "embedded"))
 
 from stories import story
 
-ROWS = 240
+ROWS = 20
 
 for index in range(ROWS):
     sentences = story(f"infilling task/{index}").sentences

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from amortlm.tasks.spec import RunSpec
+from amortlm.tasks.spec import RunSpec, load_rows
+
+STORIES = load_rows(Path(__file__).parent / "stories.jsonl")
+TRAINED = 12  # stories the posterior is amortised over; the others are unseen
+UNSEEN = STORIES[TRAINED:]
 
 SPEC = RunSpec(
     # The ending, then the beginning as a document of its own: the model continues what it read last.
     prompt="{y}</s><s>{x}",
     target=[{"log_prob": {"of": "{z} {y}", "given": "{x}"}}],
     support={"stop": ".", "min_tokens": 3, "max_tokens": 20},
-    data=str(Path(__file__).parent / "stories.jsonl"),
+    data=[dict(row) for row in STORIES[:TRAINED]],
+    lora=32,
     config={
         "max_steps": 100,
-        "num_samples": 8,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
+        "num_samples": 12,
+        "per_device_train_batch_size": 6,
+        "subtb_states": 6,
+        "learning_rate": 2e-3,
+        "diagnose_steps": 0,
     },
 )
