@@ -12,7 +12,24 @@ import pytest
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Support, Target, default_lora, exact
 from amortlm import constraint as c
 
-WORDS = " the, a, dog, cat, ran, home, saw, was, happy, sad, to, and, her, his, she, found".split(",")
+WORDS = [
+    " the",
+    " a",
+    " dog",
+    " cat",
+    " ran",
+    " home",
+    " saw",
+    " was",
+    " happy",
+    " sad",
+    " to",
+    " and",
+    " her",
+    " his",
+    " she",
+    " found",
+]
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=3, allowed_tokens=WORDS)
 ROW = {"x": "Tom had a dog. One day the dog was lost.", "y": "Tom was happy to have his dog again."}
 FAR, NEAR = 0.5, 0.1

@@ -21,7 +21,7 @@ class ImportanceEstimate:
 
     ess             effective sample size as a share of n, in (0, 1]; 1 = q is the posterior
     khat            Pareto tail index of the weights (Vehtari et al. 2024): below 0.7 importance estimates can be
-                    trusted; NaN with fewer than 25 samples
+                    trusted; NaN where there is no tail to fit
     elbo            mean log w, a lower bound on log Z in expectation: log Z - elbo = KL(q || p)
     log_z           log mean w: a tighter lower bound in expectation, consistent
     log_w_variance  unbiased variance of log w; 0 = q is the posterior
@@ -74,7 +74,8 @@ def effective_sample_size(log_w: Tensor) -> float:
 def pareto_khat(log_w: Tensor) -> float:
     """Pareto k-hat of finite log weights, by arviz's PSIS; NaN for fewer than 25 samples.
 
-    Equal weights (a perfect sampler) have no tail: -inf.
+    Equal weights (a perfect sampler) have no tail: -inf. NaN too where so many samples are equal that fewer than
+    five lie above the cut-off, and nothing is left to fit.
     """
     if len(log_w) < MIN_FOR_KHAT:
         return math.nan
@@ -85,4 +86,4 @@ def pareto_khat(log_w: Tensor) -> float:
         import arviz
 
     _, khat = arviz.psislw(log_w.numpy())
-    return float(khat)
+    return float(khat) if math.isfinite(khat) else math.nan

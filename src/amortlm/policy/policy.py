@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,12 +187,16 @@ def _trainable_copy(lm: LanguageModel, adapter: LoraConfig | str | Path | None) 
     # A copy of the module tree whose parameters are the very tensors of the frozen model.
     memo: dict[int, Any] = {id(p): p for p in lm.model.parameters()}
     shared = copy.deepcopy(lm.model, memo)
-    if adapter is None or not isinstance(adapter, str | Path):
-        return get_peft_model(shared, adapter or default_lora())
-    try:
-        return PeftModel.from_pretrained(shared, str(adapter), is_trainable=True)
-    except Exception as e:  # peft and safetensors raise many kinds here
-        raise CheckpointError(f"{adapter}: cannot load the adapter ({e}); the save is incomplete") from e
+    with warnings.catch_warnings():
+        # peft reads a renamed attribute of transformers, and sets fan_in_fan_out of GPT-2's layers itself.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
+        if adapter is None or not isinstance(adapter, str | Path):
+            return get_peft_model(shared, adapter or default_lora())
+        try:
+            return PeftModel.from_pretrained(shared, str(adapter), is_trainable=True)
+        except Exception as e:  # peft and safetensors raise many kinds here
+            raise CheckpointError(f"{adapter}: cannot load the adapter ({e}); the save is incomplete") from e
 
 
 def _zero_dropout(model: nn.Module) -> None:

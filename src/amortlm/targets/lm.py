@@ -30,7 +30,7 @@ from amortlm.types import Rollouts, Row
 if TYPE_CHECKING:
     from amortlm.language_model import LanguageModel
 
-MAX_WIDTH = 128  # branch tokens per trajectory in one pass
+MAX_WIDTH = 64  # branch tokens per trajectory in one pass
 
 
 @dataclass(frozen=True)
