@@ -64,6 +64,8 @@ class Policy(nn.Module):
         self.support: BoundSupport = support.bind(lm)
         self.model = _trainable_copy(lm, adapter)
         self.is_full = adapter == FULL
+        if isinstance(adapter, str | Path) and not self.is_full:
+            self.load_adapter(adapter)
         _zero_dropout(self.model)
 
     @property
@@ -182,21 +184,37 @@ class Policy(nn.Module):
 def _trainable_copy(lm: LanguageModel, adapter: LoraConfig | str | Path | None) -> Any:
     if adapter == FULL:
         return copy.deepcopy(lm.model).requires_grad_(True)
-    from peft import PeftModel, get_peft_model
+    from peft import get_peft_model
 
     # A copy of the module tree whose parameters are the very tensors of the frozen model.
     memo: dict[int, Any] = {id(p): p for p in lm.model.parameters()}
     shared = copy.deepcopy(lm.model, memo)
+    config = _saved_config(adapter) if isinstance(adapter, str | Path) else adapter or default_lora()
     with warnings.catch_warnings():
         # peft reads a renamed attribute of transformers, and sets fan_in_fan_out of GPT-2's layers itself.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
-        if adapter is None or not isinstance(adapter, str | Path):
-            return get_peft_model(shared, adapter or default_lora())
         try:
-            return PeftModel.from_pretrained(shared, str(adapter), is_trainable=True)
-        except Exception as e:  # peft and safetensors raise many kinds here
-            raise CheckpointError(f"{adapter}: cannot load the adapter ({e}); the save is incomplete") from e
+            return get_peft_model(shared, config)
+        except ValueError as e:
+            if not isinstance(adapter, str | Path):
+                raise
+            raise CheckpointError(
+                f"{adapter}: the adapter is of another model ({e}); give the model it is of"
+            ) from e
+
+
+def _saved_config(folder: str | Path) -> Any:
+    from peft import PeftConfig
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(
+            f"{folder}: cannot read adapter_config.json ({e}); the save is incomplete"
+        ) from e
+    config.inference_mode = False
+    return config
 
 
 def _zero_dropout(model: nn.Module) -> None:
