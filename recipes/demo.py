@@ -12,6 +12,7 @@ import argparse
 import json
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from amortlm import GFNTrainer, Posterior, __version__, importance
 from amortlm.diagnostics.diversity import diversity
 from amortlm.report.plots import InfillingData, NumbersData, demo_figure
 from amortlm.tasks import infilling, numbers
+from amortlm.types import Row
 
 SAMPLES = 256  # per story: fewer flatter a bad sampler
 CURVE_STORIES = 4  # stories behind each point of the training curves
@@ -47,6 +49,7 @@ def run_numbers(folder: Path) -> tuple[NumbersData, dict[str, Any]]:
     trainer = numbers.SPEC.trainer(str(folder))
     track = Every(20, lambda: numbers.exactness(trainer.posterior))
     seconds = _train(trainer, track, "numbers")
+    _save_rows(folder, numbers.SPEC.rows())
     steps, states = zip(*track.history, strict=True)
     before, after = states[0], states[-1]
     table = [
@@ -85,7 +88,7 @@ def run_infilling(folder: Path) -> tuple[InfillingData, dict[str, Any]]:
     groups = [f"{len(rows)} stories, before", "after", f"{len(unseen)} others, before", "after"]
     print(tabulate(table, headers=["mean over", *groups], floatfmt=".3f"))
     _print_stories(rows, before_stories, after_stories)
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _save_rows(folder, rows)
     steps, points = zip(*track.history, strict=True)
     data = InfillingData(
         log_w_before=before["log_w"],
@@ -99,6 +102,11 @@ def run_infilling(folder: Path) -> tuple[InfillingData, dict[str, Any]]:
     unseen_results = {"before": before_unseen, "after": after_unseen}
     results = {"before": before, "after": after, "unseen": unseen_results, "stories": stories}
     return data, {**results, "seconds": seconds}
+
+
+def _save_rows(folder: Path, rows: Sequence[Row]) -> None:
+    """Where `amortlm sample` and `amortlm evaluate` look for rows when none are given."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _train(trainer: GFNTrainer, track: Every, name: str) -> float:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from amortlm import LanguageModel, Posterior, Support, Target, constraint
+from amortlm import LanguageModel, Policy, Posterior, Support, Target, constraint
 from amortlm.errors import CheckpointError, ConfigError, DataError
 from reference import plain_ids, sequence_log_prob, slow_log_q, tiny_policy
 
@@ -443,3 +443,9 @@ def test_an_adapter_of_another_model_is_refused(models: dict[str, LanguageModel]
     make(models["gpt2-tied"]).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="the adapter is of another model"):
         Posterior.from_pretrained(tmp_path, lm=models["llama-untied"])
+
+
+def test_weights_are_zero_where_no_sample_is_possible(one_lm: LanguageModel) -> None:
+    target = one_lm.log_prob("{z}", given="{x}") + constraint.length(99)
+    posterior = Posterior(Policy(one_lm, "{x}", Support(stop=".", max_tokens=3)), target)
+    assert [s.weight for s in posterior.sample({"x": "a"}, 4)] == [0.0] * 4

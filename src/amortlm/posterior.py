@@ -30,7 +30,7 @@ BATCH = 256  # completions sampled and scored at once
 @dataclass(frozen=True)
 class Sample:
     """One completion. log_q, log_reward: nats; weight: self-normalised importance weight among its batch (they
-    sum to 1), None when the posterior has no target."""
+    sum to 1; all 0 where R = 0 for every one of them), None when the posterior has no target."""
 
     text: str
     tokens: list[int]
@@ -54,7 +54,9 @@ class Posterior:
         Raises DataError for a missing column, PromptTooLongError for a prompt that does not fit.
         """
         rollouts, log_q, log_reward = self._draw(row, n, seed)
-        weights = None if log_reward is None else (log_reward - log_q).double().softmax(0).tolist()
+        weights = (
+            None if log_reward is None else (log_reward - log_q).double().softmax(0).nan_to_num(0.0).tolist()
+        )
         texts = self.texts(rollouts)
         return [
             Sample(
