@@ -52,7 +52,7 @@ def train(lm: LanguageModel, target: Target, objective: str, folder: Path, **set
         "num_samples": 64,
         "per_device_train_batch_size": 1,
         "learning_rate": 1e-3,
-        "epsilon": 0.1,  # some of these posteriors like what the model would hardly write
+        "epsilon": 0.1,  # so that no mode depends on luck in the first updates
         "save_strategy": "no",
         "diagnose_steps": 0,
         **settings,
