@@ -17,7 +17,14 @@ _HOMES = {
     "Support": "amortlm.policy.support",
     "Policy": "amortlm.policy.policy",
     "Exploration": "amortlm.policy.sampling",
-    "default_lora": "amortlm.policy.policy",
+    "Tool": "amortlm.policy.tools",
+    "Calculator": "amortlm.policy.tools",
+    "Lookup": "amortlm.policy.tools",
+    "EM": "amortlm.em",
+    "MStep": "amortlm.em",
+    "Prediction": "amortlm.predictive",
+    "Votes": "amortlm.predictive",
+    "default_lora": "amortlm.policy.adapter",
     "GFNConfig": "amortlm.train.config",
     "GFNTrainer": "amortlm.train.trainer",
     "ReplayBuffer": "amortlm.buffer",
@@ -43,15 +50,22 @@ if TYPE_CHECKING:
     from amortlm.buffer import ReplayBuffer as ReplayBuffer
     from amortlm.diagnostics import exact as exact
     from amortlm.diagnostics import importance as importance
+    from amortlm.em import EM as EM
+    from amortlm.em import MStep as MStep
     from amortlm.errors import AmortLMError as AmortLMError
     from amortlm.language_model import LanguageModel as LanguageModel
+    from amortlm.policy.adapter import default_lora as default_lora
     from amortlm.policy.policy import Policy as Policy
-    from amortlm.policy.policy import default_lora as default_lora
     from amortlm.policy.sampling import Exploration as Exploration
     from amortlm.policy.support import Support as Support
+    from amortlm.policy.tools import Calculator as Calculator
+    from amortlm.policy.tools import Lookup as Lookup
+    from amortlm.policy.tools import Tool as Tool
     from amortlm.posterior import Diagnosis as Diagnosis
     from amortlm.posterior import Posterior as Posterior
     from amortlm.posterior import Sample as Sample
+    from amortlm.predictive import Prediction as Prediction
+    from amortlm.predictive import Votes as Votes
     from amortlm.targets import constraints as constraint  # noqa: F401
     from amortlm.targets.base import Target as Target
     from amortlm.targets.constraints import Verifier as Verifier

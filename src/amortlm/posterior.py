@@ -16,8 +16,10 @@ from amortlm.diagnostics.exact import LIMIT, distance, enumerate_posterior, poli
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.errors import CheckpointError, ConfigError, DataError
 from amortlm.language_model import LanguageModel
-from amortlm.policy.policy import FULL, Policy
+from amortlm.policy.adapter import FULL
+from amortlm.policy.policy import Policy
 from amortlm.policy.support import Support
+from amortlm.predictive import Prediction, Votes, predict, vote
 from amortlm.targets.base import Target
 from amortlm.targets.template import Messages, check_rows
 from amortlm.types import Rollouts, Row
@@ -118,6 +120,20 @@ class Posterior:
                 report |= self._exact(row, limit)
             reports.append(report)
         return Diagnosis(reports)
+
+    def predict(
+        self, row: Row, answers: Sequence[str], n: int = 64, *, temperature: float = 1.0, seed: object = 0
+    ) -> Prediction:
+        """p(y | x) over the answers: the mean over n samples z of p(y | x z), with its Monte-Carlo error.
+
+        The target must be one log_prob with the answer's column after `{z}`, which the prompt may not show (see
+        `amortlm.predictive`, also for many rows at once). Raises ConfigError, DataError.
+        """
+        return predict(self, [row], answers, n, temperature=temperature, seed=seed)[0]
+
+    def vote(self, row: Row, n: int = 10, *, temperature: float = 1.0, seed: object = 0) -> Votes:
+        """The model's greedy answers after each of n samples z, counted; under the same conditions."""
+        return vote(self, [row], n, temperature=temperature, seed=seed)[0]
 
     def _exact(self, row: Row, limit: int) -> dict[str, float]:
         assert self.target is not None

@@ -79,12 +79,6 @@ class Rollouts:
         tensors: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
-    @property
-    def written(self) -> Tensor:
-        """[B, T] True at the tokens of the completion (False: padding)."""
-        positions = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return positions < self.lengths[:, None]
-
     @staticmethod
     def cat(parts: Sequence[Rollouts]) -> Rollouts:
         """Join trajectories of the same rows; those of one row come to stand together."""

@@ -99,8 +99,7 @@ def _kl(log_a: Tensor, log_b: Tensor) -> float:
 
 def _chunks(support: BoundSupport) -> Iterator[list[list[int]]]:
     """All completions, shorter ones first, in chunks of one length (no padding)."""
-    allowed = support.allowed.nonzero().squeeze(1).tolist()
     for length in range(support.min_tokens, support.max_tokens + 1):
-        strings = map(list, itertools.product(allowed, repeat=length))
+        strings = support.completions(length)
         while chunk := list(itertools.islice(strings, CHUNK)):
             yield chunk

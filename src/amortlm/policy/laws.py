@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -63,9 +62,8 @@ def check_sum(policy: Policy, rows: Sequence[Row], atol: float = 1e-4) -> None:
 def support_completions(policy: Policy) -> list[list[int]]:
     """Every completion of the policy's support, as token lists."""
     support = policy.support
-    allowed = support.allowed.nonzero().squeeze(1).tolist()
     lengths = range(support.min_tokens, support.max_tokens + 1)
-    return [list(z) for length in lengths for z in product(allowed, repeat=length)]
+    return [z for length in lengths for z in support.completions(length)]
 
 
 def _assert_same(

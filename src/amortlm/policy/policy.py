@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from amortlm.errors import CheckpointError, DataError, TemplateError
+from amortlm.errors import DataError, TemplateError
 from amortlm.passes import encode_prompts, pad_right, state_logits
+from amortlm.policy.adapter import FULL, load_weights, trainable_copy
 from amortlm.policy.sampling import Exploration, draw, uniform_streams
 from amortlm.policy.support import BoundSupport, Support
 from amortlm.targets.template import Messages, PromptTemplate
@@ -22,19 +21,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from amortlm.language_model import LanguageModel
-
-FULL = "full"
-DEFAULT_RANK = 64  # Hu et al. 2024: r = 64, alpha = 16 on GPT-2 XL
-
-
-def default_lora(rank: int = DEFAULT_RANK) -> LoraConfig:
-    """LoRA on every linear layer but the output head. Dropout 0: with dropout, the policy that samples and
-    the policy that is trained are not the same."""
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
 
 
 class Policy(nn.Module):
@@ -62,7 +48,7 @@ class Policy(nn.Module):
             )
         self.support_spec = support
         self.support: BoundSupport = support.bind(lm)
-        self.model = _trainable_copy(lm, adapter)
+        self.model = trainable_copy(lm, adapter)
         self.is_full = adapter == FULL
         if isinstance(adapter, str | Path) and not self.is_full:
             self.load_adapter(adapter)
@@ -153,68 +139,7 @@ class Policy(nn.Module):
 
     def load_adapter(self, folder: str | Path) -> None:
         """Load weights saved by `save_adapter` into this policy. Raises CheckpointError if they do not fit."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        name = "model.safetensors" if self.is_full else "adapter_model.safetensors"
-        try:
-            if self.is_full:
-                # By transformers, which renames weights on disk (the head of GPT-NeoX, for one).
-                saved, info = type(self.model).from_pretrained(
-                    str(folder), dtype=self.model.dtype, local_files_only=True, output_loading_info=True
-                )
-                if info["missing_keys"]:
-                    raise ValueError(f"missing {sorted(info['missing_keys'])[:3]}")
-                self.model.load_state_dict(saved.state_dict())
-            else:
-                from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
-                weights = load_file(str(Path(folder) / name))
-                odd = set(get_peft_model_state_dict(self.model)) ^ set(weights)
-                if odd:
-                    raise ValueError(f"missing or unexpected {sorted(odd)[:3]}")
-                set_peft_model_state_dict(self.model, weights)
-        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as e:
-            raise CheckpointError(
-                f"{folder}: cannot read {name} ({e}); the save was cut short or is of another model: "
-                "resume from an earlier checkpoint"
-            ) from e
-
-
-def _trainable_copy(lm: LanguageModel, adapter: LoraConfig | str | Path | None) -> Any:
-    if adapter == FULL:
-        return copy.deepcopy(lm.model).requires_grad_(True)
-    from peft import get_peft_model
-
-    # A copy of the module tree whose parameters are the very tensors of the frozen model.
-    memo: dict[int, Any] = {id(p): p for p in lm.model.parameters()}
-    shared = copy.deepcopy(lm.model, memo)
-    config = _saved_config(adapter) if isinstance(adapter, str | Path) else adapter or default_lora()
-    with warnings.catch_warnings():
-        # peft reads a renamed attribute of transformers, and sets fan_in_fan_out of GPT-2's layers itself.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
-        try:
-            return get_peft_model(shared, config)
-        except ValueError as e:
-            if not isinstance(adapter, str | Path):
-                raise
-            raise CheckpointError(
-                f"{adapter}: the adapter is of another model ({e}); give the model it is of"
-            ) from e
-
-
-def _saved_config(folder: str | Path) -> Any:
-    from peft import PeftConfig
-
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise CheckpointError(
-            f"{folder}: cannot read adapter_config.json ({e}); the save is incomplete"
-        ) from e
-    config.inference_mode = False
-    return config
+        load_weights(self.model, self.is_full, folder)
 
 
 def _zero_dropout(model: nn.Module) -> None:

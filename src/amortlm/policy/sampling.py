@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from amortlm.passes import Prefix, select_cache
 from amortlm.policy.support import BoundSupport
+from amortlm.policy.tools import ToolRun
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def draw(
     log_pf = torch.zeros(batch, width, device=device)
     log_pterm = torch.full((batch, width + 1), -torch.inf, device=device)
 
+    tools = ToolRun(support.tool, batch) if support.tool is not None else None
     alive = torch.arange(batch, device=device)
     cache = select_cache(prefix.cache, index) or DynamicCache()
     mask, ids = prefix.mask[index], prefix.last[index]
@@ -86,6 +88,8 @@ def draw(
             use_cache=True,
         ).logits[:, -1]
         step = _step(logits, t, support, uniforms[alive, t], exploration, alive)
+        if tools is not None and t < width:
+            step = step.forced(tools.forced(alive))
         log_pterm[alive, t] = step.log_stop
         done = step.stopped
         lengths[alive[done]], stops[alive[done]] = t, step.token[done]
@@ -94,6 +98,8 @@ def draw(
             break
         ids = step.token[going]
         tokens[alive, t], log_pf[alive, t] = ids, step.log_p[going]
+        if tools is not None:
+            tools.advance(alive, tokens, t)
         if done.any():
             keep = going.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
@@ -108,6 +114,16 @@ class _Step:
     stopped: Tensor  # [b] bool
     log_p: Tensor  # [b] log q(token) under the policy
     log_stop: Tensor  # [b] log q(stop) under the policy
+
+    def forced(self, token: Tensor) -> _Step:
+        """The step with what a tool writes (token [b]; -1: nothing) in place of what was drawn."""
+        theirs = token >= 0
+        return _Step(
+            torch.where(theirs, token, self.token),
+            self.stopped & ~theirs,
+            self.log_p.masked_fill(theirs, 0.0),
+            self.log_stop.masked_fill(theirs, -torch.inf),
+        )
 
 
 def _step(

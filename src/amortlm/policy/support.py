@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from amortlm.errors import SupportError
+from amortlm.policy.tools import BoundTool, Tool, tool_from_spec
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ class Support:
     max_tokens       stopping is sure after so many tokens
     allowed_tokens   only these may be written (default: all but special tokens)
     banned_tokens    never written; wins over allowed_tokens
+    tool             writes into the completion, whatever is allowed: a `Tool`, "calculator", or a JSON form
 
     Stop tokens and the tokenizer's special tokens are never written inside a completion.
     """
@@ -36,6 +39,7 @@ class Support:
     max_tokens: int = 25
     allowed_tokens: Tokens = None
     banned_tokens: Tokens = None
+    tool: Tool | str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
@@ -45,8 +49,10 @@ class Support:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """JSON form. Raises ConfigError for a tool that cannot be saved by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["tool"] = None if self.tool is None else tool_from_spec(self.tool).to_spec()
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def bind(self, lm: LanguageModel) -> BoundSupport:
         """Resolve tokens for a model. Raises SupportError if a token is unknown or nothing is allowed."""
@@ -66,7 +72,8 @@ class Support:
             raise SupportError(
                 "support allows nothing: no token is left after banned, special and stop tokens; widen allowed_tokens"
             )
-        return BoundSupport(stop_ids, self.min_tokens, self.max_tokens, allowed)
+        tool = None if self.tool is None else BoundTool(tool_from_spec(self.tool), lm, stop_ids)
+        return BoundSupport(stop_ids, self.min_tokens, self.max_tokens, allowed, tool)
 
 
 @dataclass(frozen=True)
@@ -77,16 +84,42 @@ class BoundSupport:
     min_tokens: int
     max_tokens: int
     allowed: Tensor
+    tool: BoundTool | None = None
 
     def size(self) -> int:
-        """Number of completions in the support."""
+        """Number of completions in the support (with a tool: at most so many)."""
         n = int(self.allowed.sum())
         return sum(n**t for t in range(self.min_tokens, self.max_tokens + 1))
 
+    def completions(self, length: int) -> Iterator[list[int]]:
+        """Every completion of so many tokens, in a fixed order."""
+        choices = self.allowed.nonzero().squeeze(1).tolist()
+        if self.tool is None:
+            yield from map(list, product(choices, repeat=length))
+            return
+        partial: list[tuple[list[int], list[int]]] = [([], [])]
+        while partial:
+            tokens, pending = partial.pop()
+            if len(tokens) == length:
+                if not pending or length == self.max_tokens:
+                    yield tokens
+            elif pending:
+                partial.append(([*tokens, pending[0]], pending[1:]))
+            else:
+                longer = [[*tokens, choice] for choice in reversed(choices)]
+                partial += [(z, self.tool.result(z)) for z in longer]
+
     def contains(self, tokens: Sequence[int]) -> bool:
-        inside = self.min_tokens <= len(tokens) <= self.max_tokens
+        """Can the policy write this completion? With a tool, its tokens must be what it writes."""
         known = all(0 <= t < len(self.allowed) for t in tokens)
-        return inside and known and bool(self.allowed[list(tokens)].all())
+        if not known or not self.min_tokens <= len(tokens) <= self.max_tokens:
+            return False
+        if self.tool is None:
+            return bool(self.allowed[list(tokens)].all())
+        forced = self.tool.forced(tokens)
+        if forced is None or (len(tokens) < self.max_tokens and self.tool.inside(tokens)):
+            return False
+        return all(f or bool(self.allowed[t]) for f, t in zip(forced, tokens, strict=True))
 
     def log_probs(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalisers of q at states 0..S-1 of logits [B, S, V], all float32:
@@ -118,4 +151,19 @@ class BoundSupport:
             stops = torch.full_like(lengths, self.stop_ids[0])
         stop_mask = (states <= lengths[:, None]) & (states >= self.min_tokens) & (states <= self.max_tokens)
         action_mask = states[:-1] < lengths[:, None]
+        if self.tool is not None:
+            forced = self._forced(tokens, lengths)
+            action_mask = action_mask & ~forced
+            # A completion cannot stop where the next token is forced, but for the sure stop at max_tokens.
+            stop_mask = stop_mask & ~torch.nn.functional.pad(forced, (0, 1))
         return Rollouts(rows, row_index, tokens, lengths, stops, stop_mask, action_mask, self.stop_ids)
+
+    def _forced(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """[B, T] True at the tokens that the tool wrote."""
+        assert self.tool is not None
+        out = torch.zeros(tokens.shape, dtype=torch.bool)
+        called = self.tool.may_trigger[tokens.cpu()].any(1).tolist()
+        for i, (row, n) in enumerate(zip(tokens.tolist(), lengths.tolist(), strict=True)):
+            if called[i]:
+                out[i, :n] = torch.tensor(self.tool.forced(row[:n]) or [False] * n, dtype=torch.bool)
+        return out.to(tokens.device)

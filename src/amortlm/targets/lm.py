@@ -58,7 +58,9 @@ class CompletionPass:
 
 class LogProb(Target):
     """log p(of | given); see `LanguageModel.log_prob`. Hu et al. 2024, section 3.1: tempered, contrastive,
-    infilling and chain-of-thought posteriors are sums of such terms."""
+    infilling and chain-of-thought posteriors are sums of such terms.
+
+    Where a tool writes into z, p is the model with the same tool: its tokens are certain, and cost nothing."""
 
     def __init__(self, lm: LanguageModel, of: str, given: str | Messages = ""):
         self.lm, self.of, self.given = lm, Template(of), PromptTemplate(given)
@@ -106,7 +108,7 @@ class LogProb(Target):
         )
         log_r = torch.zeros(rollouts.stop_mask.shape, device=self.lm.device)
         if not self._z_in_given:
-            log_r[:, 1:] = (shared.log_tok * rollouts.written).cumsum(1)
+            log_r[:, 1:] = torch.where(rollouts.action_mask, shared.log_tok, 0.0).cumsum(1)
             log_r += self._log_before(contexts)[rollouts.row_index, None]
         if not any(c.after for c in contexts):
             return log_r + (0.0 if self._z_in_given else shared.log_stop.logsumexp(1))

@@ -1,0 +1,219 @@
+"""Expectation maximisation: fit p to data through a latent that nobody wrote down.
+
+The E-step trains q(z | x, y) to sample the posterior of p, the M-step maximises log p(z y | x) over p with z
+from q, weighted by importance: Fisher's identity makes that the gradient of log p(y | x). Hu et al. 2024, section 3.2.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from amortlm.errors import AmortLMError, ConfigError
+from amortlm.language_model import LanguageModel
+from amortlm.passes import gather_log_probs, pad_right
+from amortlm.policy import Support
+from amortlm.policy.adapter import FULL, load_weights, trainable_copy
+from amortlm.policy.sampling import seed_of
+from amortlm.posterior import Posterior
+from amortlm.targets.base import Target
+from amortlm.targets.lm import LogProb
+from amortlm.targets.template import Messages
+from amortlm.train import GFNConfig, GFNTrainer
+from amortlm.train.checkpoints import list_complete
+from amortlm.types import Rollouts, Row
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+DONE = "m_step.json"
+
+
+@dataclass(frozen=True)
+class MStep:
+    """steps: updates of p; num_samples: latents drawn from q for each row; batch_size: rows per update.
+
+    weighted: weigh each row's latents by p(z y | x) / q(z), which keeps the step right where q is not yet the
+    posterior; without, every latent counts the same.
+    """
+
+    steps: int = 100
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+    num_samples: int = 8
+    weighted: bool = True
+
+
+class EM:
+    """Alternate E-steps (`GFNTrainer`) and M-steps. Each round goes on from the policy and the model before it.
+
+    target   one `log_prob` with `{z}`: `lm.log_prob("{z} The answer is {y}.", given="{x}")`
+    args     settings of an E-step; its output_dir receives `round-0`, `round-1`, ... with `q` and `p` inside
+    adapter  what is trained of p in the M-step: as in `Policy`
+    seeds    gold completions in the replay buffer: a list per row
+
+    Finished rounds of an interrupted run are loaded, not run again. Raises ConfigError for another kind of target.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        target: Target,
+        prompt: str | Messages,
+        support: Support,
+        train_dataset: Sequence[Row],
+        args: GFNConfig,
+        m_step: MStep | None = None,
+        rounds: int = 1,
+        peft_config: LoraConfig | str | None = None,
+        adapter: LoraConfig | str | None = None,
+        seeds: Sequence[Sequence[str | list[int]]] | None = None,
+    ):
+        self.term = _single_term(target)
+        self.temperature = 1.0 / target.terms[0][0]
+        self.lm, self.prompt, self.support, self.rows = lm, prompt, support, list(train_dataset)
+        self.args, self.m_step, self.rounds, self.seeds = args, m_step or MStep(), rounds, seeds
+        if rounds < 1:
+            raise ConfigError(f"rounds must be at least 1, got {rounds}")
+        self.q_adapter, self.is_full = peft_config, adapter == FULL
+        copied = trainable_copy(lm, adapter)
+        self._trained = [p for p in copied.parameters() if p.requires_grad]
+        # p as it stands; so far it is `lm` in another module tree.
+        self.model = LanguageModel(copied, lm.tokenizer, lm.name, lm.score_memory_mb)
+
+    def run(self) -> Posterior:
+        """All rounds. The result samples from q and scores with the fitted p, which is `em.model`."""
+        folder = Path(str(self.args.output_dir))
+        q = self.q_adapter
+        for number in range(self.rounds):
+            here = folder / f"round-{number}"
+            if not (here / DONE).exists():
+                posterior = self._e_step(here / "q", q, number)
+                losses = fit(
+                    self.model.model,
+                    self.term,
+                    posterior,
+                    self.rows,
+                    self._trained,
+                    self.m_step,
+                    (self.args.seed, number),
+                )
+                self.model.model.save_pretrained(str(here / "p"))
+                (here / DONE).write_text(json.dumps({"loss": losses}))
+            q = str(here / "q")
+        load_weights(self.model.model, self.is_full, here / "p")
+        return Posterior.from_pretrained(here / "q", lm=self.lm, target=self._target())
+
+    def _target(self) -> Target:
+        return LogProb(self.model, self.term.of.text, self.term.given.source) / self.temperature
+
+    def _e_step(self, folder: Path, q: Any, number: int) -> Posterior:
+        """Train q from adapter `q`, on the p of the round before."""
+        if number:
+            load_weights(self.model.model, self.is_full, folder.parents[1] / f"round-{number - 1}" / "p")
+        args = copy.copy(self.args)
+        args.output_dir, args.seed = str(folder), self.args.seed + number
+        trainer = GFNTrainer(
+            self.lm,
+            target=self._target(),
+            prompt=self.prompt,
+            support=self.support,
+            train_dataset=self.rows,
+            args=args,
+            peft_config=q,
+            seeds=self.seeds,
+        )
+        trainer.train(resume_from_checkpoint=bool(list_complete(folder)))
+        trainer.posterior.save_pretrained(folder)
+        return trainer.posterior
+
+
+def fit(
+    model: Any,
+    term: LogProb,
+    posterior: Posterior,
+    rows: Sequence[Row],
+    parameters: Sequence[torch.nn.Parameter],
+    config: MStep,
+    seed: object,
+) -> list[float]:
+    """The M-step: maximise log p(z y | x) of `model` over `parameters`, z from the posterior's policy.
+
+    Returns the loss of each step: minus the weighted mean of log p(z y | x), nats.
+    """
+    for p in parameters:
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    losses = []
+    for step in tqdm(range(config.steps), desc="M-step", disable=None):
+        batch = _batch(rows, config.batch_size, (seed, step))
+        rollouts, log_q = posterior.policy.sample(batch, config.num_samples, seed=(seed, step))
+        log_p = joint_log_prob(model, term, rollouts)
+        weight = posterior_weights(log_p.detach(), log_q.final(rollouts.lengths), rollouts.row_index)
+        if not config.weighted:
+            weight = torch.full_like(weight, 1.0 / config.num_samples)
+        loss = -(weight * log_p).sum() / len(batch)
+        if not torch.isfinite(loss):
+            raise AmortLMError(f"the M-step's loss is {loss.item()} at step {step}: lower its learning_rate")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    for p in parameters:
+        p.requires_grad_(False)
+    return losses
+
+
+def posterior_weights(log_p: Tensor, log_q: Tensor, group: Tensor) -> Tensor:
+    """[B] importance weights p(z y | x) / q(z), normalised within each group (row)."""
+    log_w = log_p - log_q
+    out = torch.empty_like(log_w)
+    for g in group.unique():
+        out[group == g] = log_w[group == g].softmax(0)
+    return out
+
+
+def joint_log_prob(model: Any, term: LogProb, rollouts: Rollouts) -> Tensor:
+    """[B] log p(z y | x) under `model`, differentiable: what `term` says of finished completions, nats.
+
+    The stop symbol is the one that was written (a target sums over them). Tokens of a tool cost nothing.
+    """
+    sequences, scored = [], []
+    contexts = [term.context(row) for row in rollouts.rows]
+    chosen = rollouts.action_mask.tolist()
+    for b, tokens in enumerate(rollouts.completions()):
+        c = contexts[int(rollouts.row_index[b])]
+        written = [*tokens, int(rollouts.stops[b])]
+        sequences.append([*c.before, *written, *c.after])
+        before, after = len(c.before) - c.before_scored, len(c.after) - c.after_scored
+        own = [*chosen[b][: len(tokens)], True]
+        scored.append([0] * before + [1] * c.before_scored + own + [0] * after + [1] * c.after_scored)
+    ids, lengths = pad_right(sequences, model.device)
+    counts = pad_right(scored, model.device)[0][:, 1:].bool()
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
+    return torch.where(counts, gather_log_probs(logits, ids[:, 1:]), 0.0).sum(1)
+
+
+def _batch(rows: Sequence[Row], size: int, seed: object) -> list[Row]:
+    generator = torch.Generator().manual_seed(seed_of(seed))
+    return [rows[i] for i in torch.randperm(len(rows), generator=generator)[:size].tolist()]
+
+
+def _single_term(target: Target) -> LogProb:
+    terms = target.terms
+    if len(terms) != 1 or not isinstance(terms[0][1], LogProb) or not terms[0][1].of.has_latent:
+        raise ConfigError(f"EM fits a model through a target that is one log_prob of `{{z}}`, not {target!r}")
+    if terms[0][0] <= 0:
+        raise ConfigError("EM needs a positive weight of its log_prob: a temperature")
+    return terms[0][1]
