@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent / "embedded"))
 
 from stories import story
 
-ROWS = 20
+ROWS = 620  # 20 of the task, 600 of the experiment
 
 for index in range(ROWS):
     sentences = story(f"infilling task/{index}").sentences

@@ -86,7 +86,7 @@ def numbers_histogram(
         ax.axhline(posterior, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label=label)
     ax.set(xlim=(edges[0], edges[-1]), xlabel="integer", ylabel="probability")
     ax.set_ylim(0, 1.12 * max(*before, *after, 1e-9))
-    _style(ax)
+    style(ax)
     ax.legend(frameon=False, fontsize=SMALL, loc="upper right", labelcolor=INK)
 
 
@@ -112,7 +112,7 @@ def curve(
     if log:
         ax.set_yscale("log")
         _plain_log_ticks(ax)
-    _style(ax)
+    style(ax)
     if len(series) > 1:
         ax.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
 
@@ -134,7 +134,7 @@ def log_weight_histogram(
         ax.stairs(share, bins, color=colour, linewidth=1.3)
     ax.axvline(0, color=INK, linewidth=1.2, linestyle=(0, (4, 3)), label="exact sampler")
     ax.set(xlim=(low, high), xlabel="log importance weight − log Ẑ (nats)", ylabel="share of samples")
-    _style(ax)
+    style(ax)
     ax.legend(frameon=False, fontsize=SMALL, loc="upper left", labelcolor=INK)
 
 
@@ -151,7 +151,7 @@ def metric_bars(ax: Axes, metrics: Mapping[str, tuple[float, float]]) -> None:
             ax.text(end, row + shift, _number(value), va="center", fontsize=SMALL, color=INK)
         ax.text(0, row - 0.29, name, va="center", fontsize=TEXT, color=INK)
     ax.set(xlim=(0, 1.2), ylim=(len(metrics) - 0.5, -0.5), xticks=[], yticks=[])
-    _style(ax, frame=())
+    style(ax, frame=())
 
 
 def centred(log_w: Sequence[Sequence[float]]) -> np.ndarray:
@@ -258,7 +258,7 @@ def _spread(log_w: Sequence[Sequence[float]]) -> float:
     return float(np.median([g[np.isfinite(g)].std() for g in groups]))
 
 
-def _style(ax: Axes, frame: Sequence[str] = ("left", "bottom")) -> None:
+def style(ax: Axes, frame: Sequence[str] = ("left", "bottom")) -> None:
     for side, spine in ax.spines.items():
         spine.set_visible(side in frame)
         spine.set_color(MUTED)

@@ -1,4 +1,4 @@
-"""What the experiments share: training a GFlowNet sampler under a dry run and across interruptions."""
+"""What the experiments share: making a policy, and training it by each method under a dry run and after a stop."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from amortlm.policy import Support, default_lora
+from amortlm.policy import Policy, Support, default_lora
 from amortlm.posterior import Posterior
 from amortlm.reproduce.experiment import Context, Trained
 from amortlm.targets.base import Target
@@ -14,6 +14,22 @@ from amortlm.targets.template import Messages
 from amortlm.train import GFNConfig, GFNTrainer
 from amortlm.train.checkpoints import list_complete
 from amortlm.types import Row
+
+Gold = Sequence[Sequence[str | list[int]]]  # gold completions: a list per row
+
+
+def new_policy(
+    context: Context, prompt: str | Messages, support: Support, *, lora: int = 1, seed: int = 0
+) -> Policy:
+    """The model itself under a prompt and on a support, with an adapter that has learned nothing yet."""
+    from transformers import set_seed
+
+    set_seed(seed)  # an adapter starts at random
+    return Policy(context.lm, prompt, support, default_lora(lora))
+
+
+def untrained(context: Context, target: Target, prompt: str | Messages, support: Support) -> Trained:
+    return Trained(Posterior(new_policy(context, prompt, support), target.bind(context.lm)))
 
 
 def train_gflownet(
@@ -28,7 +44,7 @@ def train_gflownet(
     seed: int,
     lora: int = 32,
     adapter: str | Path | None = None,
-    seeds: Sequence[Sequence[str | list[int]]] | None = None,
+    seeds: Gold | None = None,
 ) -> Trained:
     """A posterior trained by `GFNTrainer`, from its last complete checkpoint in `folder` if there is one.
 
@@ -53,8 +69,50 @@ def train_gflownet(
     return Trained(trainer.posterior, args.max_steps * per_update)
 
 
-def untrained(context: Context, target: Target, prompt: str | Messages, support: Support) -> Trained:
-    """The model itself under the policy's prompt, on the support."""
-    from amortlm.policy import Policy
+def train_supervised(
+    context: Context,
+    policy: Policy,
+    target: Target,
+    *,
+    rows: Sequence[Row],
+    gold: Gold,
+    folder: Path,
+    seed: int,
+    **settings: Any,
+) -> Trained:
+    """Maximum likelihood of gold completions; settings: those of `train_sft`."""
+    from amortlm.baselines.sft import train_sft
 
-    return Trained(Posterior(Policy(context.lm, prompt, support, default_lora(1)), target.bind(context.lm)))
+    if not context.dry_run:
+        train_sft(policy, rows, gold, output_dir=folder, seed=seed, **settings)
+    return Trained(Posterior(policy, target.bind(context.lm)))
+
+
+def train_reinforced(
+    context: Context,
+    policy: Policy,
+    target: Target,
+    *,
+    method: str,
+    reward: Any,
+    rows: Sequence[Row],
+    folder: Path,
+    seed: int,
+    **settings: Any,
+) -> Trained:
+    """Reward maximised under a KL penalty, by "ppo" or TRL's "grpo"; settings: those of PPOConfig or `train_grpo`."""
+    from amortlm.baselines.finetune import BoundedReward, trl
+    from amortlm.baselines.grpo import train_grpo
+    from amortlm.baselines.ppo import PPOConfig, train_ppo
+
+    bounded = BoundedReward(reward)
+    target = target.bind(context.lm)
+    if method == "ppo":
+        config = PPOConfig(**settings)
+        if not context.dry_run:
+            train_ppo(policy, rows, bounded, config=config, output_dir=folder, seed=seed)
+    else:
+        trl("GRPOTrainer")  # a dry run, too, says that the extra is missing
+        if not context.dry_run:
+            train_grpo(policy, rows, bounded, output_dir=folder, seed=seed, method=method, **settings)
+    return Trained(Posterior(policy, target), bounded.evaluations)
