@@ -1,0 +1,32 @@
+"""Parts of the report: figures over seeds, and files that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amortlm.reproduce import report, storage
+
+
+def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.json"
+    storage.write_json(file, {"a": 1})
+
+    def full(self: Path, text: str, **_: Any) -> int:
+        with self.open("w") as f:
+            f.write(text[:3])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        storage.write_json(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_spread_leaves_out_what_is_not_finite() -> None:
+    assert report.spread([1.0, None, 3.0]) == {"mean": 2.0, "sd": pytest.approx(2**0.5)}
+    assert report.spread([4.0]) == {"mean": 4.0, "sd": None}

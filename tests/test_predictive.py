@@ -1,0 +1,114 @@
+"""The posterior predictive against enumeration, and votes against a plain count."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from amortlm.diagnostics.exact import policy_log_probs
+from amortlm.errors import ConfigError
+from amortlm.language_model import LanguageModel
+from amortlm.policy import Policy, Support
+from amortlm.policy.laws import support_completions
+from amortlm.posterior import Posterior
+from amortlm.predictive import predict, vote
+from reference import plain_ids, sequence_log_prob, tiny_policy
+from stats import LEVEL
+
+SUPPORT = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=(" a", " cat", "s"))
+ROWS = [{"x": "the cat"}, {"x": "a"}]
+ANSWERS = ["dog", "cat", "ran"]
+RUNS = 400
+
+
+def posterior_of(lm: LanguageModel) -> Posterior:
+    return Posterior(tiny_policy(lm, "{x}", SUPPORT), lm.log_prob("{z} the {y}!", given="{x}"))
+
+
+def exact(posterior: Posterior, row: dict[str, str]) -> list[float]:
+    """sum_z q(z) p(" the y!" | x z .) for each answer, normalised, by plain passes."""
+    lm = posterior.lm
+    q = policy_log_probs(posterior.policy, row).exp()
+    total = []
+    for answer in ANSWERS:
+        p = 0.0
+        for z, weight in zip(support_completions(posterior.policy), q.tolist(), strict=True):
+            before = [*lm.encode_start(row["x"]), *z, *plain_ids(lm, ".")]
+            whole = [*before, *plain_ids(lm, f" the {answer}!")]
+            p += weight * math.exp(sequence_log_prob(lm.model, whole, len(before)))
+        total.append(p)
+    return [p / sum(total) for p in total]
+
+
+def z_scores(posterior: Posterior, truth: list[float]) -> tuple[float, float]:
+    """(z of the mean over runs, mean of reported error / true spread) for the first answer."""
+    found = [posterior.predict(ROWS[0], ANSWERS, 16, seed=s) for s in range(RUNS)]
+    probs = torch.tensor([p.probs[0] for p in found]).double()
+    errors = torch.tensor([p.errors[0] for p in found]).double()
+    spread = probs.std()
+    return ((probs.mean() - truth[0]) / (spread / RUNS**0.5)).item(), (errors.mean() / spread).item()
+
+
+def test_predictive_agrees_with_enumeration(one_lm: LanguageModel) -> None:
+    posterior = posterior_of(one_lm)
+    truth = exact(posterior, ROWS[0])
+    z, error_ratio = z_scores(posterior, truth)
+    limit = -torch.special.ndtri(torch.tensor(LEVEL / 2, dtype=torch.float64)).item()
+    # A ratio of means is biased by O(1/n): allow 16 samples' worth of the squared relative error beside the noise.
+    assert abs(z) < limit + 1.0
+    assert 0.8 < error_ratio < 1.2
+    # Control: the predictive of the untrained model is another one.
+    untrained = Posterior(Policy(one_lm, "{x}", SUPPORT), posterior.target)
+    assert abs(z_scores(untrained, truth)[0]) > limit + 1.0
+
+
+def test_rows_at_once_equal_rows_alone(one_lm: LanguageModel) -> None:
+    posterior = posterior_of(one_lm)
+    for row, together in zip(ROWS, predict(posterior, ROWS, ANSWERS, 8), strict=True):
+        alone = posterior.predict(row, ANSWERS, 8)
+        assert together.probs == pytest.approx(alone.probs, abs=1e-5)
+        assert sum(alone.probs) == pytest.approx(1)
+        assert alone.best == ANSWERS[max(range(3), key=alone.probs.__getitem__)]
+        assert 0 < alone.mass < 1
+
+
+def test_votes_count_the_greedy_answers(one_lm: LanguageModel) -> None:
+    posterior = posterior_of(one_lm)
+    found = vote(posterior, ROWS[:1], 32, max_tokens=3, seed=4)[0]
+    rollouts, _ = posterior.policy.sample(ROWS[:1], 32, seed=4)
+    counts: dict[str, int] = {}
+    stop = plain_ids(one_lm, "!")[0]
+    banned = [*one_lm.special_ids, *range(len(one_lm.tokenizer), one_lm.vocab_size)]
+    for z in rollouts.completions():
+        ids = [*one_lm.encode_start(ROWS[0]["x"]), *z, *plain_ids(one_lm, "."), *plain_ids(one_lm, " the")]
+        answer: list[int] = []
+        while len(answer) < 3:
+            logits = one_lm.model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
+            logits[banned] = -torch.inf
+            if not answer:
+                logits[stop] = -torch.inf
+            token = int(logits.argmax())
+            if token == stop:
+                break
+            answer.append(token)
+        text = one_lm.decode(answer).strip()
+        counts[text] = counts.get(text, 0) + 1
+    assert found.counts == counts
+    assert found.best == max(counts, key=counts.__getitem__)
+    assert found.share == counts[found.best] / 32
+    assert found.error == pytest.approx(math.sqrt(found.share * (1 - found.share) / 32))
+
+
+def test_errors_name_the_remedy(one_lm: LanguageModel) -> None:
+    policy = tiny_policy(one_lm, "{x}", SUPPORT)
+    for target in (one_lm.log_prob("{z}", given="{x}"), one_lm.log_prob("{z} the cat", given="{x}")):
+        with pytest.raises(ConfigError, match="one column"):
+            Posterior(policy, target).predict(ROWS[0], ANSWERS)
+    two = one_lm.log_prob("{z} the {y}") + one_lm.log_prob("{z}")
+    with pytest.raises(ConfigError, match="one log_prob"):
+        Posterior(policy, two).predict(ROWS[0], ANSWERS)
+    shown = Posterior(tiny_policy(one_lm, "{x} {y}", SUPPORT), one_lm.log_prob("{z} the {y}", given="{x}"))
+    with pytest.raises(ConfigError, match="take it out"):
+        shown.predict(ROWS[0], ANSWERS)

@@ -1,0 +1,116 @@
+"""EM: the M-step's gradient is that of log p(y | x), and rounds raise it, both by enumeration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from amortlm import EM, GFNConfig, LanguageModel, MStep, Support
+from amortlm.diagnostics.exact import enumerate_posterior
+from amortlm.em import joint_log_prob, posterior_weights
+from amortlm.errors import ConfigError
+from amortlm.policy.adapter import trainable_copy
+from reference import tiny_policy
+
+SUPPORT = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=(" a", " cat", "s", " dog"))
+ROWS = [{"x": "the cat", "y": "a dog ran"}, {"x": "a", "y": "the cat ran"}]
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def log_evidence(lm: LanguageModel) -> float:
+    """sum over rows of log p(y | x), z summed out exactly."""
+    target = lm.log_prob("{z} {y}", given="{x}")
+    return sum(enumerate_posterior(target, SUPPORT.bind(lm), row).log_z for row in ROWS)
+
+
+def em(lm: LanguageModel, folder: Path, **settings: object) -> EM:
+    args = GFNConfig(
+        output_dir=str(folder),
+        objective="vargrad",
+        max_steps=40,
+        num_samples=16,
+        per_device_train_batch_size=2,
+        learning_rate=5e-3,
+        diagnose_steps=0,
+        logging_steps=50,
+        save_strategy="no",
+    )
+    m_step = MStep(steps=25, learning_rate=5e-3, batch_size=2, num_samples=16)
+    return EM(
+        lm,
+        target=lm.log_prob("{z} {y}", given="{x}"),
+        prompt="{x} {y}",
+        support=SUPPORT,
+        train_dataset=ROWS,
+        args=args,
+        **{"m_step": m_step, "rounds": 2, "peft_config": LORA, "adapter": LORA, **settings},  # type: ignore[arg-type]
+    )
+
+
+def test_joint_equals_the_target(family_lm: LanguageModel) -> None:
+    policy = tiny_policy(family_lm, "{x}", SUPPORT)
+    rollouts, _ = policy.sample(ROWS, 5)
+    target = family_lm.log_prob("{z} {y}", given="{x}")
+    by_target = target.score_final(rollouts)
+    torch.testing.assert_close(joint_log_prob(family_lm.model, target, rollouts), by_target, atol=1e-3, rtol=0)
+
+
+def test_m_step_gradient_is_that_of_the_evidence(one_lm: LanguageModel) -> None:
+    """Fisher's identity, with every z enumerated: weights from any q then are the exact posterior."""
+    policy = tiny_policy(one_lm, "{x}", SUPPORT)
+    target = one_lm.log_prob("{z} {y}", given="{x}")
+    posterior = enumerate_posterior(target, policy.support, ROWS[0])
+    rollouts = policy.rollouts(ROWS[:1], [posterior.completions])
+    model = trainable_copy(one_lm, LORA)
+    trained = [p for n, p in model.named_parameters() if "lora_B" in n]
+
+    log_p = joint_log_prob(model, target, rollouts)
+    evidence = torch.autograd.grad(log_p.logsumexp(0), trained, retain_graph=True)
+    same = torch.zeros(len(rollouts), dtype=torch.long)
+    weight = posterior_weights(log_p.detach(), torch.zeros(len(rollouts)), same)
+    m_step = torch.autograd.grad((weight * log_p).sum(), trained, retain_graph=True)
+    plain = torch.autograd.grad(log_p.mean(), trained)
+    torch.testing.assert_close(m_step, evidence, atol=1e-4, rtol=1e-3)
+    # Control: without weights it is another direction.
+    gap = max((a - b).abs().max().item() for a, b in zip(plain, evidence, strict=True))
+    assert gap > 0.05 * max(g.abs().max().item() for g in evidence)
+
+
+@pytest.mark.slow
+def test_rounds_raise_the_evidence_and_resume(one_lm: LanguageModel, tmp_path: Path) -> None:
+    before = log_evidence(one_lm)
+    first = em(one_lm, tmp_path, rounds=1)
+    first.run()
+    after_one = log_evidence(first.model)
+    assert after_one > before + 1
+    assert log_evidence(one_lm) == pytest.approx(before), "the frozen model has changed"
+
+    # The second run finds round 0 finished, and goes on from it.
+    stamp = (tmp_path / "round-0" / "m_step.json").stat().st_mtime_ns
+    second = em(one_lm, tmp_path)
+    posterior = second.run()
+    assert (tmp_path / "round-0" / "m_step.json").stat().st_mtime_ns == stamp
+    assert log_evidence(second.model) > after_one
+    # What comes back samples the fitted model's posterior, not the frozen one's.
+    assert posterior.diagnose(ROWS).mean("total_variation") < 0.5
+    # Loading a finished run gives the same model.
+    again = em(one_lm, tmp_path)
+    again.run()
+    assert log_evidence(again.model) == pytest.approx(log_evidence(second.model), abs=1e-4)
+
+
+def test_errors_name_the_remedy(one_lm: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="one log_prob"):
+        em(one_lm, tmp_path).__class__(
+            one_lm,
+            target=one_lm.log_prob("{z}") + one_lm.log_prob("{z} {y}"),
+            prompt="{x}",
+            support=SUPPORT,
+            train_dataset=ROWS,
+            args=GFNConfig(output_dir=str(tmp_path)),
+        )
+    with pytest.raises(ConfigError, match="rounds"):
+        em(one_lm, tmp_path, rounds=0)
