@@ -15,11 +15,12 @@ PYTEST_ARGS ?=
 # A worker holds its own copy of torch and the models (about 1 GB).
 PYTEST_WORKERS ?= 2
 
-.PHONY: help setup demo test lint format types clean
+.PHONY: help setup demo smoke test lint format types clean
 
 help:
 	@echo "make demo    train, measure and plot two posteriors into runs/demo"
 	@echo "make test    all tests (PYTEST_ARGS=\"-m 'not slow'\" leaves out the slow ones)"
+	@echo "make smoke   every experiment of the paper for a few steps into runs/smoke"
 	@echo "make lint    ruff check and format check        make format  apply both"
 	@echo "make types   mypy                               make clean   remove .venv and caches"
 
@@ -35,6 +36,12 @@ setup: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python recipes/demo.py --output runs/demo
+
+smoke: $(STAMP)
+	@for name in numbers continuation infilling subjectivity arithmetic; do \
+	  echo "== $$name"; \
+	  HF_HUB_OFFLINE=1 $(BIN)/amortlm reproduce $$name --preset smoke --output runs/smoke/$$name || exit 1; \
+	done
 
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)

@@ -55,7 +55,9 @@ def test_joint_equals_the_target(family_lm: LanguageModel) -> None:
     rollouts, _ = policy.sample(ROWS, 5)
     target = family_lm.log_prob("{z} {y}", given="{x}")
     by_target = target.score_final(rollouts)
-    torch.testing.assert_close(joint_log_prob(family_lm.model, target, rollouts), by_target, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        joint_log_prob(family_lm.model, target, rollouts), by_target, atol=1e-3, rtol=0
+    )
 
 
 def test_m_step_gradient_is_that_of_the_evidence(one_lm: LanguageModel) -> None:

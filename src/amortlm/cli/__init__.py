@@ -1,18 +1,21 @@
-"""The command line: `amortlm train | sample | evaluate`. Heavy imports wait until a command runs."""
+"""The command line: `amortlm train | sample | evaluate | reproduce`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
 from amortlm import __version__
+from amortlm.reproduce import EXPERIMENTS, PRESETS
 from amortlm.tasks import TASKS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0, or 2 after printing one error line."""
     args = _parser().parse_args(argv)
+    args.command_line = shlex.join(["amortlm", *(sys.argv[1:] if argv is None else argv)])
     from amortlm.cli import commands
     from amortlm.errors import AmortLMError
 
@@ -27,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"amortlm: {e}. What was saved before is intact.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("amortlm: interrupted; `--resume` goes on from the last checkpoint", file=sys.stderr)
+        remedy = "the same command goes on" if args.command == "reproduce" else "`--resume` goes on"
+        print(f"amortlm: interrupted; {remedy} from the last checkpoint", file=sys.stderr)
         return 130
     return 0
 
@@ -64,7 +68,33 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("-n", type=int, default=256, help="samples per row (default 256; fewer flatter)")
     evaluate.add_argument("--rows", type=int, default=8, help="evaluate at most so many rows (default 8)")
     evaluate.add_argument("--output", help="write the figures to this JSON file")
+    _add_reproduce(commands.add_parser("reproduce", help="run one of the paper's experiments"))
     return parser
+
+
+def _add_reproduce(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("experiment", choices=EXPERIMENTS, help="see docs/reproduce.md")
+    parser.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="small",
+        help="smoke: seconds, checks that it runs; small: minutes on a CPU; paper: the paper's (default small)",
+    )
+    parser.add_argument("--model", help="hub name or local folder (default: the preset's)")
+    parser.add_argument("--data", help="file or folder that the experiment reads (default: the preset's)")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these (default: all)")
+    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default 3; smoke: 1)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of the preset, e.g. steps=50",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="build every method up to its first step; write nothing"
+    )
+    parser.add_argument("--output", help="output folder (default: runs/EXPERIMENT-PRESET)")
 
 
 def _add_posterior(parser: argparse.ArgumentParser) -> None:

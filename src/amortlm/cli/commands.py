@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import textwrap
+import warnings
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from datasets import disable_progress_bars
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
 from amortlm.errors import ConfigError, DataError
 from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior
+from amortlm.reproduce import load_experiment, runner
+from amortlm.reproduce.report import table
 from amortlm.tasks import load_task
 from amortlm.tasks.spec import RunSpec, load_rows
 from amortlm.types import Row
@@ -60,6 +65,33 @@ def evaluate(args: Namespace) -> None:
     if args.output:
         Path(args.output).write_text(json.dumps(_finite(diagnosis.reports), indent=2) + "\n")
         print(f"wrote {args.output}")
+
+
+def reproduce(args: Namespace) -> None:
+    experiment = load_experiment(args.experiment)
+    output = Path(args.output or f"runs/{args.experiment}-{args.preset}")
+    plan = runner.make_plan(
+        experiment,
+        args.preset,
+        output,
+        model=args.model,
+        data=Path(args.data) if args.data else None,
+        methods=args.methods,
+        seeds=args.seeds,
+        overrides=_settings(args.set),
+        command=args.command_line,
+    )
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # libraries that warn each other
+        if args.dry_run:
+            runner.dry_run(plan)
+            return
+        results = runner.execute(plan, show_time_left=sys.stdout.isatty())
+    print()
+    print(table(experiment, results))
+    print(f"wrote {output / 'README.md'}")
 
 
 def _load(args: Namespace) -> Posterior:

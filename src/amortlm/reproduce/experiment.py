@@ -67,6 +67,7 @@ class Experiment:
     figures   (results, folder) -> names of the PNG files it wrote. results: as in results.json, where
               results["runs"][method] is a list over seeds of {"seed", "metrics", "details", "seconds", ...}; methods
               that are not finished are absent, a figure that is not finite is None
+    summary   results -> Markdown below the table: comparisons, and where a claim does not hold
     paper     the paper's figures: method as named there -> metric -> value
     """
 
@@ -80,3 +81,4 @@ class Experiment:
     figures: Callable[[dict[str, Any], Path], list[str]]
     paper: dict[str, dict[str, float]]
     paper_setting: str
+    summary: Callable[[dict[str, Any]], str] | None = None

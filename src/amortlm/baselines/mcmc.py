@@ -1,0 +1,307 @@
+"""Metropolis-Hastings over completions: redraw a suffix from the policy, accept or keep.
+
+The chain's stationary law is the posterior R / Z on the policy's support, whatever the policy; the policy only
+decides how fast it gets there. `redraw`, which `baselines.smc` uses too, continues given prefixes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from amortlm.errors import ConfigError, DataError
+from amortlm.passes import Prefix, encode_prompts, select_cache
+from amortlm.policy.policy import Policy
+from amortlm.policy.sampling import seed_of
+from amortlm.policy.support import BoundSupport
+from amortlm.targets.base import Target
+from amortlm.targets.template import check_rows
+from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
+
+
+@dataclass(frozen=True)
+class Chains:
+    """The last states of C independent chains and how they got there. Nats.
+
+    rollouts            C completions, one per chain
+    log_reward, log_q   [C] of those; log_reward is -inf for a chain that has not found R > 0 yet
+    accepted            [C, S] which proposals were accepted (a proposal equal to the current completion always is)
+    trace               [C, S+1] log R after 0..S steps: what to judge burn-in by
+    tokens_decoded      policy tokens and stops drawn, one model step each, initial completions included
+    completions_scored  completions judged by the target
+    """
+
+    rollouts: Rollouts
+    log_reward: Tensor
+    log_q: Tensor
+    accepted: Tensor
+    trace: Tensor
+    tokens_decoded: int
+    completions_scored: int
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of accepted proposals; NaN for chains of no steps."""
+        return self.accepted.double().mean().item()
+
+
+def metropolis_hastings(
+    policy: Policy,
+    target: Target,
+    row: Row,
+    *,
+    num_chains: int,
+    num_steps: int,
+    seed: object,
+    initial: Rollouts | None = None,
+) -> Chains:
+    """`num_chains` chains of `num_steps` steps each, as one batch. Exact for num_steps -> infinity.
+
+    A step on z of L tokens: t is uniform on {0, .., L}, z_1:t is kept, and the rest of z' (tokens and stop) is
+    drawn from q(. | z_1:t). t = 0 proposes a new completion; t = L asks again whether to stop. Given t, which is a
+    choice of the reverse move too since z' keeps t tokens, the density of the move is
+    q(z' | z_1:t) / (L + 1) = q(z') / (q(z_1:t) (L + 1)), so q(z_1:t) cancels and
+
+        accept with min(1, w(z') (L + 1) / (w(z) (L' + 1))),    w(z) = R(z) / q(z)
+
+    does not depend on t. Completions are strings of tokens: q(z) and R(z) both sum over the stop symbols, and the
+    one shown is drawn from q given z.
+
+    initial: where chains start, `num_chains` completions in the support (default: draws of the policy). From R = 0
+    every proposal is accepted; chains never return there. Raises DataError for completions outside the support or
+    of another count, ConfigError for a support with a tool or counts that make no sense.
+    """
+    if num_chains < 1 or num_steps < 0:
+        raise ConfigError(
+            f"num_chains={num_chains}, num_steps={num_steps}: need at least one chain and no fewer than 0 steps"
+        )
+    target, prefix = prepare(policy, target, row)
+    generator = torch.Generator().manual_seed(seed_of(("mh", seed, row_key(row))))
+    if initial is None:
+        current, decoded = sample_paths(policy, prefix, num_chains, generator)
+    else:
+        current, decoded = paths_of(policy, row, initial, num_chains), 0
+    log_r = target.score_final(current.rollouts(policy, row)).double().to(policy.device)
+    trace, accepted = [log_r], []
+    for _ in range(num_steps):
+        keep = (uniforms(generator, (num_chains,), policy) * (current.lengths + 1)).long()
+        proposed = redraw(policy, prefix, current, keep, generator)
+        decoded += int((proposed.lengths - keep + 1).sum())
+        log_r_new = target.score_final(proposed.rollouts(policy, row)).double().to(policy.device)
+        log_ratio = acceptance_log_ratio(current, log_r, proposed, log_r_new)
+        accept = uniforms(generator, (num_chains,), policy).log() < log_ratio
+        current = current.where(accept, proposed)
+        log_r = torch.where(accept, log_r_new, log_r)
+        trace.append(log_r)
+        accepted.append(accept)
+    none = torch.zeros(num_chains, 0, dtype=torch.bool, device=policy.device)
+    return Chains(
+        rollouts=current.rollouts(policy, row),
+        log_reward=log_r,
+        log_q=current.log_q,
+        accepted=torch.stack(accepted, dim=1) if accepted else none,
+        trace=torch.stack(trace, dim=1),
+        tokens_decoded=decoded,
+        completions_scored=num_chains * (num_steps + 1),
+    )
+
+
+def acceptance_log_ratio(current: Paths, log_r: Tensor, proposed: Paths, log_r_new: Tensor) -> Tensor:
+    """[B] log of w(z') (L + 1) / (w(z) (L' + 1)), w = R / q; +inf where R(z) = 0 (see `metropolis_hastings`)."""
+    cut = (current.lengths + 1).double().log() - (proposed.lengths + 1).double().log()
+    log_ratio = (log_r_new - proposed.log_q) - (log_r - current.log_q) + cut
+    return log_ratio.masked_fill(torch.isneginf(log_r), torch.inf)
+
+
+# Completions under construction
+
+
+@dataclass(frozen=True)
+class Paths:
+    """B completions of one row and their log q, at the full width T = max_tokens so that they can grow.
+
+    tokens [B, T], lengths [B], stops [B], log_pf [B, T] (0 beyond the length), log_pterm [B, T+1] (log q(stop) at
+    the states reached, -inf else)
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    stops: Tensor
+    log_pf: Tensor
+    log_pterm: Tensor
+
+    @property
+    def log_q(self) -> Tensor:
+        """[B] float64 log q(z), the stop included."""
+        return PolicyLogProbs(self.log_pf.double(), self.log_pterm.double()).final(self.lengths)
+
+    def select(self, index: Tensor) -> Paths:
+        return Paths(**{name: x[index] for name, x in self.__dict__.items()})
+
+    def where(self, mask: Tensor, other: Paths) -> Paths:
+        """`other` where mask [B], else these."""
+        return Paths(
+            **{
+                name: torch.where(mask if x.dim() == 1 else mask[:, None], getattr(other, name), x)
+                for name, x in self.__dict__.items()
+            }
+        )
+
+    def put(self, index: Tensor, other: Paths) -> Paths:
+        """These with the paths at `index` replaced by `other`."""
+        return Paths(
+            **{name: x.index_copy(0, index, getattr(other, name)) for name, x in self.__dict__.items()}
+        )
+
+    def rollouts(self, policy: Policy, row: Row) -> Rollouts:
+        """As rollouts of `row`, trimmed to the longest."""
+        width = max(int(self.lengths.max()), 1)
+        zero = torch.zeros_like(self.lengths)
+        return policy.support.rollouts([row], zero, self.tokens[:, :width], self.lengths, self.stops)
+
+
+def prepare(policy: Policy, target: Target, row: Row) -> tuple[Target, Prefix]:
+    """The target bound to the policy's tokenizer and the encoded prompt of `row`.
+
+    Raises ConfigError for a support with a tool, DataError for a missing column, PromptTooLongError.
+    """
+    if policy.support.tool is not None:
+        raise ConfigError(
+            "Metropolis-Hastings and sequential Monte Carlo cannot cut a completion that a tool writes into; "
+            "use a support without a tool, or importance weights of posterior.sample"
+        )
+    check_rows([row], set(policy.prompt.columns) | set(target.columns), "the row")
+    with torch.no_grad():
+        prefix = encode_prompts(policy.model, policy.encode_rows([row]))
+    return target.bind(policy.lm), prefix
+
+
+def sample_paths(policy: Policy, prefix: Prefix, n: int, generator: torch.Generator) -> tuple[Paths, int]:
+    """n draws of the policy and the number of tokens and stops drawn."""
+    width, device = policy.support.max_tokens, policy.device
+    zeros = torch.zeros(n, dtype=torch.long, device=device)
+    blank = Paths(
+        tokens=torch.zeros(n, width, dtype=torch.long, device=device),
+        lengths=zeros,
+        stops=zeros,
+        log_pf=torch.zeros(n, width, device=device),
+        log_pterm=torch.full((n, width + 1), -torch.inf, device=device),
+    )
+    paths = redraw(policy, prefix, blank, zeros, generator)
+    return paths, int((paths.lengths + 1).sum())
+
+
+@torch.no_grad()
+def paths_of(policy: Policy, row: Row, rollouts: Rollouts, n: int) -> Paths:
+    """Paths of n given completions. Raises DataError for another count or a completion outside the support."""
+    if len(rollouts) != n:
+        raise DataError(f"initial has {len(rollouts)} completions for {n} chains; give one per chain")
+    completions = [[*z, s] for z, s in zip(rollouts.completions(), rollouts.stops.tolist(), strict=True)]
+    parsed = policy.rollouts([row], [completions])
+    log_probs = policy.evaluate(parsed)
+    missing = policy.support.max_tokens - parsed.tokens.shape[1]
+    pad = torch.nn.functional.pad
+    return Paths(
+        tokens=pad(parsed.tokens, (0, missing)),
+        lengths=parsed.lengths,
+        stops=parsed.stops,
+        log_pf=pad(log_probs.log_pf, (0, missing)),
+        log_pterm=pad(log_probs.log_pterm, (0, missing), value=-torch.inf),
+    )
+
+
+def uniforms(generator: torch.Generator, shape: tuple[int, ...], policy: Policy) -> Tensor:
+    """Uniforms in [0, 1), float64, drawn on the CPU: the same on every device."""
+    return torch.rand(shape, generator=generator, dtype=torch.float64).to(policy.device)
+
+
+@torch.no_grad()
+def redraw(policy: Policy, prefix: Prefix, paths: Paths, keep: Tensor, generator: torch.Generator) -> Paths:
+    """Draw the rest of each path from q(. | z_1:keep). keep [B] tokens stay, with their log q.
+
+    prefix: the one encoded prompt. One pass over the kept tokens, then one per new token; each path draws from its
+    own state (keep of them differ), and those that have stopped leave the batch.
+    """
+    support, model = policy.support, policy.model
+    u = uniforms(generator, (len(keep), support.max_tokens + 1), policy)
+    position = torch.arange(support.max_tokens + 1, device=keep.device)
+    tokens = paths.tokens.masked_fill(position[:-1] >= keep[:, None], 0)
+    log_pf = paths.log_pf.masked_fill(position[:-1] >= keep[:, None], 0.0)
+    log_pterm = paths.log_pterm.masked_fill(position >= keep[:, None], -torch.inf)
+    lengths, stops = keep.clone(), torch.zeros_like(keep)
+    training = model.training
+    model.eval()
+    cache, mask, ids = _encode_kept(policy, prefix, tokens, keep)
+    alive, state = torch.arange(len(keep), device=keep.device), keep
+    while len(alive) > 0:
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+        logits = model(
+            input_ids=ids[:, None],
+            attention_mask=mask.long(),
+            position_ids=mask.sum(1, keepdim=True) - 1,
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        log_q, log_pterm[alive, state] = _state_log_probs(logits, state, support)
+        token = _inverse_cdf(log_q, u[alive, state])
+        done = torch.isin(token, torch.tensor(support.stop_ids, device=token.device))
+        lengths[alive[done]], stops[alive[done]] = state[done], token[done]
+        going = (~done).nonzero().squeeze(1)
+        alive, state, ids = alive[going], state[going], token[going]
+        tokens[alive, state] = ids
+        log_pf[alive, state] = log_q[going, ids]
+        state = state + 1
+        if done.any():
+            cache.batch_select_indices(going)
+            mask = mask[going]
+    model.train(training)
+    return Paths(tokens, lengths, stops, log_pf, log_pterm)
+
+
+def _encode_kept(
+    policy: Policy, prefix: Prefix, tokens: Tensor, keep: Tensor
+) -> tuple[DynamicCache, Tensor, Tensor]:
+    """(cache, mask, ids) that continue `prompt z_1:keep`: all but its last token cached, the last one in ids [B].
+
+    All of `last prompt token, z_1, ..` up to the longest prefix goes through in one pass; the mask then hides from
+    each path what it does not keep.
+    """
+    zero = torch.zeros_like(keep)
+    text = torch.cat([prefix.last[zero, None], tokens], dim=1)
+    past, cache, longest = (
+        prefix.mask[zero],
+        select_cache(prefix.cache, zero) or DynamicCache(),
+        int(keep.max()),
+    )
+    if longest > 0:
+        position = torch.arange(longest, device=keep.device)
+        policy.model(
+            input_ids=text[:, :longest],
+            attention_mask=torch.cat([past, past.new_ones(len(keep), longest)], dim=1).long(),
+            position_ids=past.sum(1, keepdim=True) + position,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        past = torch.cat([past, position < keep[:, None]], dim=1)
+    return cache, past, text.gather(1, keep[:, None]).squeeze(1)
+
+
+def _state_log_probs(logits: Tensor, state: Tensor, support: BoundSupport) -> tuple[Tensor, Tensor]:
+    """(log q [b, V] over tokens and stop symbols, log q(stop) [b]) at the states [b] of logits [b, V]."""
+    stop_ids = list(support.stop_ids)
+    legal = support.allowed.to(logits.device) & (state < support.max_tokens)[:, None]
+    legal[:, stop_ids] = (state >= support.min_tokens)[:, None]
+    log_q = logits.float().masked_fill(~legal, -torch.inf).log_softmax(-1)
+    log_stop = log_q[:, stop_ids].logsumexp(-1)
+    return log_q, log_stop.masked_fill(state == support.max_tokens, 0.0)
+
+
+def _inverse_cdf(log_q: Tensor, u: Tensor) -> Tensor:
+    """[b] the first index whose cumulative probability exceeds u [b]: never one of probability 0."""
+    cdf = log_q.double().exp().cumsum(-1)
+    index = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1)
+    return index.clamp(max=log_q.shape[-1] - 1)

@@ -1,0 +1,203 @@
+"""Sequential Monte Carlo over completions, with the twists that a target of prefixes gives for nothing.
+
+N particles are drawn from q. Each carries a correction c (1 at first); at the end its weight is c w(z), w = R / q,
+and the mean weight is Z-hat. On the way, after t tokens, a live particle has the value c psi, a stopped one c w(z).
+Where the effective sample size of the values is low, N ancestors are drawn in proportion to them (systematic
+resampling), and each copy gets c = (mean value) / psi (or / w), that is, the value all copies now share. The mean
+of c f(z) therefore keeps its expectation for every f: E[Z-hat] = Z for ANY positive psi that reads no more than what
+is written at t. A good psi is the expected w given the prefix, and only the variance depends on it.
+
+The twist psi of z_1:t is the weight of stopping there,
+
+    log psi = log_w[t] = log R(z_1:t) - log q(z_1:t) - log q(stop | z_1:t)
+
+and not R(z_1:t) / q(z_1:t), which would punish a prefix for being in the middle of a sentence. For q = p and
+R = p(z y | x) it is p(y | x z_1:t stop). For a trained policy it is the flow of subtrajectory balance: at q = R / Z
+it is Z at every state, values stay equal, nothing is ever resampled. A particle that stops keeps its value.
+
+Where log_w[t] says nothing - before min_tokens, for a target that only judges finished text, or where R = 0 at a
+prefix that may still come right - psi is the mean of the values w or psi known at t, or 1 if there are none. Zero
+would be wrong there (not every completion could be reached any more) and another constant would set live particles
+against stopped ones on an arbitrary scale. So before min_tokens psi = 1, and with a target of finished text
+particles that stopped with R = 0 are replaced by live ones.
+
+Futures are drawn to their end and all their states scored in one `target.score`, which is far cheaper than a call
+per token; a resampling at t throws the copies' futures away and draws them anew from t. The choice to resample at t
+reads nothing beyond t, so this is the step-by-step algorithm in law, at 1 + (resamplings) decoding rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amortlm.baselines.mcmc import Paths, prepare, redraw, sample_paths, uniforms
+from amortlm.diagnostics.importance import effective_sample_size
+from amortlm.errors import ConfigError, RewardError
+from amortlm.policy.policy import Policy
+from amortlm.policy.sampling import seed_of
+from amortlm.targets.base import Target
+from amortlm.types import Rollouts, Row, row_key
+
+
+@dataclass(frozen=True)
+class Particles:
+    """N weighted completions of one row: sum of exp(log_weights) f(z) / N estimates Z E[f]. Nats.
+
+    rollouts            N completions; copies that shared a history may be equal
+    log_weights         [N] -inf where R = 0
+    log_reward, log_q   [N] of the completions
+    log_z               log of the mean weight; exp(log_z) is unbiased for Z. -inf where every particle has R = 0:
+                        an estimate of 0, kept so that averages over runs stay unbiased (`resample` then raises)
+    ess                 effective sample size in particles at states 1, 2, .. before resampling, and at last that of
+                        log_weights; 0 where R = 0 for all
+    resampled_at        the states at which particles were resampled
+    tokens_decoded      policy tokens and stops drawn; completions_scored: completions judged by the target
+    """
+
+    rollouts: Rollouts
+    log_weights: Tensor
+    log_reward: Tensor
+    log_q: Tensor
+    log_z: float
+    ess: list[float]
+    resampled_at: list[int]
+    tokens_decoded: int
+    completions_scored: int
+
+    def resample(self, n: int, seed: object) -> Rollouts:
+        """n unweighted completions, drawn with replacement. Raises RewardError where every weight is zero."""
+        if self.log_z == -math.inf:
+            raise RewardError(
+                f"all {len(self.log_weights)} particles have R = 0: there is nothing to resample; use more particles, "
+                "train the policy, or give the constraint a penalty"
+            )
+        generator = torch.Generator().manual_seed(seed_of(("resample", seed)))
+        u = torch.rand((), generator=generator, dtype=torch.float64)
+        return self.rollouts.select(systematic(self.log_weights, n, u.to(self.log_weights.device)))
+
+
+def smc(
+    policy: Policy,
+    target: Target,
+    row: Row,
+    *,
+    num_particles: int,
+    seed: object,
+    ess_threshold: float = 0.5,
+) -> Particles:
+    """Sequential Monte Carlo from the policy to the posterior (module docstring).
+
+    Resamples at states where ESS < ess_threshold * num_particles; 0 never does: plain importance sampling, with
+    only finished completions scored. Raises ConfigError for counts or thresholds that make no sense and for a
+    support with a tool.
+    """
+    if num_particles < 1 or not 0 <= ess_threshold <= 1:
+        raise ConfigError(
+            f"num_particles={num_particles}, ess_threshold={ess_threshold}: need at least one particle and a "
+            "threshold from 0 (never resample) to 1"
+        )
+    target, prefix = prepare(policy, target, row)
+    generator = torch.Generator().manual_seed(seed_of(("smc", seed, row_key(row))))
+    paths, decoded = sample_paths(policy, prefix, num_particles, generator)
+    twisted = target.every_prefix and ess_threshold > 0
+    log_w, scored = state_log_weights(policy, target, row, paths, 0, twisted), num_particles
+    log_c = torch.zeros(num_particles, dtype=torch.float64, device=policy.device)
+    history: list[float] = []
+    resampled_at: list[int] = []
+    t = 1
+    # At max_tokens nothing is left to draw: resampling there would only add noise.
+    while ess_threshold > 0 and t < policy.support.max_tokens and bool((paths.lengths >= t).any()):
+        log_twist = twists(log_w, paths.lengths, t)
+        history.append(_ess(log_c + log_twist))
+        # The margin keeps rounding from resampling equal values at a threshold of 1.
+        if history[-1] < ess_threshold * num_particles * (1 - 1e-9):
+            ancestors, log_c = resampled(log_c, log_twist, uniforms(generator, (), policy))
+            paths, log_w = paths.select(ancestors), log_w[ancestors]
+            live = (paths.lengths >= t).nonzero().squeeze(1)
+            if len(live) > 0:
+                fresh = redraw(policy, prefix, paths.select(live), torch.full_like(live, t), generator)
+                paths = paths.put(live, fresh)
+                log_w = log_w.index_copy(0, live, state_log_weights(policy, target, row, fresh, t, twisted))
+                decoded, scored = decoded + int((fresh.lengths - t + 1).sum()), scored + len(live)
+            resampled_at.append(t)
+        t += 1
+    final = log_w.gather(1, paths.lengths[:, None]).squeeze(1)
+    log_weights = log_c + final
+    return Particles(
+        rollouts=paths.rollouts(policy, row),
+        log_weights=log_weights,
+        log_reward=final + paths.log_q,
+        log_q=paths.log_q,
+        log_z=_log_mean(log_weights).item(),
+        ess=[*history, _ess(log_weights)],
+        resampled_at=resampled_at,
+        tokens_decoded=decoded,
+        completions_scored=scored,
+    )
+
+
+def sir(
+    policy: Policy, target: Target, row: Row, *, num_particles: int, num_samples: int, seed: object
+) -> Rollouts:
+    """Sampling-importance-resampling: num_samples of num_particles draws of the policy, by weight.
+
+    Raises as `smc` and `Particles.resample` do.
+    """
+    particles = smc(policy, target, row, num_particles=num_particles, seed=seed, ess_threshold=0.0)
+    return particles.resample(num_samples, seed)
+
+
+def state_log_weights(
+    policy: Policy, target: Target, row: Row, paths: Paths, start: int, every_state: bool
+) -> Tensor:
+    """log_w [B, max_tokens + 1] float64 at the stopping states from `start` on (or the last only), -inf elsewhere."""
+    rollouts = paths.rollouts(policy, row)
+    if every_state:
+        rollouts.stop_mask[:, :start] = False
+    else:
+        rollouts = rollouts.final_only()
+    mask = torch.nn.functional.pad(rollouts.stop_mask, (0, paths.tokens.shape[1] - rollouts.tokens.shape[1]))
+    log_r = target.score(rollouts).double().to(policy.device)[rollouts.stop_mask]
+    log_q = torch.nn.functional.pad(paths.log_pf.double().cumsum(1), (1, 0)) + paths.log_pterm.double()
+    log_w = torch.full(mask.shape, -torch.inf, dtype=torch.float64, device=policy.device)
+    log_w[mask] = log_r - log_q[mask]
+    return log_w
+
+
+def twists(log_w: Tensor, lengths: Tensor, t: int) -> Tensor:
+    """[N] log psi after t tokens, or log w of particles that stopped before t. log_w [N, T+1], lengths [N].
+
+    A particle of length t is live: its stop is not drawn yet.
+    """
+    stopped = lengths < t
+    log_twist = torch.where(stopped, log_w.gather(1, lengths[:, None]).squeeze(1), log_w[:, t])
+    known = stopped | ~torch.isneginf(log_twist)
+    neutral = _log_mean(log_twist[known]) if known.any() else log_w.new_zeros(())
+    return torch.where(known, log_twist, neutral if neutral > -torch.inf else 0.0)
+
+
+def resampled(log_c: Tensor, log_twist: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """(ancestors [N], their new log c [N]): copies share the mean value, whatever their twist."""
+    log_value = log_c + log_twist
+    ancestors = systematic(log_value, len(log_value), u)
+    return ancestors, _log_mean(log_value) - log_twist[ancestors]
+
+
+def systematic(log_weights: Tensor, n: int, u: Tensor) -> Tensor:
+    """n indices, each drawn n * w_i / sum(w) times in expectation and at most one time off, from one uniform u."""
+    cdf = log_weights.double().softmax(0).cumsum(0)
+    positions = (torch.arange(n, device=cdf.device) + u) / n
+    # right=True: never an index of weight zero.
+    return torch.searchsorted(cdf / cdf[-1], positions, right=True).clamp(max=len(cdf) - 1)
+
+
+def _log_mean(log_values: Tensor) -> Tensor:
+    return log_values.logsumexp(0) - math.log(len(log_values))
+
+
+def _ess(log_weights: Tensor) -> float:
+    return 0.0 if torch.isneginf(log_weights).all() else effective_sample_size(log_weights)
