@@ -20,6 +20,7 @@ from amortlm.errors import ConfigError, DataError
 from amortlm.passes import encode_prompts
 from amortlm.policy.sampling import Exploration, draw
 from amortlm.policy.support import Support
+from amortlm.targets.base import Scoring
 from amortlm.targets.lm import LogProb
 from amortlm.targets.template import Template
 from amortlm.types import Rollouts, Row
@@ -27,7 +28,7 @@ from amortlm.types import Rollouts, Row
 if TYPE_CHECKING:
     from amortlm.posterior import Posterior
 
-ROWS = 64  # rows at a time
+ROWS = 16  # rows at a time
 GREEDY = 1e-4  # a softmax temperature that leaves the argmax
 
 
@@ -84,14 +85,13 @@ def predict(
     likelihood = _likelihood(target)
     if len(answers) == 0 or n < 1:
         raise DataError("predict needs at least one answer to compare, and n of at least 1")
-    out = []
-    for start in range(0, len(rows), ROWS):
-        part = rows[start : start + ROWS]
-        rollouts = _sample(posterior, part, n, temperature, seed)
-        log_p = torch.stack([_score(likelihood, rollouts, column, a) for a in answers])
-        for i in range(len(part)):
-            out.append(_prediction(answers, log_p[:, rollouts.row_index == i]))
-    return out
+    out: dict[int, Prediction] = {}
+    for index in _by_length(posterior, rows):
+        rollouts = _sample(posterior, [rows[i] for i in index], n, temperature, seed)
+        log_p = _score(likelihood, rollouts, column, answers)
+        for k, i in enumerate(index):
+            out[i] = _prediction(answers, log_p[:, rollouts.row_index == k])
+    return [out[i] for i in range(len(rows))]
 
 
 def vote(
@@ -172,9 +172,42 @@ def _sample(posterior: Posterior, rows: Sequence[Row], n: int, temperature: floa
     return posterior.policy.sample(rows, n, seed=seed, exploration=heat)[0]
 
 
-def _score(likelihood: LogProb, rollouts: Rollouts, column: str, answer: str) -> Tensor:
-    rows = [{**row, column: answer} for row in rollouts.rows]
-    return likelihood.score_final(replace(rollouts, rows=rows)).double().cpu()
+def _score(likelihood: LogProb, rollouts: Rollouts, column: str, answers: Sequence[str]) -> Tensor:
+    """[A, B] log p of each answer after each distinct text; all answers share the pass over prompt and z."""
+    keys = [
+        (i, s, *z)
+        for i, s, z in zip(
+            rollouts.row_index.tolist(), rollouts.stops.tolist(), rollouts.completions(), strict=True
+        )
+    ]
+    first = {key: b for b, key in reversed(list(enumerate(keys)))}
+    unique = sorted(first.values())
+    found = torch.cat(
+        [
+            _score_chunk(likelihood, rollouts.final_only().select(part), column, answers)
+            for part in torch.tensor(unique).split(max(1, likelihood.rows_per_chunk(rollouts)))
+        ],
+        dim=1,
+    )
+    place = {b: k for k, b in enumerate(unique)}
+    return found[:, [place[first[key]] for key in keys]]
+
+
+@torch.no_grad()
+def _score_chunk(likelihood: LogProb, rollouts: Rollouts, column: str, answers: Sequence[str]) -> Tensor:
+    scoring, out = Scoring(rollouts), []
+    for answer in answers:
+        asked = replace(rollouts, rows=[{**row, column: answer} for row in rollouts.rows])
+        log_p = likelihood.score_batch(scoring.sharing(asked))
+        out.append(log_p.gather(1, asked.lengths[:, None].to(log_p.device)).squeeze(1).double().cpu())
+    return torch.stack(out)
+
+
+def _by_length(posterior: Posterior, rows: Sequence[Row]) -> list[list[int]]:
+    """Row numbers in batches of prompts of similar length: padding costs as much as text."""
+    lengths = [len(prompt) for prompt in posterior.policy.encode_rows(rows)]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    return [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
 
 
 def _prediction(answers: Sequence[str], log_p: Tensor) -> Prediction:

@@ -7,7 +7,6 @@ GFlowNet never does. MCMC and SMC work on each test story anew, from the prompte
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,6 +24,7 @@ from amortlm.posterior import Posterior
 from amortlm.reproduce.experiment import Context, Experiment, Metric, Outcome, Settings, Trained
 from amortlm.reproduce.training import new_policy, train_gflownet, train_supervised, untrained
 from amortlm.targets.base import Target
+from amortlm.tasks.infilling import STORIES, read_stories
 from amortlm.types import Rollouts, Row
 
 SMALL: Settings = {
@@ -37,11 +37,12 @@ SMALL: Settings = {
     "test_stories": 100,
     "samples": 16,
     "lora": 32,
-    "sft": {"max_steps": 150, "learning_rate": 1e-3, "batch_size": 32},
+    "sft": {"max_steps": 50, "learning_rate": 5e-4, "batch_size": 32},
     "gflownet": {
-        "objective": "vargrad",
-        "max_steps": 300,
-        "num_samples": 12,
+        "objective": "subtb",
+        "subtb_states": 6,
+        "max_steps": 150,
+        "num_samples": 8,
         "per_device_train_batch_size": 8,
         "learning_rate": 1e-3,
         "reward_temperature": (1.1, 0.85, 150),
@@ -100,8 +101,6 @@ def prepare(settings: Settings, model: str | None, data: Path | None, dry_run: b
     """Model and stories: those of --data, or our own. Raises DataError, ConfigError."""
     lm = LanguageModel.from_pretrained(model or settings["model"])
     if data is None:
-        from amortlm.tasks.infilling import STORIES
-
         rows: list[Row] = list(STORIES[20:])  # the first belong to the task
     else:
         rows = read_stories(data)
@@ -119,36 +118,6 @@ def prepare(settings: Settings, model: str | None, data: Path | None, dry_run: b
 
 def _tokens(lm: LanguageModel, gold: str) -> list[int]:
     return lm.encode_continuation(gold.removesuffix("."))
-
-
-def read_stories(path: Path) -> list[Row]:
-    """Stories of five sentences as x, y, gold: rows with these columns (.jsonl, .json, .csv, .tsv with a header),
-    ROCStories lines (title TAB story), or running text such as TinyStories. A folder stands for its text file."""
-    from amortlm.tasks.spec import load_rows
-
-    if path.is_dir():
-        names = ("stories.tsv", "train_head.txt", "stories.jsonl")
-        path = next((path / name for name in names if (path / name).is_file()), path)
-    if path.suffix in (".jsonl", ".json", ".csv"):
-        return load_rows(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: cannot read stories ({e}); give a text, .tsv or .jsonl file") from e
-    if path.suffix == ".tsv":
-        stories = [line.split("\t", 1)[-1] for line in text.splitlines()]
-    else:
-        stories = re.split(r"<\|endoftext\|>|(?=Once upon a time)", text)
-    rows = [five_sentences(story) for story in stories]
-    return [row for row in rows if row is not None]
-
-
-def five_sentences(story: str) -> Row | None:
-    """x, gold, y of the first five sentences; None where the last two are not plain statements."""
-    found = re.split(r"(?<=[.!?])\s+", " ".join(story.split()))[:5]
-    if len(found) < 5 or not all(re.fullmatch(r"[\w ,']+\.", s) for s in found[3:]):
-        return None
-    return {"x": " ".join(found[:3]), "gold": " " + found[3], "y": found[4]}
 
 
 def target_of(context: Context) -> Target:
@@ -178,19 +147,21 @@ def sft(context: Context, seed: int, folder: Path) -> Trained:
     )
 
 
-def gflownet(context: Context, seed: int, folder: Path, adapter: Path | None = None) -> Trained:
-    settings = context.settings
+def gflownet(context: Context, seed: int, folder: Path, start: Path | None = None) -> Trained:
+    """From the model, without written middles; or from a saved SFT, with them in the replay buffer."""
+    settings, rows = context.settings, context.data.train
     return train_gflownet(
         context,
         target=target_of(context),
         prompt=settings["prompt"],
         support=support_of(context),
-        rows=[{"x": row["x"], "y": row["y"]} for row in context.data.train],
+        rows=[{"x": row["x"], "y": row["y"]} for row in rows],
         config=settings["gflownet"],
         folder=folder,
         seed=seed,
         lora=settings["lora"],
-        adapter=adapter,
+        adapter=start,
+        seeds=[[row["gold"]] for row in rows] if start else None,
     )
 
 

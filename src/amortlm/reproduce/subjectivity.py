@@ -7,7 +7,6 @@ first of the training split in an order that the seed shuffles, balanced between
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,12 +30,10 @@ from amortlm.reproduce.training import (
     untrained,
 )
 from amortlm.targets.base import Target
+from amortlm.tasks.subjectivity import ANSWERS, OF, QUESTION, made_up, read_reviews
 from amortlm.train import GFNConfig
 from amortlm.types import Row
 
-QUESTION = 'Classify this movie review as objective or subjective: "{x}" This review is'
-OF = "{z} so it is {y}."
-ANSWERS = ("objective", "subjective")
 LABELS = (10, 20, 50)
 
 SMALL: Settings = {
@@ -122,33 +119,6 @@ def prepare(settings: Settings, model: str | None, data: Path | None, dry_run: b
             f"{folder}: {len(reviews.test)} test sentences; test_sentences={wanted} are asked for"
         )
     return Context(settings, lm, Reviews(reviews.train, reviews.test[:wanted]), dry_run)
-
-
-def read_reviews(file: Path, max_words: int) -> list[Row]:
-    """Rows of a SUBJ file, cut after so many words. Raises DataError."""
-    try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows: list[Row] = [
-            {"x": " ".join(r["text"].split()[:max_words]), "y": r["label_text"]} for r in records
-        ]
-    except (OSError, ValueError, KeyError) as e:
-        raise DataError(
-            f"{file}: cannot read sentences ({type(e).__name__}: {e}); --data names a folder with train.jsonl and "
-            "test.jsonl, whose lines have text and label_text"
-        ) from e
-    unknown = {row["y"] for row in rows} - set(ANSWERS)
-    if unknown:
-        raise DataError(f"{file}: label_text {sorted(unknown)[0]!r} is neither of {ANSWERS}")
-    return rows
-
-
-def made_up(count: int) -> list[Row]:
-    """Sentences enough to see that every method runs."""
-    kinds = {
-        "objective": "a nurse moves to town number {i} .",
-        "subjective": "a warm and witty film , part {i} .",
-    }
-    return [{"x": kinds[ANSWERS[i % 2]].format(i=i), "y": ANSWERS[i % 2]} for i in range(count)]
 
 
 def target_of(context: Context) -> Target:

@@ -31,6 +31,12 @@ class Scoring:
             self._memo[key] = make()
         return self._memo[key]
 
+    def sharing(self, rollouts: Rollouts) -> Scoring:
+        """The scoring of rollouts that differ in data columns alone, with what was found for these at hand."""
+        other = Scoring(rollouts)
+        other._memo = self._memo
+        return other
+
 
 class Target(ABC):
     """An unnormalised log posterior log R over completions.

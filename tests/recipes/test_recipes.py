@@ -1,0 +1,127 @@
+"""Each recipe runs through its command line, writes whole results, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from amortlm.errors import ConfigError, DataError
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+
+import constrained
+import universal
+from _common import Results
+from amortlm import LanguageModel, Posterior, constraint
+
+TINY = ["--steps", "1", "--seeds", "1", "--samples", "8"]
+RUNS = {
+    "constrained": ([*TINY, "--rows", "6", "--measured", "1"], 3),
+    "contrastive": ([*TINY, "--rows", "2"], 4),
+    "universal": ([*TINY, "--rows", "3", "--test-rows", "1"], 3),
+    "ablations": ([*TINY, "--short-steps", "1", "--stories", "2"], 6),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_recipe_writes_its_results(name, embedded, tmp_path, capfd, monkeypatch):
+    arguments, methods = RUNS[name]
+    recipe = importlib.import_module(name)
+    if hasattr(recipe, "SHORT"):
+        monkeypatch.setattr(recipe, "SHORT", replace(recipe.SHORT, max_tokens=2))  # few strings to enumerate
+    recipe.main([*arguments, "--output", str(tmp_path)])
+    out, err = capfd.readouterr()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["runs"]) == methods
+    for run in results["runs"]:
+        assert run["metrics"]
+        assert run["method"] in out
+        assert run["method"] in (tmp_path / "README.md").read_text()
+    assert err == ""  # quiet in a pipe
+    recipe.main([*arguments, "--output", str(tmp_path)])
+    assert json.loads((tmp_path / "results.json").read_text())["runs"] == results["runs"]
+    with pytest.raises(ConfigError, match="other settings"):
+        recipe.main([*arguments, "--samples", "9", "--output", str(tmp_path)])
+
+
+def test_results_measure_each_method_and_seed_once(tmp_path):
+    calls = []
+    for _ in range(2):
+        results = Results(tmp_path, "title", {"a": (1, 2)})
+        for seed in (0, 1):
+            results.run("m", seed, lambda s=seed: calls.append(s) or {"f": 1.0 + s, "g": float("inf")})
+    assert calls == [0, 1]
+    assert "1.5 ± 0.71" in results.table()
+    assert json.loads((tmp_path / "results.json").read_text())["runs"][0]["metrics"] == {"f": 1.0, "g": None}
+
+
+def test_a_run_that_fails_keeps_what_was_measured_before(tmp_path):
+    results = Results(tmp_path, "title", {})
+    results.run("first", 0, lambda: {"f": 1.0})
+    with pytest.raises(ZeroDivisionError):
+        results.run("second", 0, lambda: {"f": 1 / 0})
+    assert [run["method"] for run in Results(tmp_path, "title", {}).runs] == ["first"]
+
+
+def test_words_are_whole_and_belong_to_the_row():
+    row = {"words": "cat ran"}
+    assert constrained.has_words(" Ran the Cat", row)
+    assert not constrained.has_words(" the cats ran", row)
+    assert not constrained.has_words(" the cat ran", {"words": "dog"})
+    assert constraint.predicate(constrained.has_words).accepts(" the cat ran", row)
+
+
+def test_the_gold_sentence_has_the_words_and_the_beginning_does_not():
+    for row in constrained.stories(72):
+        assert constrained.has_words(row["gold"], row)
+        assert not any(constrained.has_words(row["x"], {"words": w}) for w in row["words"].split())
+
+
+def test_concept_sets_lose_their_tags_and_bad_files_are_named(tmp_path):
+    file = tmp_path / "commongen.dev.jsonl"
+    file.write_text(
+        "".join(json.dumps({"concept_set": c}) + "\n" for c in ("dog_N#run_V", "dog_N#run_V", "a_N"))
+    )
+    assert constrained.concepts(tmp_path, 2) == [{"x": "", "words": "dog run"}, {"x": "", "words": "a"}]
+    with pytest.raises(DataError, match="2 rows"):
+        constrained.concepts(tmp_path, 3)
+    file.write_text("{}\n")
+    with pytest.raises(DataError, match="cannot read concept sets"):
+        constrained.concepts(tmp_path, 1)
+
+
+def test_contrastive_refuses_powers_that_are_no_contrast(tmp_path):
+    contrastive = importlib.import_module("contrastive")
+    for a, b in (("1", "0.5"), ("0.5", "-1")):
+        with pytest.raises(ConfigError, match="b < 0"):
+            contrastive.main(["--a", a, "--b", b, "--output", str(tmp_path)])
+
+
+def test_the_universal_rows_hide_the_answer_of_a_sum(embedded: LanguageModel):
+    for row in universal.sum_rows(5):
+        assert row["prompt"] == row["before"]
+        assert row["after"] == f" The answer is {row['y']}."
+        assert len(embedded.encode_continuation(row["gold"])) <= universal.SUPPORT.max_tokens
+    for row in universal.story_rows(5):
+        assert row["before"] in row["prompt"]
+        assert row["after"].strip() in row["prompt"]
+
+
+def test_the_joint_target_is_each_task_s_own(embedded: LanguageModel):
+    """One template over columns scores a sum as the arithmetic task's own target does."""
+    row = universal.sum_rows(1)[0]
+    x = row["prompt"].removeprefix("Question: ").removesuffix(" = ? Answer:")
+    joint = embedded.log_prob(universal.OF, given=universal.GIVEN)
+    own = embedded.log_prob(universal.arithmetic.OF, given=universal.arithmetic.PROMPT)
+    policy = universal.untrained(embedded, joint, universal.PROMPT, universal.SUPPORT).policy
+    scores = []
+    for target, data in ((joint, row), (own, {**row, "x": x})):
+        assert isinstance(Posterior(policy, target).target, type(joint))
+        scores.append(target.score_final(policy.rollouts([data], [[row["gold"]]])).item())
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
