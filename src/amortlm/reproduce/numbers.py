@@ -89,8 +89,7 @@ def without_training(context: Context, seed: int, folder: Path) -> Trained:
 def sft(context: Context, seed: int, folder: Path) -> Trained:
     """Supervised fine-tuning on integers drawn uniformly: samples of the posterior itself."""
     settings = dict(context.settings["sft"])
-    draw = random.Random(seed)
-    gold = [f" {draw.randint(0, HIGHEST)}" for _ in range(settings.pop("examples"))]
+    gold = uniform_integers(settings.pop("examples"), seed)
     return train_supervised(
         context,
         start(context, seed),
@@ -102,6 +101,11 @@ def sft(context: Context, seed: int, folder: Path) -> Trained:
         max_steps=context.settings["steps"],
         **settings,
     )
+
+
+def uniform_integers(count: int, seed: int) -> list[str]:
+    draw = random.Random(seed)
+    return [f" {draw.randint(0, HIGHEST)}" for _ in range(count)]
 
 
 def reinforced(method: str) -> Callable[[Context, int, Path], Trained]:
