@@ -14,9 +14,9 @@ from amortlm import GFNConfig, errors
 
 # Taking a name out or renaming it breaks the programs of users: say so in CHANGELOG.md.
 NAMES = """
-AmortLMError Diagnosis Exploration GFNConfig GFNTrainer LanguageModel LogProb Policy PolicyLogProbs Posterior
-ReplayBuffer Rollouts Sample Support Target Verifier __version__ constraint default_lora errors exact importance
-objectives verifier
+AmortLMError Calculator Diagnosis EM Exploration GFNConfig GFNTrainer LanguageModel LogProb Lookup MStep
+Policy PolicyLogProbs Posterior Prediction ReplayBuffer Rollouts Sample Support Target Tool Verifier Votes
+__version__ constraint default_lora errors exact importance objectives verifier
 """
 SETTINGS = """
 buffer_prioritized buffer_size diagnose_steps epsilon hard_penalty log_z log_z_learning_rate num_samples objective
