@@ -61,6 +61,16 @@ def standing(results: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
+def summary(results: dict[str, Any]) -> str:
+    """One line per GFlowNet: which decoders are both likelier and more diverse (means over seeds, held-out prompts)."""
+    lines = []
+    for method, found in standing(results).items():
+        same, more = (", ".join(found[k]["dominated_by"]) or "no decoder" for k in ("same", "more"))
+        beaten = ", ".join(found["same"]["dominates"]) or "none"
+        lines.append(f"- {method}: dominated by {same}; with more compute: {more}. It dominates: {beaten}.")
+    return "\n".join(["Dominated: another is as likely and as diverse, and better in one.", "", *lines])
+
+
 def _compare(ours: Point, decoders: list[Point]) -> dict[str, Any]:
     rivals = [
         p["diversity"] for p in decoders if p["max_ll"] >= ours["max_ll"] and p["diversity"] > -math.inf
