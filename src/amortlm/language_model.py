@@ -95,7 +95,8 @@ class LanguageModel:
     # Tokens
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        # Not verbose: `check_context` says what is too long, and what to do.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
 
     def encode_start(self, text: str) -> list[int]:
         """Tokens of a text that begins a sequence; never empty (BOS, or EOS for models without BOS)."""

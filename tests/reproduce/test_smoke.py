@@ -32,3 +32,13 @@ def test_smoke(name: str, tmp_path: Path) -> None:
     made = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()}
     assert main(argv) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").iterdir()} == made
+
+
+@pytest.mark.slow
+def test_the_paper_preset_builds_every_method(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """On the embedded model, up to the first step. The other experiments need data, numbers has its own test."""
+    argv = ["reproduce", "arithmetic", "--preset", "paper", "--model", "embedded", "--dry-run"]
+    assert main([*argv, "--output", str(tmp_path / "out")]) == 0
+    printed, err = capfd.readouterr()
+    assert printed.splitlines() == [f"{method}: ok" for method in load_experiment("arithmetic").methods]
+    assert err == ""
