@@ -84,6 +84,10 @@ class EM:
         self.args, self.m_step, self.rounds, self.seeds = args, m_step or MStep(), rounds, seeds
         if rounds < 1:
             raise ConfigError(f"rounds must be at least 1, got {rounds}")
+        if peft_config == FULL and rounds > 1:
+            raise ConfigError(
+                "a full copy as q cannot go on from the round before; give a LoraConfig, or rounds=1"
+            )
         self.q_adapter, self.is_full = peft_config, adapter == FULL
         copied = trainable_copy(lm, adapter)
         self._trained = [p for p in copied.parameters() if p.requires_grad]

@@ -116,3 +116,5 @@ def test_errors_name_the_remedy(one_lm: LanguageModel, tmp_path: Path) -> None:
         )
     with pytest.raises(ConfigError, match="rounds"):
         em(one_lm, tmp_path, rounds=0)
+    with pytest.raises(ConfigError, match="full copy"):
+        em(one_lm, tmp_path, peft_config="full")
