@@ -70,6 +70,15 @@ def test_what_a_tool_wrote_is_no_action(one_lm: LanguageModel) -> None:
     assert policy.evaluate(free).log_pf[0, 2:].sum() < -1
 
 
+def test_log_q_of_samples_counts_no_forced_token(one_lm: LanguageModel) -> None:
+    policy = tiny_policy(one_lm, "{x}", WITH_TOOL)
+    rollouts, sampled = policy.sample(ROWS, 200, seed=2)
+    written = torch.arange(rollouts.tokens.shape[1]) < rollouts.lengths[:, None]
+    assert (written & ~rollouts.action_mask).any()
+    evaluated = policy.evaluate(rollouts).final(rollouts.lengths)
+    torch.testing.assert_close(sampled.final(rollouts.lengths), evaluated, atol=1e-4, rtol=0)
+
+
 def test_samples_follow_q(one_lm: LanguageModel) -> None:
     policy = tiny_policy(one_lm, "{x}", WITH_TOOL)
     completions = support_completions(policy)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
-from amortlm import EM, GFNConfig, LanguageModel, MStep, Support
+from amortlm import EM, GFNConfig, LanguageModel, Lookup, MStep, Support
 from amortlm.diagnostics.exact import enumerate_posterior
 from amortlm.em import joint_log_prob, posterior_weights
 from amortlm.errors import ConfigError
@@ -58,6 +58,20 @@ def test_joint_equals_the_target(family_lm: LanguageModel) -> None:
     torch.testing.assert_close(
         joint_log_prob(family_lm.model, target, rollouts), by_target, atol=1e-3, rtol=0
     )
+
+
+def test_joint_with_a_tool_equals_the_target(one_lm: LanguageModel) -> None:
+    support = Support(
+        stop=".",
+        max_tokens=4,
+        allowed_tokens=(" a", " cat", ":"),
+        tool=Lookup({"cat": "dog ran"}, trigger=":"),
+    )
+    policy = tiny_policy(one_lm, "{x}", support)
+    rollouts = policy.rollouts(ROWS[:1], [[" cat: dog ran", " a cat"]])
+    target = one_lm.log_prob("{z} {y}", given="{x}")
+    joint = joint_log_prob(one_lm.model, target, rollouts)
+    torch.testing.assert_close(joint, target.score_final(rollouts), atol=1e-3, rtol=0)
 
 
 def test_m_step_gradient_is_that_of_the_evidence(one_lm: LanguageModel) -> None:
