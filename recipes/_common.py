@@ -1,9 +1,11 @@
-"""What the recipes share: their command line, quiet training, and results that a second start goes on from."""
+"""What the recipes share: their command line, quiet training, fine-tuned base models, and results that a second start
+goes on from."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import sys
 import tempfile
@@ -15,11 +17,13 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from tqdm import trange
 from transformers import set_seed
 from transformers.utils import logging as hf_logging
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Posterior, Support, Target, default_lora
 from amortlm.errors import ConfigError
+from amortlm.passes import gather_log_probs, pad_right
 from amortlm.reproduce.storage import environment, finite, write_json, write_text
 from amortlm.types import Row
 
@@ -74,6 +78,40 @@ def train(
         )
         trainer.train()
     return trainer.posterior
+
+
+def fine_tune(
+    lm: LanguageModel,
+    batch: Callable[[], list[tuple[list[int], int]]],
+    steps: int,
+    learning_rate: float,
+    output: Path,
+) -> None:
+    """Maximum likelihood of fresh documents (tokens, and how many of the last count), saved as a model folder."""
+    model: Any = lm.model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    bar = trange(steps, desc=output.name, disable=None)
+    for step in bar:
+        decay = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, (step + 1) / 50) * decay
+        loss = document_loss(model, batch())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.save_pretrained(output)
+    lm.tokenizer.save_pretrained(output)
+
+
+def document_loss(model: Any, documents: list[tuple[list[int], int]]) -> torch.Tensor:
+    """Mean over the tokens that count of -log p, nats."""
+    ids, lengths = pad_right([d for d, _ in documents], model.device)
+    counted = torch.tensor([n for _, n in documents])
+    place = torch.arange(1, ids.shape[1], device=ids.device)
+    mask = (place < lengths[:, None]) & (place >= (lengths - counted)[:, None])
+    log_p = gather_log_probs(model(input_ids=ids[:, :-1], use_cache=False).logits, ids[:, 1:])
+    return -(log_p * mask).sum() / mask.sum()
 
 
 def average(rows: Sequence[Metrics]) -> Metrics:

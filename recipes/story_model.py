@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import trange
 
+from _common import fine_tune
 from amortlm import LanguageModel
-from amortlm.passes import gather_log_probs, pad_right
+from amortlm.passes import gather_log_probs
 
 sys.path.insert(0, str(Path(__file__).parent / "embedded"))
 from stories import story
@@ -39,16 +37,6 @@ def document(lm: LanguageModel, key: str, turned: bool) -> tuple[list[int], int]
         return ids, len(ids) - 1
     middle = lm.encode_continuation(" " + s[3])
     return [*lm.encode_start(f"{s[4]}</s><s>{' '.join(s[:3])}"), *middle], len(middle)
-
-
-def loss_of(model: Any, documents: list[tuple[list[int], int]]) -> torch.Tensor:
-    """Mean over the tokens that count of -log p, nats."""
-    ids, lengths = pad_right([d for d, _ in documents], model.device)
-    counted = torch.tensor([n for _, n in documents])
-    place = torch.arange(1, ids.shape[1], device=ids.device)
-    mask = (place < lengths[:, None]) & (place >= (lengths - counted)[:, None])
-    log_p = gather_log_probs(model(input_ids=ids[:, :-1], use_cache=False).logits, ids[:, 1:])
-    return -(log_p * mask).sum() / mask.sum()
 
 
 @torch.no_grad()
@@ -71,42 +59,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/story-model"))
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=24, help="stories per step, a quarter of them as told")
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--batch", type=int, default=32, help="stories per step, a quarter of them as told")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     lm = LanguageModel.from_pretrained(args.model)
-    before = middle_loss(lm)
-    model: Any = lm.model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
-    rng, start = random.Random(args.seed), time.perf_counter()
-    for step in trange(args.steps, desc="story model", disable=None):
-        progress = step / args.steps
-        rate = (
-            args.learning_rate
-            * min(1.0, (step + 1) / 50)
-            * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    before, start, rng = middle_loss(lm), time.perf_counter(), random.Random(args.seed)
+
+    def batch() -> list[tuple[list[int], int]]:
         keys = [f"story model {rng.getrandbits(60)}" for _ in range(args.batch)]
-        loss = loss_of(model, [document(lm, key, i % 4 > 0) for i, key in enumerate(keys)])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            plain, turned = middle_loss(lm)
-            print(
-                f"step {step + 1}: loss {loss.item():.3f}, middle {plain:.2f}, after its ending {turned:.2f}",
-                flush=True,
-            )
-            model.save_pretrained(args.output)
-    model.save_pretrained(args.output)
-    lm.tokenizer.save_pretrained(args.output)
+        return [document(lm, key, i % 4 > 0) for i, key in enumerate(keys)]
+
+    fine_tune(lm, batch, args.steps, args.learning_rate, args.output)
     names = ("middle_nats", "middle_after_ending_nats")
     figures = {
         "before": dict(zip(names, before, strict=True)),

@@ -110,7 +110,7 @@ def test_samples_become_json(posterior: Posterior) -> None:
     data = json.loads(json.dumps(sample.to_dict()))
     assert data == {
         "text": sample.text, "tokens": sample.tokens, "log_q": sample.log_q,
-        "log_reward": sample.log_reward, "weight": 1.0,
+        "log_reward": sample.log_reward, "weight": 1.0, "statements": None,
     }  # fmt: skip
 
 

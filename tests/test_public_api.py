@@ -15,7 +15,7 @@ from amortlm import GFNConfig, errors
 # Taking a name out or renaming it breaks the programs of users: say so in CHANGELOG.md.
 NAMES = """
 AmortLMError Calculator Diagnosis EM Exploration GFNConfig GFNTrainer LanguageModel LogProb Lookup MStep
-Policy PolicyLogProbs Posterior Prediction ReplayBuffer Rollouts Sample Support Target Tool Verifier Votes
+Policy PolicyLogProbs Posterior Prediction ReplayBuffer Rollouts Sample Support Target Tool Unordered Verifier Votes
 __version__ constraint default_lora errors exact importance objectives verifier
 """
 SETTINGS = """

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from amortlm import LanguageModel, Target, constraint, verifier
+from amortlm import LanguageModel, Target, Unordered, constraint, verifier
 from amortlm.errors import ConfigError, DataError, SupportError, TemplateError
 from amortlm.policy import Support
 from amortlm.targets.spec import _builders, target_from_spec
@@ -56,6 +56,7 @@ KINDS: dict[str, Callable[[LanguageModel], Target]] = {
     "predicate of a row": lambda lm: constraint.predicate(f"{__name__}:longer_than_x"),
     "verifier": lambda lm: verifier(minus_length),
     "verifier of prefixes": lambda lm: -2.0 * verifier(minus_length, every_prefix=True),
+    "unordered": lambda lm: Unordered(lm.log_prob("{z}", given="{x}") / 2, ","),
     "sum": lambda lm: (lm.log_prob("{z}") + 2 * verifier(minus_length)) / 0.5 + constraint.length(1),
 }
 

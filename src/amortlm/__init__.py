@@ -12,6 +12,7 @@ _HOMES = {
     "LanguageModel": "amortlm.language_model",
     "Target": "amortlm.targets.base",
     "LogProb": "amortlm.targets.lm",
+    "Unordered": "amortlm.targets.lists",
     "Verifier": "amortlm.targets.constraints",
     "verifier": "amortlm.targets.constraints",
     "Support": "amortlm.policy.support",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from amortlm.targets.base import Target as Target
     from amortlm.targets.constraints import Verifier as Verifier
     from amortlm.targets.constraints import verifier as verifier
+    from amortlm.targets.lists import Unordered as Unordered
     from amortlm.targets.lm import LogProb as LogProb
     from amortlm.train.config import GFNConfig as GFNConfig
     from amortlm.train.trainer import GFNTrainer as GFNTrainer

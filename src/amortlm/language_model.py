@@ -87,6 +87,7 @@ class LanguageModel:
         """The target log p(of | given): templates over data columns and the latent `{z}`.
 
         `{z}` stands for the completion and its stop symbol. It appears once, in `of` or in `given`.
+        `{z1}{z2}`: latents in sequence, the statements of a list (`separator` of `Support`).
         """
         from amortlm.targets.lm import LogProb
 

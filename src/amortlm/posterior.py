@@ -21,6 +21,7 @@ from amortlm.policy.policy import Policy
 from amortlm.policy.support import Support
 from amortlm.predictive import Prediction, Votes, predict, vote
 from amortlm.targets.base import Target
+from amortlm.targets.lists import check_statements
 from amortlm.targets.template import Messages, check_rows
 from amortlm.types import Rollouts, Row
 
@@ -32,13 +33,15 @@ BATCH = 256  # completions sampled and scored at once
 @dataclass(frozen=True)
 class Sample:
     """One completion. log_q, log_reward: nats; weight: self-normalised importance weight among its batch (they
-    sum to 1; all 0 where R = 0 for every one of them), None when the posterior has no target."""
+    sum to 1; all 0 where R = 0 for every one of them), None when the posterior has no target; statements: of a
+    completion that is a list (the support has a separator)."""
 
     text: str
     tokens: list[int]
     log_q: float
     log_reward: float | None
     weight: float | None
+    statements: list[str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,6 +52,8 @@ class Posterior:
 
     def __init__(self, policy: Policy, target: Target | None):
         self.policy, self.target, self.lm = policy, target, policy.lm
+        if target is not None:
+            check_statements(target, policy.support)
 
     def sample(self, row: Row, n: int = 1, *, seed: object = 0) -> list[Sample]:
         """n completions for one row, in one left-to-right pass each. The same seed gives the same samples.
@@ -67,9 +72,14 @@ class Posterior:
                 log_q=log_q[i].item(),
                 log_reward=None if log_reward is None else log_reward[i].item(),
                 weight=None if weights is None else weights[i],
+                statements=self._statements(tokens),
             )
             for i, tokens in enumerate(rollouts.completions())
         ]
+
+    def _statements(self, tokens: list[int]) -> list[str] | None:
+        support = self.policy.support
+        return [self.lm.decode(s) for s in support.statements(tokens)] if support.lists else None
 
     @torch.no_grad()
     def log_prob(self, row: Row, completions: Sequence[str | Sequence[int]]) -> Tensor:

@@ -141,7 +141,7 @@ def _answer(posterior: Posterior) -> tuple[LogProb, tuple[str, str, str]]:
             "a prediction needs a target that is one log_prob with `{z}` and an answer after it in `of`, "
             f"not {posterior.target!r}"
         )
-    after = Template(term.of.text.split("{z}", 1)[1])
+    after = Template(term.of.around[1])
     if len(after.fields) != 1:
         raise ConfigError(f"{term!r}: the text after {{z}} must hold one column, the answer to predict")
     column = after.fields[0]
@@ -157,12 +157,14 @@ def _answer(posterior: Posterior) -> tuple[LogProb, tuple[str, str, str]]:
 
 def _likelihood(target: LogProb) -> LogProb:
     """log p(y | x z) of a target log p(z y | x)."""
-    before, after = target.of.text.split("{z}", 1)
+    before, after = target.of.around
     if not isinstance(target.given.source, str):
         raise ConfigError(
             f"{target!r}: predict needs `given` as text, since z follows it; vote() takes messages"
         )
-    return LogProb(target.lm, after, target.given.source + before + "{z}")
+    return LogProb(
+        target.lm, after, target.given.source + before + "".join(f"{{{z}}}" for z in target.of.latents)
+    )
 
 
 def _sample(posterior: Posterior, rows: Sequence[Row], n: int, temperature: float, seed: object) -> Rollouts:
@@ -238,4 +240,4 @@ def _questions(target: LogProb, rollouts: Rollouts, lead: str) -> list[list[int]
 
 def _blank(target: LogProb) -> dict[str, str]:
     """Values for the columns after `{z}`, which are not read."""
-    return dict.fromkeys(Template(target.of.text.split("{z}", 1)[1]).columns, "")
+    return dict.fromkeys(Template(target.of.around[1]).columns, "")

@@ -100,14 +100,13 @@ def decode_counted(
         policy.model.train(training)
 
 
-def support_log_probs(support: BoundSupport, logits: Tensor, t: int, merge_stops: bool) -> Tensor:
-    """log q [B, V] of the next token at state t, from logits (or log-probabilities) [B, V].
+def support_log_probs(support: BoundSupport, logits: Tensor, tokens: Tensor, merge_stops: bool) -> Tensor:
+    """log q [B, V] of the next token after tokens [B, t], from logits (or log-probabilities) [B, V].
 
     merge_stops: the first stop symbol stands for all of them.
     """
     stops = torch.tensor(support.stop_ids, device=logits.device)
-    legal = support.allowed.to(logits.device) & (t < support.max_tokens)
-    legal[stops] = t >= support.min_tokens
+    legal = support.legal(tokens.shape[1], tokens, torch.arange(len(tokens), device=tokens.device))
     log_q = logits.float().masked_fill(~legal, -torch.inf).log_softmax(-1)
     if merge_stops and len(stops) > 1:
         log_stop = log_q[:, stops].logsumexp(-1)
@@ -125,9 +124,7 @@ class SupportProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         self.token_passes += len(scores)
-        return support_log_probs(
-            self.support, scores, input_ids.shape[1] - self.prompt_width, self.merge_stops
-        )
+        return support_log_probs(self.support, scores, input_ids[:, self.prompt_width :], self.merge_stops)
 
 
 def _settings(policy: Policy, method: str, num_samples: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -296,10 +293,10 @@ class _DiverseBeams:
         scores[:, 0] = 0.0
         tokens = torch.zeros(len(index), 0, dtype=torch.long, device=device)
         finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(self.groups)]
-        for t in range(support.max_tokens + 1):
+        for _ in range(support.max_tokens + 1):
             logits = self.policy.model(input_ids=ids[:, None], past_key_values=cache, use_cache=True).logits
             self.token_passes += len(index)
-            log_q = support_log_probs(support, logits[:, -1], t, merge_stops=True)
+            log_q = support_log_probs(support, logits[:, -1], tokens, merge_stops=True)
             parents, ids, scores = self._extend(log_q, scores, tokens, finished)
             if all(self._done(f, best) for f, best in zip(finished, scores.amax(1).tolist(), strict=True)):
                 break

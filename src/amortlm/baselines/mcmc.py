@@ -18,6 +18,7 @@ from amortlm.policy.policy import Policy
 from amortlm.policy.sampling import seed_of
 from amortlm.policy.support import BoundSupport
 from amortlm.targets.base import Target
+from amortlm.targets.lists import check_statements
 from amortlm.targets.template import check_rows
 from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
 
@@ -166,7 +167,8 @@ class Paths:
 def prepare(policy: Policy, target: Target, row: Row) -> tuple[Target, Prefix]:
     """The target bound to the policy's tokenizer and the encoded prompt of `row`.
 
-    Raises ConfigError for a support with a tool, DataError for a missing column, PromptTooLongError.
+    Raises ConfigError for a support with a tool, SupportError for one that the target's latents do not fit,
+    DataError for a missing column, PromptTooLongError.
     """
     if policy.support.tool is not None:
         raise ConfigError(
@@ -174,9 +176,11 @@ def prepare(policy: Policy, target: Target, row: Row) -> tuple[Target, Prefix]:
             "use a support without a tool, or importance weights of posterior.sample"
         )
     check_rows([row], set(policy.prompt.columns) | set(target.columns), "the row")
+    target = target.bind(policy.lm)
+    check_statements(target, policy.support)
     with torch.no_grad():
         prefix = encode_prompts(policy.model, policy.encode_rows([row]))
-    return target.bind(policy.lm), prefix
+    return target, prefix
 
 
 def sample_paths(policy: Policy, prefix: Prefix, n: int, generator: torch.Generator) -> tuple[Paths, int]:
@@ -245,7 +249,8 @@ def redraw(policy: Policy, prefix: Prefix, paths: Paths, keep: Tensor, generator
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-        log_q, log_pterm[alive, state] = _state_log_probs(logits, state, support)
+        legal = support.legal(state, tokens, alive)
+        log_q, log_pterm[alive, state] = _state_log_probs(logits, state, support, legal)
         token = _inverse_cdf(log_q, u[alive, state])
         done = torch.isin(token, torch.tensor(support.stop_ids, device=token.device))
         lengths[alive[done]], stops[alive[done]] = state[done], token[done]
@@ -290,11 +295,11 @@ def _encode_kept(
     return cache, past, text.gather(1, keep[:, None]).squeeze(1)
 
 
-def _state_log_probs(logits: Tensor, state: Tensor, support: BoundSupport) -> tuple[Tensor, Tensor]:
-    """(log q [b, V] over tokens and stop symbols, log q(stop) [b]) at the states [b] of logits [b, V]."""
+def _state_log_probs(
+    logits: Tensor, state: Tensor, support: BoundSupport, legal: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(log q [b, V] over tokens and stop symbols, log q(stop) [b]) at the states [b] of logits, legal [b, V]."""
     stop_ids = list(support.stop_ids)
-    legal = support.allowed.to(logits.device) & (state < support.max_tokens)[:, None]
-    legal[:, stop_ids] = (state >= support.min_tokens)[:, None]
     log_q = logits.float().masked_fill(~legal, -torch.inf).log_softmax(-1)
     log_stop = log_q[:, stop_ids].logsumexp(-1)
     return log_q, log_stop.masked_fill(state == support.max_tokens, 0.0)

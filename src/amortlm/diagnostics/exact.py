@@ -14,6 +14,7 @@ from amortlm.passes import pad_right
 from amortlm.policy.policy import Policy
 from amortlm.policy.support import BoundSupport
 from amortlm.targets.base import Target
+from amortlm.targets.lists import check_statements
 from amortlm.types import Row
 
 LIMIT = 200_000  # strings
@@ -49,7 +50,9 @@ class Distance:
 def enumerate_posterior(
     target: Target, support: BoundSupport, row: Row, limit: int = LIMIT
 ) -> ExactPosterior:
-    """Score every completion of the support. Raises SupportError if there are more than `limit`."""
+    """Score every completion of the support. Raises SupportError if there are more than `limit`, or if the target's
+    latents are not the statements of the support."""
+    check_statements(target, support)
     if support.size() > limit:
         raise SupportError(
             f"the support has {support.size():.3g} completions, more than the limit of {limit} for enumeration; "

@@ -45,9 +45,7 @@ class ImportanceEstimate:
 
 def estimate(log_w: Tensor, log_reward: Tensor | None = None) -> ImportanceEstimate:
     """Importance diagnostics of log_w [n] (-inf where R = 0). Raises DataError for no samples or NaN."""
-    log_w = log_w.detach().double().flatten().cpu()
-    if len(log_w) == 0 or torch.isnan(log_w).any() or torch.isposinf(log_w).any():
-        raise DataError("importance diagnostics need at least one log weight, none of them NaN or +inf")
+    log_w = check_log_weights(log_w)
     finite = log_w[torch.isfinite(log_w)]
     valid = len(finite) / len(log_w)
     if len(finite) == 0:
@@ -64,6 +62,14 @@ def estimate(log_w: Tensor, log_reward: Tensor | None = None) -> ImportanceEstim
         log_reward=log_r.mean().item(),
         valid=valid,
     )
+
+
+def check_log_weights(log_w: Tensor) -> Tensor:
+    """log_w as a flat float64 tensor on the CPU. Raises DataError if there is none, or NaN or +inf among them."""
+    log_w = log_w.detach().double().flatten().cpu()
+    if len(log_w) == 0 or torch.isnan(log_w).any() or torch.isposinf(log_w).any():
+        raise DataError("importance diagnostics need at least one log weight, none of them NaN or +inf")
+    return log_w
 
 
 def effective_sample_size(log_w: Tensor) -> float:

@@ -96,7 +96,7 @@ class Policy(nn.Module):
         rollouts = rollouts.to(self.device)
         prefix = encode_prompts(self.model, self.encode_rows(rollouts.rows))
         logits, _ = state_logits(self.model, prefix, rollouts.row_index, rollouts.tokens)
-        log_norm, log_pterm, masked = self.support.log_probs(logits)
+        log_norm, log_pterm, masked = self.support.log_probs(logits, rollouts.tokens)
         picked = masked[:, :-1].gather(-1, rollouts.tokens[..., None]).squeeze(-1)
         log_pf = torch.where(rollouts.action_mask, picked - log_norm[:, :-1], 0.0)
         return PolicyLogProbs(log_pf, log_pterm)
@@ -125,9 +125,11 @@ class Policy(nn.Module):
         if tokens and tokens[-1] in self.support.stop_ids:
             stop = tokens.pop()
         if not self.support.contains(tokens):
+            lists = self.support.lists
+            counts = "" if lists is None else f", not {lists.minimum} to {lists.maximum} non-empty statements"
             raise DataError(
                 f"completion {completion!r} is outside the support: {len(tokens)} tokens where "
-                f"{self.support.min_tokens} to {self.support.max_tokens} are allowed, or a banned token inside"
+                f"{self.support.min_tokens} to {self.support.max_tokens} are allowed{counts}, or a banned token inside"
             )
         return tokens, stop
 

@@ -87,7 +87,7 @@ def draw(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-        step = _step(logits, t, support, uniforms[alive, t], exploration, alive)
+        step = _step(logits, t, support, uniforms[alive, t], exploration, tokens, alive)
         if tools is not None and t < width:
             step = step.forced(tools.forced(alive))
         log_pterm[alive, t] = step.log_stop
@@ -127,14 +127,17 @@ class _Step:
 
 
 def _step(
-    logits: Tensor, t: int, support: BoundSupport, u: Tensor, exploration: Exploration, alive: Tensor
+    logits: Tensor,
+    t: int,
+    support: BoundSupport,
+    u: Tensor,
+    exploration: Exploration,
+    tokens: Tensor,
+    alive: Tensor,
 ) -> _Step:
-    """Draw the next token (or the stop) at state t for the b rows still alive. logits [b, V]."""
+    """Draw the next token (or the stop) at state t for the b rows still alive. logits [b, V], tokens [B, T]."""
     stop_ids = torch.tensor(support.stop_ids, device=logits.device)
-    legal = support.allowed.to(logits.device).clone()
-    if t >= support.max_tokens:
-        legal[:] = False
-    legal[stop_ids] = t >= support.min_tokens
+    legal = support.legal(t, tokens, alive)
     logits = logits.float().masked_fill(~legal, -torch.inf)
     log_q = logits.log_softmax(-1)
     behaviour = log_q
@@ -142,7 +145,7 @@ def _step(
         behaviour = (logits / exploration.temperature[alive, None]).log_softmax(-1)
     probs = behaviour.exp()
     if exploration.epsilon > 0:
-        probs = (1 - exploration.epsilon) * probs + exploration.epsilon * legal / legal.sum()
+        probs = (1 - exploration.epsilon) * probs + exploration.epsilon * legal / legal.sum(-1, keepdim=True)
     cdf = probs.double().cumsum(-1)
     # The first index whose cdf exceeds u: never a token of probability 0.
     token = torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True).squeeze(1)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from amortlm.errors import SupportError
+from amortlm.policy.lists import Lists
 from amortlm.policy.tools import BoundTool, Tool, tool_from_spec
+from amortlm.targets.lists import split_statements
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:
@@ -30,8 +32,13 @@ class Support:
     allowed_tokens   only these may be written (default: all but special tokens)
     banned_tokens    never written; wins over allowed_tokens
     tool             writes into the completion, whatever is allowed: a `Tool`, "calculator", or a JSON form
+    separator        with it, a completion is a list of statements: "s1 SEP s2 SEP s3", none of them empty
+    min_statements   stopping is impossible before so many statements
+    max_statements   no separator after so many statements (default: as many as fit); equal to min_statements for
+                     latents in sequence, "{z1}{z2}" in a target
 
-    Stop tokens and the tokenizer's special tokens are never written inside a completion.
+    Stop tokens and the tokenizer's special tokens are never written inside a completion. The separator is one token,
+    allowed whatever allowed_tokens says, and counts as a token of the completion.
     """
 
     stop: str | int | Sequence[str | int]
@@ -40,12 +47,29 @@ class Support:
     allowed_tokens: Tokens = None
     banned_tokens: Tokens = None
     tool: Tool | str | Mapping[str, Any] | None = None
+    separator: str | int | None = None
+    min_statements: int = 1
+    max_statements: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
             raise SupportError(
                 f"min_tokens={self.min_tokens}, max_tokens={self.max_tokens} allows nothing; "
                 "need 0 <= min_tokens <= max_tokens and max_tokens >= 1"
+            )
+        low, high = self.min_statements, self.max_statements
+        if self.separator is None:
+            if (low, high) != (1, None):
+                raise SupportError(
+                    "min_statements and max_statements count what a separator divides: give separator="
+                )
+        elif self.tool is not None:
+            raise SupportError("a tool cannot write into a list of statements: take out separator or tool")
+        elif not 1 <= low <= (low if high is None else high) or 2 * low - 1 > self.max_tokens:
+            raise SupportError(
+                f"min_statements={low}, max_statements={high}, max_tokens={self.max_tokens} allows nothing; need "
+                "1 <= min_statements <= max_statements, and max_tokens >= 2 * min_statements - 1 for a token each "
+                "and the separators"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,32 +92,51 @@ class Support:
             allowed[[lm.token_id(t) for t in self.allowed_tokens]] = True
         allowed[[lm.token_id(t) for t in self.banned_tokens or []]] = False
         allowed[list(stop_ids)] = False
-        if self.min_tokens > 0 and not allowed.any():
+        lists = None if self.separator is None else self._lists(lm, stop_ids)
+        if lists is not None:
+            allowed[lists.separator] = False
+        if (self.min_tokens > 0 or lists is not None) and not allowed.any():
             raise SupportError(
                 "support allows nothing: no token is left after banned, special and stop tokens; widen allowed_tokens"
             )
         tool = None if self.tool is None else BoundTool(tool_from_spec(self.tool), lm, stop_ids)
-        return BoundSupport(stop_ids, self.min_tokens, self.max_tokens, allowed, tool)
+        return BoundSupport(stop_ids, self.min_tokens, self.max_tokens, allowed, tool, lists)
+
+    def _lists(self, lm: LanguageModel, stop_ids: Sequence[int]) -> Lists:
+        assert self.separator is not None
+        separator, fits = lm.token_id(self.separator), (self.max_tokens + 1) // 2
+        if separator in stop_ids:
+            raise SupportError(f"separator {self.separator!r} is a stop token too; use another of the two")
+        maximum = fits if self.max_statements is None else min(self.max_statements, fits)
+        return Lists(separator, self.min_statements, maximum, self.max_tokens)
 
 
 @dataclass(frozen=True)
 class BoundSupport:
-    """A support resolved for one model. allowed [V] bool: what may be written inside a completion."""
+    """A support resolved for one model.
+
+    allowed [V] bool: what may be written inside a completion; with `lists`, inside a statement.
+    """
 
     stop_ids: tuple[int, ...]
     min_tokens: int
     max_tokens: int
     allowed: Tensor
     tool: BoundTool | None = None
+    lists: Lists | None = None
 
     def size(self) -> int:
         """Number of completions in the support (with a tool: at most so many)."""
         n = int(self.allowed.sum())
-        return sum(n**t for t in range(self.min_tokens, self.max_tokens + 1))
+        lengths = range(self.min_tokens, self.max_tokens + 1)
+        return sum(n**t if self.lists is None else self.lists.size(n, t) for t in lengths)
 
     def completions(self, length: int) -> Iterator[list[int]]:
         """Every completion of so many tokens, in a fixed order."""
         choices = self.allowed.nonzero().squeeze(1).tolist()
+        if self.lists is not None:
+            yield from self.lists.completions(choices, length)
+            return
         if self.tool is None:
             yield from map(list, product(choices, repeat=length))
             return
@@ -114,6 +157,9 @@ class BoundSupport:
         known = all(0 <= t < len(self.allowed) for t in tokens)
         if not known or not self.min_tokens <= len(tokens) <= self.max_tokens:
             return False
+        if self.lists is not None:
+            words = [t for t in tokens if t != self.lists.separator]
+            return bool(self.allowed[words].all()) and self.lists.contains(tokens)
         if self.tool is None:
             return bool(self.allowed[list(tokens)].all())
         forced = self.tool.forced(tokens)
@@ -121,18 +167,49 @@ class BoundSupport:
             return False
         return all(f or bool(self.allowed[t]) for f, t in zip(forced, tokens, strict=True))
 
-    def log_probs(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalisers of q at states 0..S-1 of logits [B, S, V], all float32:
+    def statements(self, tokens: Sequence[int]) -> list[list[int]]:
+        """The statements of a completion, without their separators; without a separator, the completion."""
+        return [list(tokens)] if self.lists is None else split_statements(tokens, self.lists.separator)
 
-        log_norm [B, S] log-sum-exp over everything allowed at the state, log_stop [B, S] log q(stop) there,
-        masked [B, S, V] the logits with what is never written at -inf (stop symbols at -inf too).
+    def legal(self, state: int | Tensor, tokens: Tensor, index: Tensor) -> Tensor:
+        """What may come next, stop symbols included, for the b completions tokens[index] of `state` tokens so far.
+
+        state: an int or [b]; tokens [B, T], of which the first `state` are read. Returns bool [b, V], or [V] where
+        it is the same for all.
+        """
+        state = torch.as_tensor(state, device=tokens.device)
+        legal = self.allowed.to(tokens.device) & (state < self.max_tokens)[..., None]
+        stop_ids = list(self.stop_ids)
+        legal[..., stop_ids] = (state >= self.min_tokens)[..., None]
+        if self.lists is None:
+            return legal
+        where = state.expand(len(index))[:, None]
+        word, separator, stop = (x.gather(1, where) for x in self.lists.moves(tokens[index]))
+        ends = legal[..., stop_ids] & stop
+        legal = legal & word
+        legal[:, stop_ids], legal[:, self.lists.separator] = ends, separator.squeeze(1)
+        return legal
+
+    def log_probs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalisers of q at states 0..T of tokens [B, T] from logits [B, T+1, V], all float32:
+
+        log_norm [B, T+1] log-sum-exp over everything allowed at the state, log_stop [B, T+1] log q(stop) there,
+        masked [B, T+1, V] the logits with what is never written (with `lists`: not at this state) at -inf (stop
+        symbols at -inf too).
         """
         logits = logits.float()
-        masked = logits.masked_fill(~self.allowed.to(logits.device), -torch.inf)
+        allowed, stop = self.allowed.to(logits.device), None
+        if self.lists is not None:
+            word, separator, stop = self.lists.moves(tokens)
+            allowed = allowed & word[..., None]
+            allowed[..., self.lists.separator] = separator
+        masked = logits.masked_fill(~allowed, -torch.inf)
         log_go = masked.logsumexp(-1)
         log_end = logits[..., list(self.stop_ids)].logsumexp(-1)
         state = torch.arange(logits.shape[1], device=logits.device)
         log_end = log_end.masked_fill(state < self.min_tokens, -torch.inf)
+        if stop is not None:
+            log_end = log_end.masked_fill(~stop, -torch.inf)
         log_go = log_go.masked_fill(state >= self.max_tokens, -torch.inf)
         log_norm = torch.logaddexp(log_go, log_end)
         return log_norm, log_end - log_norm, masked
@@ -145,12 +222,14 @@ class BoundSupport:
         lengths: Tensor,
         stops: Tensor | None = None,
     ) -> Rollouts:
-        """Rollouts on this support: masks follow from the lengths."""
+        """Rollouts on this support: masks follow from the lengths (and, for lists, from the separators)."""
         states = torch.arange(tokens.shape[1] + 1, device=tokens.device)
         if stops is None:
             stops = torch.full_like(lengths, self.stop_ids[0])
         stop_mask = (states <= lengths[:, None]) & (states >= self.min_tokens) & (states <= self.max_tokens)
         action_mask = states[:-1] < lengths[:, None]
+        if self.lists is not None:
+            stop_mask &= self.lists.moves(tokens)[2]
         if self.tool is not None:
             forced = self._forced(tokens, lengths)
             action_mask = action_mask & ~forced

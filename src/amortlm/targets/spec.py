@@ -9,6 +9,7 @@
 - allowed_tokens: [" a", " b"]
 - canonical: true
 - predicate: my_package.rules:is_polite
+- unordered: {target: [{log_prob: {of: "{z}"}}], separator: ","}
 - verifier: {function: "my_package.rules:score", every_prefix: false}
 """
 
@@ -21,6 +22,7 @@ from amortlm.errors import ConfigError, nearest
 from amortlm.language_model import LanguageModel
 from amortlm.targets import constraints as c
 from amortlm.targets.base import LinearCombination, Target
+from amortlm.targets.lists import Unordered
 
 MODIFIERS = {"weight", "temperature", "penalty"}
 
@@ -34,6 +36,7 @@ def _builders(lm: LanguageModel) -> dict[str, Callable[[Any, dict[str, Any]], Ta
         "canonical": lambda a, k: _canonical(a, **k),
         "length": lambda a, k: c.Length(**a, **k),
         "predicate": lambda a, k: c.Predicate(a, **k),
+        "unordered": lambda a, k: Unordered(target_from_spec(a.pop("target"), lm), **a, **k),
         "verifier": lambda a, k: c.Verifier(a.pop("function"), **a, **k),
     }
 

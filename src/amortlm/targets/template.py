@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
@@ -10,13 +11,17 @@ from amortlm.errors import DataError, TemplateError, nearest
 from amortlm.types import Row
 
 LATENT = "z"
+NUMBERED = re.compile(r"z\d+")
 Messages = Sequence[Mapping[str, str]]
 
 
 class Template:
     """`"Beginning: {x}\\nMiddle:{z}"`: literal text with `{column}` placeholders; `{{` is a brace.
 
-    Raises TemplateError for unbalanced braces, empty or formatted placeholders, or a repeated `{z}`.
+    `{z1}{z2}` is `{z}` as a list of exactly two statements: latents in sequence, the support's separator between them.
+
+    Raises TemplateError for unbalanced braces, empty or formatted placeholders, a repeated `{z}`, or `{z1}`, `{z2}`,
+    ... that do not follow each other.
     """
 
     def __init__(self, text: str):
@@ -35,27 +40,53 @@ class Template:
             self.parts.append((literal, field))
         if self.fields.count(LATENT) > 1:
             raise TemplateError(f"template {text!r}: {{z}} may appear only once")
+        self._check_numbered()
 
     @property
     def fields(self) -> list[str]:
         return [field for _, field in self.parts if field is not None]
 
     @property
+    def latents(self) -> list[str]:
+        """`["z"]`, or `["z1", "z2", ..]`, or none."""
+        return [field for field in self.fields if field == LATENT or NUMBERED.fullmatch(field)]
+
+    @property
     def columns(self) -> set[str]:
-        return set(self.fields) - {LATENT}
+        return set(self.fields) - set(self.latents)
 
     @property
     def has_latent(self) -> bool:
-        return LATENT in self.fields
+        return bool(self.latents)
+
+    def _check_numbered(self) -> None:
+        latents = self.latents
+        if latents in ([], [LATENT]):
+            return
+        first = self.fields.index(latents[0])
+        run = self.parts[first : first + len(latents)]
+        expected = [f"z{i}" for i in range(1, len(latents) + 1)]
+        if len(latents) == 1 or [f for _, f in run] != expected or any(text for text, _ in run[1:]):
+            raise TemplateError(
+                f"template {self.text!r}: write latents in sequence as {{z1}}{{z2}}, in order and with nothing "
+                "between (the support's separator stands there), or one latent as {z}"
+            )
+
+    @property
+    def around(self) -> tuple[str, str]:
+        """The template before and after the latent: not filled in."""
+        first, last = (f"{{{name}}}" for name in (self.latents[0], self.latents[-1]))
+        return self.text.split(first, 1)[0], self.text.split(last, 1)[1]
 
     def split(self, row: Row) -> tuple[str, str]:
-        """The filled-in text before and after `{z}` (all of it before, without `{z}`)."""
+        """The filled-in text before and after the latent (all of it before, without one)."""
         before: list[str] = []
         after: list[str] = []
         out = before
+        latents = self.latents
         for literal, field in self.parts:
             out.append(literal)
-            if field == LATENT:
+            if field in latents:
                 out = after
             elif field is not None:
                 out.append(self._value(row, field))

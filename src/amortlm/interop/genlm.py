@@ -1,0 +1,341 @@
+"""Targets and policies as potentials of `genlm-control`, and its potentials as targets.
+
+A potential weighs a token string twice: `complete`, if it ends there, and `prefix`, if it goes on. Here complete is
+exactly log R, log q or log R / q. Any positive prefix weight is correct, since a sampler divides it out again; only
+the variance depends on it (see `baselines.smc`). What is written here, in genlm's terms:
+
+    proposal(policy, row)           q: draws tokens on the policy's support, EOS = "one of the stop symbols"
+    critic(target, policy, row)     R / q: what the draws of q weigh; the prefix weight is that of stopping now
+    to_potential(target, ...)       R itself: to multiply with other potentials, or to sample from directly
+    from_potential(potential)       a target term with log R(z_1:t) = complete(z_1:t)
+
+Vocabulary: every token of the model but the stop symbols, as genlm's `Token` (equal by id), so that products with its
+`PromptedLLM` of the same tokenizer fit. What the support does not allow has weight zero.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amortlm.errors import ConfigError, MissingExtraError
+from amortlm.passes import encode_prompts, pad_right, state_logits
+from amortlm.policy.policy import Policy
+from amortlm.policy.support import BoundSupport, Support
+from amortlm.targets.base import LinearCombination, Scoring, Softened, Target
+from amortlm.targets.constraints import Length, _TextTerm
+from amortlm.types import Rollouts, Row
+
+try:
+    from genlm.backend.tokenization import Token, decode_vocab
+    from genlm.control import Potential
+    from genlm.control.typing import Atomic
+except ImportError as e:
+    raise MissingExtraError("amortlm.interop.genlm needs genlm-control: pip install 'amortlm[genlm]'") from e
+
+if TYPE_CHECKING:
+    from amortlm.language_model import LanguageModel
+
+T = TypeVar("T")
+Context = Sequence[Token]
+
+
+def to_potential(target: Target, support: Support, row: Row, lm: LanguageModel) -> Potential:
+    """The target of one row as a potential: complete(z) = log R(z) in nats, -inf outside the support.
+
+    prefix(z) is log R of stopping at z, without the terms that are zero there (z may still come right) or that judge
+    finished text only; 0 where stopping is not allowed or no term is left. It reads no q: to correct draws of a
+    policy, `critic` has the better prefix weights. Raises ConfigError for a support with a tool.
+    """
+    return TargetPotential(lm, support.bind(lm), row, target)
+
+
+def proposal(policy: Policy, row: Row) -> Potential:
+    """q of one row as a potential: `logw_next` is log q of each token, and of stopping (EOS). It sums to one.
+
+    Give it to genlm's samplers: `direct_token_sampler(proposal(policy, row))`. Follows the policy's weights as they
+    train. Raises ConfigError for a support with a tool.
+    """
+    return PolicyPotential(policy, row)
+
+
+def critic(target: Target, policy: Policy, row: Row) -> Potential:
+    """R / q of one row as a potential: `SMC(direct_token_sampler(proposal(policy, row)), critic(...))` samples R.
+
+    complete(z) = log w(z) = log R(z) - log q(z). prefix(z) is the weight of stopping at z (the twist of
+    `baselines.smc`), with the terms of the target that `to_potential` keeps at a prefix; 0 where there are none, so
+    for a target that only judges finished text run SMC with `ess_threshold=0`. Raises ConfigError for a tool.
+    """
+    return CriticPotential(policy, row, target)
+
+
+def from_potential(potential: Potential) -> Target:
+    """A target term that asks a potential for the weight of z_1:t as a complete string, at every stopping state.
+
+    Potentials over `Token`s or token bytes read the tokens, those over bytes (regular expressions, grammars, JSON
+    schemas) the bytes of the text. A token or byte that the potential does not know has R = 0. The potential is the
+    same for every row, and cannot be saved. Raises ConfigError for any other kind of vocabulary: `coerce` it.
+    """
+    return PotentialTarget(potential)
+
+
+def vocabulary(lm: LanguageModel) -> list[Token]:
+    """Every token of the model's tokenizer, by id."""
+    try:
+        return decode_vocab(lm.tokenizer, byte2str_fallback="latin1")[0]
+    except (
+        ValueError
+    ):  # a tokenizer whose bytes genlm cannot tell: those of its text, which hold no half characters
+        return [Token(i, lm.decode([i]).encode()) for i in range(len(lm.tokenizer))]
+
+
+class CompletionPotential(Potential):
+    """A weight on the completions of one row in a support; a subclass says how rollouts are scored."""
+
+    def __init__(self, lm: LanguageModel, support: BoundSupport, row: Row):
+        if support.tool is not None:
+            raise ConfigError("a potential chooses every token itself: use a support without a tool")
+        super().__init__([t for t in vocabulary(lm) if t.token_id not in support.stop_ids])
+        self.lm, self.support, self.row = lm, support, row
+        written = support.allowed.nonzero().squeeze(1).tolist()
+        self._written = set(written) if support.lists is None else {*written, support.lists.separator}
+        self._columns = [i for i, t in enumerate(self.vocab) if t.token_id in self._written]
+
+    @abstractmethod
+    def score_complete(self, rollouts: Rollouts) -> Tensor:
+        """[B] log weight of finished completions in the support."""
+
+    @abstractmethod
+    def score_prefix(self, rollouts: Rollouts, stops: Tensor) -> Tensor:
+        """[B] log weight of prefixes of allowed tokens. stops [B] bool: may the completion stop there?"""
+
+    def rollouts(self, ids: Sequence[Sequence[int]]) -> Rollouts:
+        tokens, lengths = pad_right(ids, self.lm.device)
+        return self.support.rollouts([self.row], torch.zeros_like(lengths), tokens, lengths)
+
+    def has_prefix(self, ids: Sequence[int]) -> bool:
+        """May the policy have written this, and go on from it (or stop)?"""
+        if len(ids) > self.support.max_tokens or not self._written.issuperset(ids):
+            return False
+        if self.support.lists is None:
+            return True
+        word, separator, _ = self.support.lists.moves(torch.tensor([ids], dtype=torch.long))
+        is_separator = [t == self.support.lists.separator for t in ids]
+        return all(bool((separator if s else word)[0, t]) for t, s in enumerate(is_separator))
+
+    def _scores(
+        self,
+        contexts: Sequence[Context],
+        inside: Callable[[list[int]], bool],
+        score: Callable[[Rollouts], Tensor],
+    ) -> np.ndarray:
+        """[N] scores of the contexts that are inside, in one batch; -inf for the others."""
+        if not contexts:
+            raise ValueError("no contexts to score")
+        ids = [[t.token_id for t in context] for context in contexts]
+        out = np.full(len(ids), -math.inf)
+        where = [i for i, z in enumerate(ids) if inside(z)]
+        if where:
+            out[where] = score(self.rollouts([ids[i] for i in where])).double().cpu().numpy()
+        return out
+
+    async def batch_complete(self, contexts: Sequence[Context]) -> np.ndarray:
+        return self._scores(contexts, self.support.contains, self.score_complete)
+
+    async def batch_prefix(self, contexts: Sequence[Context]) -> np.ndarray:
+        def score(rollouts: Rollouts) -> Tensor:
+            stops = rollouts.stop_mask.gather(1, rollouts.lengths[:, None]).squeeze(1)
+            return self.score_prefix(rollouts, stops)
+
+        return self._scores(contexts, self.has_prefix, score)
+
+    async def complete(self, context: Context) -> float:
+        return float((await self.batch_complete([context]))[0])
+
+    async def prefix(self, context: Context) -> float:
+        return float((await self.batch_prefix([context]))[0])
+
+    async def logw_eos(self, context: Context) -> float:
+        return await self.complete(context) - await self.prefix(context)
+
+    async def batch_logw_next(self, contexts: Sequence[Context]) -> Any:
+        """Weights of every next token: one batch of (contexts x allowed tokens) prefixes."""
+        before = await self._nonzero_prefix(contexts)
+        weights = self.alloc_rows(len(contexts))
+        longer = [[*context, self.vocab[i]] for context in contexts for i in self._columns]
+        if longer:
+            weights[:, self._columns] = (await self.batch_prefix(longer)).reshape(len(contexts), -1)
+        weights[:, -1] = await self.batch_complete(contexts)
+        return self.make_lazy_weights(weights - before[:, None])
+
+    async def logw_next(self, context: Context) -> Any:
+        return self.make_lazy_weights((await self.batch_logw_next([context])).weights[0])
+
+    async def _nonzero_prefix(self, contexts: Sequence[Context]) -> np.ndarray:
+        before = await self.batch_prefix(contexts)
+        for context, log_w in zip(contexts, before, strict=True):
+            if log_w == -math.inf:
+                raise ValueError(f"{context!r} has weight zero as a prefix: nothing can follow it")
+        return before
+
+
+class TargetPotential(CompletionPotential):
+    """R (`to_potential`)."""
+
+    def __init__(self, lm: LanguageModel, support: BoundSupport, row: Row, target: Target):
+        super().__init__(lm, support, row)
+        self.target = target.bind(lm)
+        self.twist = prefix_terms(self.target)
+
+    def score_complete(self, rollouts: Rollouts) -> Tensor:
+        return self.target.score_final(rollouts)
+
+    def score_prefix(self, rollouts: Rollouts, stops: Tensor) -> Tensor:
+        if self.twist is None:
+            return torch.zeros(len(rollouts))
+        return self.twist.score_final(rollouts)  # 0 where stopping is not allowed
+
+    def __repr__(self) -> str:
+        return f"to_potential({self.target!r})"
+
+
+class PolicyPotential(CompletionPotential):
+    """q (`proposal`)."""
+
+    def __init__(self, policy: Policy, row: Row):
+        super().__init__(policy.lm, policy.support, row)
+        self.policy = policy
+
+    @torch.no_grad()
+    def score_complete(self, rollouts: Rollouts) -> Tensor:
+        return self.policy.evaluate(rollouts).final(rollouts.lengths.to(self.policy.device))
+
+    @torch.no_grad()
+    def score_prefix(self, rollouts: Rollouts, stops: Tensor) -> Tensor:
+        return self.policy.evaluate(rollouts).log_pf.sum(1)
+
+    async def batch_logw_next(self, contexts: Sequence[Context]) -> Any:
+        """log q of every next token and of stopping: one pass of the policy."""
+        ids = [[t.token_id for t in context] for context in contexts]
+        if not all(map(self.has_prefix, ids)):
+            await self._nonzero_prefix(contexts)
+        return self.make_lazy_weights(self._log_q_next(self.rollouts(ids).to(self.policy.device)))
+
+    @torch.no_grad()  # not on the coroutine above: its body runs after the decorator is done
+    def _log_q_next(self, rollouts: Rollouts) -> np.ndarray:
+        """[B, V+1] after each completion, EOS last."""
+        prefix = encode_prompts(self.policy.model, self.policy.encode_rows(rollouts.rows))
+        logits, _ = state_logits(self.policy.model, prefix, rollouts.row_index, rollouts.tokens)
+        batch = torch.arange(len(rollouts), device=logits.device)
+        legal = self.support.legal(rollouts.lengths, rollouts.tokens, batch)
+        log_q = logits[batch, rollouts.lengths].float().masked_fill(~legal, -torch.inf).log_softmax(-1)
+        log_stop = log_q[:, list(self.support.stop_ids)].logsumexp(-1, keepdim=True)
+        return torch.cat([log_q[:, [t.token_id for t in self.vocab]], log_stop], dim=1).double().cpu().numpy()
+
+    def __repr__(self) -> str:
+        return "proposal(q)"
+
+
+class CriticPotential(CompletionPotential):
+    """R / q (`critic`)."""
+
+    def __init__(self, policy: Policy, row: Row, target: Target):
+        super().__init__(policy.lm, policy.support, row)
+        self.policy, self.target = policy, target.bind(policy.lm)
+        self.twist = prefix_terms(self.target)
+
+    @torch.no_grad()
+    def score_complete(self, rollouts: Rollouts) -> Tensor:
+        return self._log_w(self.target, rollouts)
+
+    @torch.no_grad()
+    def score_prefix(self, rollouts: Rollouts, stops: Tensor) -> Tensor:
+        log_w = torch.zeros(len(rollouts), device=stops.device)
+        where = stops.nonzero().squeeze(1)
+        if self.twist is not None and len(where) > 0:
+            log_w[where] = self._log_w(self.twist, rollouts.select(where)).to(log_w.device)
+        return log_w
+
+    def _log_w(self, target: Target, rollouts: Rollouts) -> Tensor:
+        log_q = self.policy.evaluate(rollouts).final(rollouts.lengths.to(self.policy.device))
+        return target.score_final(rollouts).to(log_q.device) - log_q
+
+    def __repr__(self) -> str:
+        return f"critic({self.target!r})"
+
+
+def prefix_terms(target: Target) -> Target | None:
+    """What of a target may weigh prefixes: the terms that score them, each left out where it is zero.
+
+    A string with R = 0 can still come right, so a prefix weight of zero would be wrong there. None: no such term.
+    """
+    terms = [(weight, term) for weight, term in target.terms if term.every_prefix]
+    # Softened by nothing: where terms give R = 0 it leaves what the others give, plus a prior of 0 nats.
+    return Softened(LinearCombination(terms), prior=Length(), penalty=0.0) if terms else None
+
+
+class PotentialTarget(_TextTerm):
+    """log R(z_1:t) = complete(z_1:t) of a potential (`from_potential`)."""
+
+    def __init__(self, potential: Potential):
+        kind, small = potential.token_type, all(isinstance(v, int) and 0 <= v < 256 for v in potential.vocab)
+        if kind not in (Atomic(Token), Atomic(bytes)) and not (kind == Atomic(int) and small):
+            raise ConfigError(
+                f"from_potential reads potentials over Tokens, token bytes or bytes, not {kind}; coerce {potential!r} "
+                "to one of these vocabularies"
+            )
+        self.potential = potential
+        self._tokens: list[Token] = []
+
+    def bind(self, lm: LanguageModel) -> Target:
+        bound: Any = super().bind(lm)
+        bound._tokens = vocabulary(lm)
+        return bound
+
+    def score_batch(self, scoring: Scoring) -> Tensor:
+        mask, tokens = scoring.rollouts.stop_mask, scoring.rollouts.tokens.tolist()
+        strings = [tuple(tokens[b][:t]) for b, t in mask.nonzero().tolist()]
+        asked = {z: self._context(z) for z in strings}
+        known = {z: c for z, c in asked.items() if all(x in self.potential.lookup for x in c)}
+        log_r = dict.fromkeys(asked, -math.inf)
+        if known:
+            values = run(self.potential.batch_complete(list(known.values())))
+            log_r |= {z: float(v) for z, v in zip(known, values, strict=True)}
+        out = torch.zeros(mask.shape, device=mask.device)
+        out[mask] = torch.tensor([log_r[z] for z in strings], device=mask.device)
+        return out
+
+    def _context(self, ids: Sequence[int]) -> list[Any]:
+        """The completion in the potential's vocabulary."""
+        assert self.bound_lm is not None  # raises ConfigError where the target is not bound
+        tokens = [self._tokens[i] for i in ids]
+        if self.potential.token_type == Atomic(int):
+            return list(b"".join(tokens))
+        return tokens if self.potential.token_type == Atomic(Token) else [bytes(t) for t in tokens]
+
+    def to_spec(self) -> list[dict[str, Any]]:
+        raise ConfigError(
+            f"{self!r} cannot be saved by name; build the potential in a function at the top level of an importable "
+            "module, and use verifier('package.module:function', every_prefix=True)"
+        )
+
+    def __repr__(self) -> str:
+        return f"from_potential({self.potential!r})"
+
+
+def run(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Its result; in another thread where this one has an event loop running (a notebook, a genlm sampler)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, coroutine).result()

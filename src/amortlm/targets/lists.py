@@ -1,0 +1,162 @@
+"""Targets over lists of statements: latents in sequence, and lists whose order does not matter.
+
+A latent can be a list of statements, `s1 SEP s2 SEP s3`: see `separator` of `amortlm.Support`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import chain, permutations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from amortlm.errors import ConfigError, SupportError
+from amortlm.passes import pad_right
+from amortlm.targets.base import Scoring, Target
+from amortlm.targets.lm import LogProb
+from amortlm.types import Rollouts
+
+if TYPE_CHECKING:
+    from amortlm.language_model import LanguageModel
+    from amortlm.policy.support import BoundSupport
+
+MAX_STATEMENTS = 5  # 120 orders
+String = tuple[int, tuple[int, ...]]  # (row, tokens)
+
+
+def split_statements(tokens: Sequence[int], separator: int) -> list[list[int]]:
+    """What stands between the separators: [a SEP b c] -> [[a], [b, c]]. Nothing at all is no statement."""
+    out: list[list[int]] = [[]]
+    for token in tokens:
+        if token == separator:
+            out.append([])
+        else:
+            out[-1].append(token)
+    return out if tokens else []
+
+
+class Unordered(Target):
+    """A distribution over sets of statements: log of the mean of R over all orders of the list, uniform over them.
+
+        log R(z) = log 1/n! sum over orders o of exp(target(s_o(1) SEP .. s_o(n)))
+
+    The sum of R over all lists, log Z, is that of `target`. A prefix is a list whose last statement may be
+    unfinished, and is judged as one. Exact, for at most `MAX_STATEMENTS` statements: 120 orders of five. Every
+    different order is scored once. Raises SupportError for longer lists.
+
+    separator: that of the support (text or token id)
+    """
+
+    def __init__(self, target: Target, separator: str | int):
+        self.target, self.separator = target, separator
+        self.every_prefix, self.columns = target.every_prefix, target.columns
+        # With a constraint inside, a rejected list has no other reward to fall back on (see `Softened`).
+        self.normalised = all(t.normalised for _, t in target.terms)
+        self.hard = any(getattr(t, "hard", False) for _, t in target.terms)
+        self.lm: LanguageModel | None = next(
+            (lm for _, t in target.terms if (lm := getattr(t, "lm", None)) is not None), None
+        )
+
+    def bind(self, lm: LanguageModel) -> Target:
+        bound = copy.copy(self)
+        bound.target, bound.lm = self.target.bind(lm), lm
+        return bound
+
+    @property
+    def separator_id(self) -> int:
+        if self.lm is None:
+            raise ConfigError(
+                f"{self!r} does not know the tokenizer yet: call target.bind(lm) before score()"
+            )
+        return self.lm.token_id(self.separator)
+
+    def to_spec(self) -> list[dict[str, Any]]:
+        return [{"unordered": {"target": self.target.to_spec(), "separator": self.separator}}]
+
+    def __repr__(self) -> str:
+        return f"unordered({self.target!r})"
+
+    def score_batch(self, scoring: Scoring) -> Tensor:
+        rollouts = scoring.rollouts
+        judged = rollouts if self.every_prefix else rollouts.final_only()
+        out = torch.zeros(judged.stop_mask.shape)
+        row, tokens = rollouts.row_index.tolist(), rollouts.tokens.tolist()
+        states = judged.stop_mask.nonzero().tolist()
+        orders = [[(row[b], z) for z in self._orders(tokens[b][:t])] for b, t in states]
+        score = self._scores(rollouts, set(chain.from_iterable(orders)))
+        for (b, t), strings in zip(states, orders, strict=True):
+            log_r = torch.stack([score[s] for s in strings])
+            out[b, t] = log_r.logsumexp(0) - math.log(len(strings))
+        return out
+
+    def _orders(self, tokens: list[int]) -> list[tuple[int, ...]]:
+        """The different orders of a list; the mean over these is the mean over all, equal statements or not."""
+        separator = self.separator_id
+        statements = split_statements(tokens, separator)
+        if len(statements) > MAX_STATEMENTS:
+            raise SupportError(_too_many(len(statements)))
+        return [
+            tuple(chain.from_iterable([separator, *s] for s in order))[1:]
+            for order in sorted(set(permutations(map(tuple, statements))))
+        ]
+
+    def _scores(self, rollouts: Rollouts, strings: set[String]) -> dict[String, Tensor]:
+        """`target` of each string, in one batch. One that another begins with is a state of its trajectory."""
+        if not strings:
+            return {}
+        trajectories: list[String] = []
+        place: dict[String, tuple[int, int]] = {}
+        for row, z in sorted(strings, reverse=True):  # the strings that begin with z stand right before z
+            last = trajectories[-1] if trajectories and self.every_prefix else None
+            if last is None or last[0] != row or last[1][: len(z)] != z:
+                trajectories.append((row, z))
+            place[row, z] = (len(trajectories) - 1, len(z))
+        tokens, lengths = pad_right([z for _, z in trajectories], rollouts.tokens.device)
+        states = torch.arange(tokens.shape[1] + 1, device=tokens.device)
+        stop_mask = torch.zeros(len(tokens), len(states), dtype=torch.bool, device=tokens.device)
+        b, t = torch.tensor(list(place.values()), device=tokens.device).unbind(1)
+        stop_mask[b, t] = True
+        batch = replace(
+            rollouts,
+            row_index=torch.tensor([row for row, _ in trajectories], device=tokens.device),
+            tokens=tokens,
+            lengths=lengths,
+            stops=torch.full_like(lengths, rollouts.stop_ids[0]),
+            stop_mask=stop_mask,
+            action_mask=states[:-1] < lengths[:, None],
+        )
+        return dict(zip(place, self.target.score(batch)[b, t].cpu(), strict=True))
+
+
+def check_statements(target: Target, support: BoundSupport) -> None:
+    """Raise SupportError where the latents of `target` are not the statements of `support`'s completions."""
+    lists = support.lists
+    for _, term in target.terms:
+        if isinstance(term, LogProb):
+            k = max(len(t.latents) for t in (term.of, *term.given.templates))
+            if k > 1 and (lists is None or (lists.minimum, lists.maximum) != (k, k)):
+                raise SupportError(
+                    f"{term!r} has {k} latents: its support needs separator= and exactly {k} statements, "
+                    f"min_statements={k}, max_statements={k} (and room for them in max_tokens)"
+                )
+        if isinstance(term, Unordered):
+            check_statements(term.target, support)
+            if lists is None or term.separator_id != lists.separator:
+                raise SupportError(
+                    f"{term!r} has separator {term.separator!r}, the support has another one or none: give both "
+                    "the same separator="
+                )
+            if lists.maximum > MAX_STATEMENTS:
+                raise SupportError(_too_many(lists.maximum))
+
+
+def _too_many(n: int) -> str:
+    return (
+        f"Unordered takes the mean over all orders of a list, for up to {MAX_STATEMENTS} statements, and the support "
+        f"allows {n}: lower its max_statements"
+    )
