@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from structured_cases import ROW, SUPPORTS, TWO, p_value, two_latents
 
 from amortlm import (
     GFNConfig,
@@ -26,6 +25,7 @@ from amortlm.baselines.smc import smc
 from amortlm.targets import Target
 from reference import tiny_policy
 from stats import LEVEL
+from structured_cases import ROW, SUPPORTS, TWO, p_value, two_latents
 
 
 def calm(lm: LanguageModel) -> LanguageModel:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from structured_cases import ROW, ROWS, SUPPORTS, TWO, two_latents
 
 from amortlm import (
     GFNConfig,
@@ -24,6 +23,7 @@ from amortlm.errors import SupportError, TemplateError
 from amortlm.targets.spec import target_from_spec
 from amortlm.targets.template import Template
 from reference import sequence_log_prob, tiny_policy
+from structured_cases import ROW, ROWS, SUPPORTS, TWO, two_latents
 
 
 def joint_log_prob(lm: LanguageModel, row: dict, z: list[int], stops: list[int]) -> float:
