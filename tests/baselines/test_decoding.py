@@ -84,11 +84,12 @@ def counts(rollouts: Rollouts, row: int, completions: list[tuple[int, ...]]) -> 
 
 
 @pytest.fixture
-def policy(family_lm: LanguageModel) -> Policy:
+def policy(family_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Policy:
     # What a checkpoint may bring along must not reach the decoders.
-    family_lm.model.generation_config = GenerationConfig(
+    config = GenerationConfig(
         do_sample=True, top_k=2, top_p=0.5, repetition_penalty=3.0, suppress_tokens=[5, 9], min_p=0.4
     )
+    monkeypatch.setattr(family_lm.model, "generation_config", config)
     return tiny_policy(family_lm, "{x}", SUPPORT)
 
 

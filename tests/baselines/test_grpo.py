@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from amortlm.baselines.finetune import BoundedReward
 from amortlm.baselines.grpo import NEUTRAL, rollout_function, tokens_and_stop, train_grpo
+from amortlm.diagnostics.exact import enumerate_posterior, policy_log_probs
 from amortlm.errors import ConfigError, DataError
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Policy, Support
 from amortlm.types import Rollouts
 from reference import sequence_log_prob, tiny_policy
+from stats import LEVEL, g_test
 
 pytest.importorskip("trl")
 
@@ -83,6 +86,34 @@ def test_the_reward_rises_on_the_support_and_the_model_stays(
     log = [json.loads(line) for line in (tmp_path / f"{method}.jsonl").read_text().splitlines()]
     assert log[0]["kl"] == pytest.approx(0.0, abs=1e-5)  # the reference is the policy as given
     assert log[-2]["kl"] > 0
+
+
+@pytest.mark.parametrize("method", ["grpo", "rloo"])
+def test_settings_of_the_checkpoint_reach_no_draw(
+    one_lm: LanguageModel, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand draws at learning rate 0 follow q, whatever temperature the checkpoint names."""
+    monkeypatch.setattr(one_lm.model, "generation_config", GenerationConfig(temperature=0.1, min_p=0.4))
+    policy = tiny_policy(one_lm, "{x}", SUPPORT)
+    reward = Recorder(policy)
+    train_grpo(
+        policy,
+        ROWS[:1],
+        reward,
+        output_dir=tmp_path,
+        method=method,
+        num_samples=100,
+        max_steps=10,
+        learning_rate=0.0,
+    )
+    completions = enumerate_posterior(
+        one_lm.log_prob("{z}", given="{x}"), policy.support, ROWS[0]
+    ).completions
+    place = {tuple(z): i for i, z in enumerate(completions)}
+    drawn = torch.tensor([place[tuple(z)] for r in reward.seen for z in r.completions()])
+    law = policy_log_probs(policy, ROWS[0]).exp()
+    assert g_test(torch.bincount(drawn, minlength=len(law)), law) > LEVEL
+    assert g_test(torch.bincount(drawn, minlength=len(law)), law**2) < LEVEL  # control: a colder law
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo"])

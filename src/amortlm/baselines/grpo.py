@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from amortlm.baselines.finetune import (
     BoundedReward,
@@ -93,8 +94,10 @@ def train_grpo(
     else:
         tokenizer = prompt_tokenizer(policy, rows)
         given["generation_kwargs"] = generation_settings(policy)
-        # TRL cuts completions at the end symbols of the model.
-        trained.model.generation_config.eos_token_id = list(policy.support.stop_ids)
+        # TRL cuts completions at the end symbols of the model, and generate() takes a setting that is at its default
+        # (temperature 1) from the checkpoint's own settings if it has some.
+        network: Any = trained.model if policy.is_full else trained.model.get_base_model()
+        network.generation_config = GenerationConfig(eos_token_id=list(policy.support.stop_ids))
     with quiet():
         trainer = trainer_class(
             model=trained.model,
