@@ -20,8 +20,8 @@ from amortlm import (
     default_lora,
     exact,
 )
-from amortlm.baselines.mcmc import metropolis_hastings
-from amortlm.baselines.smc import smc
+from amortlm.inference.mcmc import metropolis_hastings
+from amortlm.inference.smc import smc
 from amortlm.targets import Target
 from reference import tiny_policy
 from stats import LEVEL

@@ -18,8 +18,8 @@ from amortlm import (
     constraint,
     exact,
 )
-from amortlm.baselines.mcmc import metropolis_hastings
 from amortlm.errors import SupportError, TemplateError
+from amortlm.inference.mcmc import metropolis_hastings
 from amortlm.targets.spec import target_from_spec
 from amortlm.targets.template import Template
 from reference import sequence_log_prob, tiny_policy

@@ -2,7 +2,7 @@
 
 A potential weighs a token string twice: `complete`, if it ends there, and `prefix`, if it goes on. Here complete is
 exactly log R, log q or log R / q. Any positive prefix weight is correct, since a sampler divides it out again; only
-the variance depends on it (see `baselines.smc`). What is written here, in genlm's terms:
+the variance depends on it (see `inference.smc`). What is written here, in genlm's terms:
 
     proposal(policy, row)           q: draws tokens on the policy's support, EOS = "one of the stop symbols"
     critic(target, policy, row)     R / q: what the draws of q weigh; the prefix weight is that of stopping now
@@ -71,7 +71,7 @@ def critic(target: Target, policy: Policy, row: Row) -> Potential:
     """R / q of one row as a potential: `SMC(direct_token_sampler(proposal(policy, row)), critic(...))` samples R.
 
     complete(z) = log w(z) = log R(z) - log q(z). prefix(z) is the weight of stopping at z (the twist of
-    `baselines.smc`), with the terms of the target that `to_potential` keeps at a prefix; 0 where there are none, so
+    `inference.smc`), with the terms of the target that `to_potential` keeps at a prefix; 0 where there are none, so
     for a target that only judges finished text run SMC with `ess_threshold=0`. Raises ConfigError for a tool.
     """
     return CriticPotential(policy, row, target)

@@ -7,20 +7,19 @@ GFlowNet never does. MCMC and SMC work on each test story anew, from the prompte
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from amortlm.diagnostics.importance import effective_sample_size
 from amortlm.errors import DataError
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Support
 from amortlm.posterior import Posterior
+from amortlm.reproduce.drawn import Slow, draw
 from amortlm.reproduce.experiment import Context, Experiment, Metric, Outcome, Settings, Trained
 from amortlm.reproduce.training import new_policy, train_gflownet, train_supervised, untrained
 from amortlm.targets.base import Target
@@ -173,39 +172,8 @@ def sft_then_gflownet(context: Context, seed: int, folder: Path) -> Trained:
     return gflownet(context, seed, folder / "gflownet", start)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Samples of some rows: texts [N][n], log_reward [N, n], ess [N] as a share (nan where it has no meaning)."""
-
-    texts: list[list[str]]
-    log_reward: Tensor
-    ess: list[float]
-
-
-class Slow:
-    """MCMC or SMC as a sampler: one run for each row, from the prompted model."""
-
-    def __init__(
-        self,
-        base: Posterior,
-        run: Callable[[Posterior, Row, int, object], tuple[Rollouts, float]],
-        stories: int,
-    ):
-        self.base, self.run, self.stories = base, run, stories
-
-    def draw(self, rows: Sequence[Row], n: int, seed: object) -> Drawn:
-        texts, rewards, ess = [], [], []
-        for row in rows:
-            rollouts, share = self.run(self.base, row, n, seed)
-            texts.append(self.base.texts(rollouts))
-            assert self.base.target is not None
-            rewards.append(self.base.target.score_final(rollouts))
-            ess.append(share)
-        return Drawn(texts, torch.stack(rewards), ess)
-
-
 def mcmc(context: Context, seed: int, folder: Path) -> Trained:
-    from amortlm.baselines.mcmc import metropolis_hastings
+    from amortlm.inference.mcmc import metropolis_hastings
 
     settings = dict(context.settings["mcmc"])
     stories = settings.pop("stories")
@@ -219,7 +187,7 @@ def mcmc(context: Context, seed: int, folder: Path) -> Trained:
 
 
 def smc(context: Context, seed: int, folder: Path) -> Trained:
-    from amortlm.baselines.smc import smc as run_smc
+    from amortlm.inference.smc import smc as run_smc
 
     settings = dict(context.settings["smc"])
     stories = settings.pop("stories")
@@ -230,22 +198,6 @@ def smc(context: Context, seed: int, folder: Path) -> Trained:
         return particles.resample(n, seed), particles.ess[-1] / settings["num_particles"]
 
     return Trained(Slow(prompting(context, seed, folder).sampler, run, stories))
-
-
-def draw(posterior: Posterior, rows: Sequence[Row], n: int, seed: object, batch: int = 16) -> Drawn:
-    """n samples of every row, and the share of them that importance weights leave effective."""
-    assert posterior.target is not None
-    texts, rewards, ess = [], [], []
-    for start in range(0, len(rows), batch):
-        part = rows[start : start + batch]
-        rollouts, log_q = posterior.policy.sample(part, n, seed=(seed, start))
-        log_r = posterior.target.score_final(rollouts).view(len(part), n)
-        log_w = log_r.double() - log_q.final(rollouts.lengths).double().view(len(part), n)
-        flat = posterior.texts(rollouts)
-        texts += [flat[i * n : (i + 1) * n] for i in range(len(part))]
-        rewards.append(log_r)
-        ess += [effective_sample_size(w) / n for w in log_w]
-    return Drawn(texts, torch.cat(rewards), ess)
 
 
 def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:

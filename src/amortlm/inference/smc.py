@@ -34,9 +34,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.baselines.mcmc import Paths, prepare, redraw, sample_paths, uniforms
 from amortlm.diagnostics.importance import effective_sample_size
 from amortlm.errors import ConfigError, RewardError
+from amortlm.inference.paths import Paths, prepare, redraw, sample_paths, uniforms
 from amortlm.policy.policy import Policy
 from amortlm.policy.sampling import seed_of
 from amortlm.targets.base import Target

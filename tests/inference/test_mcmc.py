@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from amortlm import LanguageModel, Support, constraint, verifier
-from amortlm.baselines import mcmc
-from amortlm.baselines.mcmc import Chains, Paths, metropolis_hastings, prepare, redraw, sample_paths
 from amortlm.diagnostics.exact import ExactPosterior, enumerate_posterior
 from amortlm.errors import ConfigError, DataError
+from amortlm.inference import mcmc
+from amortlm.inference.mcmc import Chains, metropolis_hastings
+from amortlm.inference.paths import Paths, paths_of, prepare, redraw, sample_paths
 from amortlm.policy import Policy
 from amortlm.targets.base import Target
 from reference import tiny_policy
@@ -139,7 +140,7 @@ def test_redrawn_suffixes_follow_the_policy(one_lm: LanguageModel) -> None:
     _, prefix = prepare(policy, infilling(one_lm), ROW)
     first = one_lm.token_id(" cat")
     given = policy.rollouts([ROW], [[[first]]])
-    paths = mcmc.paths_of(policy, ROW, given, 1).select(torch.zeros(4000, dtype=torch.long))
+    paths = paths_of(policy, ROW, given, 1).select(torch.zeros(4000, dtype=torch.long))
     new = redraw(policy, prefix, paths, torch.ones(4000, dtype=torch.long), torch.Generator().manual_seed(5))
     strings = [z for n in range(1, 4) for z in policy.support.completions(n) if z[0] == first]
     rollouts = policy.rollouts([ROW], [strings])

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from amortlm import LanguageModel, Support, constraint, verifier
-from amortlm.baselines import smc as module
-from amortlm.baselines.smc import sir, smc, systematic, twists
 from amortlm.diagnostics.exact import enumerate_posterior
 from amortlm.errors import ConfigError, DataError, RewardError
+from amortlm.inference import smc as module
+from amortlm.inference.smc import sir, smc, systematic, twists
 from amortlm.policy import Policy
 from amortlm.targets.base import Target
 from reference import tiny_policy

@@ -1,7 +1,6 @@
-"""Metropolis-Hastings over completions: redraw a suffix from the policy, accept or keep.
+"""Completions under construction: draw them, and redraw the rest of them from any prefix on.
 
-The chain's stationary law is the posterior R / Z on the policy's support, whatever the policy; the policy only
-decides how fast it gets there. `redraw`, which `baselines.smc` uses too, continues given prefixes.
+What Metropolis-Hastings and sequential Monte Carlo share.
 """
 
 from __future__ import annotations
@@ -15,109 +14,11 @@ from transformers import DynamicCache
 from amortlm.errors import ConfigError, DataError
 from amortlm.passes import Prefix, encode_prompts, select_cache
 from amortlm.policy.policy import Policy
-from amortlm.policy.sampling import seed_of
 from amortlm.policy.support import BoundSupport
 from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
 from amortlm.targets.template import check_rows
-from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
-
-
-@dataclass(frozen=True)
-class Chains:
-    """The last states of C independent chains and how they got there. Nats.
-
-    rollouts            C completions, one per chain
-    log_reward, log_q   [C] of those; log_reward is -inf for a chain that has not found R > 0 yet
-    accepted            [C, S] which proposals were accepted (a proposal equal to the current completion always is)
-    trace               [C, S+1] log R after 0..S steps: what to judge burn-in by
-    tokens_decoded      policy tokens and stops drawn, one model step each, initial completions included
-    completions_scored  completions judged by the target
-    """
-
-    rollouts: Rollouts
-    log_reward: Tensor
-    log_q: Tensor
-    accepted: Tensor
-    trace: Tensor
-    tokens_decoded: int
-    completions_scored: int
-
-    @property
-    def acceptance_rate(self) -> float:
-        """Share of accepted proposals; NaN for chains of no steps."""
-        return self.accepted.double().mean().item()
-
-
-def metropolis_hastings(
-    policy: Policy,
-    target: Target,
-    row: Row,
-    *,
-    num_chains: int,
-    num_steps: int,
-    seed: object,
-    initial: Rollouts | None = None,
-) -> Chains:
-    """`num_chains` chains of `num_steps` steps each, as one batch. Exact for num_steps -> infinity.
-
-    A step on z of L tokens: t is uniform on {0, .., L}, z_1:t is kept, and the rest of z' (tokens and stop) is
-    drawn from q(. | z_1:t). t = 0 proposes a new completion; t = L asks again whether to stop. Given t, which is a
-    choice of the reverse move too since z' keeps t tokens, the density of the move is
-    q(z' | z_1:t) / (L + 1) = q(z') / (q(z_1:t) (L + 1)), so q(z_1:t) cancels and
-
-        accept with min(1, w(z') (L + 1) / (w(z) (L' + 1))),    w(z) = R(z) / q(z)
-
-    does not depend on t. Completions are strings of tokens: q(z) and R(z) both sum over the stop symbols, and the
-    one shown is drawn from q given z.
-
-    initial: where chains start, `num_chains` completions in the support (default: draws of the policy). From R = 0
-    every proposal is accepted; chains never return there. Raises DataError for completions outside the support or
-    of another count, ConfigError for a support with a tool or counts that make no sense.
-    """
-    if num_chains < 1 or num_steps < 0:
-        raise ConfigError(
-            f"num_chains={num_chains}, num_steps={num_steps}: need at least one chain and no fewer than 0 steps"
-        )
-    target, prefix = prepare(policy, target, row)
-    generator = torch.Generator().manual_seed(seed_of(("mh", seed, row_key(row))))
-    if initial is None:
-        current, decoded = sample_paths(policy, prefix, num_chains, generator)
-    else:
-        current, decoded = paths_of(policy, row, initial, num_chains), 0
-    log_r = target.score_final(current.rollouts(policy, row)).double().to(policy.device)
-    trace, accepted = [log_r], []
-    for _ in range(num_steps):
-        keep = (uniforms(generator, (num_chains,), policy) * (current.lengths + 1)).long()
-        proposed = redraw(policy, prefix, current, keep, generator)
-        decoded += int((proposed.lengths - keep + 1).sum())
-        log_r_new = target.score_final(proposed.rollouts(policy, row)).double().to(policy.device)
-        log_ratio = acceptance_log_ratio(current, log_r, proposed, log_r_new)
-        accept = uniforms(generator, (num_chains,), policy).log() < log_ratio
-        current = current.where(accept, proposed)
-        log_r = torch.where(accept, log_r_new, log_r)
-        trace.append(log_r)
-        accepted.append(accept)
-    none = torch.zeros(num_chains, 0, dtype=torch.bool, device=policy.device)
-    return Chains(
-        rollouts=current.rollouts(policy, row),
-        log_reward=log_r,
-        log_q=current.log_q,
-        accepted=torch.stack(accepted, dim=1) if accepted else none,
-        trace=torch.stack(trace, dim=1),
-        tokens_decoded=decoded,
-        completions_scored=num_chains * (num_steps + 1),
-    )
-
-
-def acceptance_log_ratio(current: Paths, log_r: Tensor, proposed: Paths, log_r_new: Tensor) -> Tensor:
-    """[B] log of w(z') (L + 1) / (w(z) (L' + 1)), w = R / q; +inf where R(z) = 0 (see `metropolis_hastings`)."""
-    cut = (current.lengths + 1).double().log() - (proposed.lengths + 1).double().log()
-    log_ratio = (log_r_new - proposed.log_q) - (log_r - current.log_q) + cut
-    return log_ratio.masked_fill(torch.isneginf(log_r), torch.inf)
-
-
-# Completions under construction
+from amortlm.types import PolicyLogProbs, Rollouts, Row
 
 
 @dataclass(frozen=True)
