@@ -8,19 +8,16 @@ first of the training split in an order that the seed shuffles, balanced between
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from amortlm.em import EM, MStep
 from amortlm.errors import DataError
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Policy, Support, default_lora
-from amortlm.posterior import Posterior
-from amortlm.predictive import predict
+from amortlm.reproduce.classifiers import Direct, Latent
 from amortlm.reproduce.experiment import Context, Experiment, Metric, Outcome, Settings, Trained
 from amortlm.reproduce.training import (
     new_policy,
@@ -127,35 +124,6 @@ def target_of(context: Context) -> Target:
 
 def support_of(context: Context) -> Support:
     return Support(**context.settings["support"])
-
-
-@dataclass(frozen=True)
-class Direct:
-    """p(y | x) without a latent: the label itself is what the policy writes."""
-
-    policy: Policy
-
-    def probabilities(self, rows: Sequence[Row], batch: int = 64) -> list[list[float]]:
-        """p of each answer, normalised among them, for each row."""
-        out = []
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
-            rollouts = self.policy.rollouts(part, [[f" {a}" for a in ANSWERS]] * len(part))
-            with torch.no_grad():
-                log_q = self.policy.evaluate(rollouts).final(rollouts.lengths)
-            out += log_q.view(len(part), len(ANSWERS)).double().softmax(1).tolist()
-        return out
-
-
-@dataclass(frozen=True)
-class Latent:
-    """p(y | x) as the mean of p(y | x z) over samples of z."""
-
-    posterior: Posterior
-    samples: int
-
-    def probabilities(self, rows: Sequence[Row], seed: object = 0) -> list[list[float]]:
-        return [p.probs for p in predict(self.posterior, rows, ANSWERS, self.samples, seed=seed)]
 
 
 def direct_policy(context: Context, prompt: str, seed: int) -> Policy:

@@ -1,0 +1,43 @@
+"""Label probabilities for the subjectivity experiment: from p(y | x) itself, or averaged over a latent z."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from amortlm.policy import Policy
+from amortlm.posterior import Posterior
+from amortlm.predictive import predict
+from amortlm.tasks.subjectivity import ANSWERS
+from amortlm.types import Row
+
+
+@dataclass(frozen=True)
+class Direct:
+    """p(y | x) without a latent: the label itself is what the policy writes."""
+
+    policy: Policy
+
+    def probabilities(self, rows: Sequence[Row], batch: int = 64) -> list[list[float]]:
+        """p of each answer, normalised among them, for each row."""
+        out = []
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            rollouts = self.policy.rollouts(part, [[f" {a}" for a in ANSWERS]] * len(part))
+            with torch.no_grad():
+                log_q = self.policy.evaluate(rollouts).final(rollouts.lengths)
+            out += log_q.view(len(part), len(ANSWERS)).double().softmax(1).tolist()
+        return out
+
+
+@dataclass(frozen=True)
+class Latent:
+    """p(y | x) as the mean of p(y | x z) over samples of z."""
+
+    posterior: Posterior
+    samples: int
+
+    def probabilities(self, rows: Sequence[Row], seed: object = 0) -> list[list[float]]:
+        return [p.probs for p in predict(self.posterior, rows, ANSWERS, self.samples, seed=seed)]
