@@ -49,6 +49,23 @@ def paired_table(
     )
 
 
+def shared_table(results: dict[str, Any], metrics: Mapping[str, str], unit: str) -> str:
+    """Markdown: means over the first examples, those that every method saw; empty where all saw the same number."""
+    found = {
+        method: [per_example(results, method, metric) for metric in metrics]
+        for method, runs in results["runs"].items()
+        if runs
+    }
+    sizes = {len(values[0]) for values in found.values()}
+    if len(sizes) < 2:
+        return ""
+    n = min(sizes)
+    lines = [[method, *(f"{sum(v[:n]) / n:.2f}" for v in values)] for method, values in found.items()]
+    align = ("left", *["right"] * len(metrics))
+    table = tabulate(lines, ["method", *metrics.values()], "github", colalign=align, disable_numparse=True)
+    return f"Of these, the first {n} {unit}, which every method saw:\n\n{table}"
+
+
 def box_figure(results: dict[str, Any], panels: Mapping[str, str], path: Path) -> str:
     """One panel per metric (name -> axis label): each method's spread over examples. Returns the file's name."""
     from matplotlib.figure import Figure
