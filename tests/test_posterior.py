@@ -235,15 +235,6 @@ def test_one_row_may_stand_alone_and_large_supports_are_not_enumerated(posterior
     assert "elbo" in alone[0]
 
 
-def test_a_diagnosis_prints_as_a_table(posterior: Posterior) -> None:
-    diagnosis = posterior.diagnose(ROWS, n=30)
-    head, _, *lines = str(diagnosis).splitlines()
-    for name in ("row", "ess", "khat", "elbo", "log_z", "total_variation", "kl_qp", "kl_pq", "distinct"):
-        assert name in head.split()
-    assert [line.split()[0] for line in lines] == ["0", "1"]
-    assert f"{diagnosis.reports[1]['kl_pq']:.3g}" in lines[1].split()
-
-
 def test_a_hard_constraint_shows_in_the_diagnosis(one_lm: LanguageModel) -> None:
     report = make(one_lm, extra=constraint.predicate(no_dog)).diagnose(ROW, n=200).reports[0]
     assert 0 < report["valid"] < 1

@@ -30,8 +30,9 @@ _HOMES = {
     "GFNTrainer": "amortlm.train.trainer",
     "ReplayBuffer": "amortlm.buffer",
     "Posterior": "amortlm.posterior",
-    "Diagnosis": "amortlm.posterior",
+    "Diagnosis": "amortlm.diagnostics.diagnose",
     "Sample": "amortlm.posterior",
+    "Samples": "amortlm.posterior",
     "Rollouts": "amortlm.types",
     "PolicyLogProbs": "amortlm.types",
     "AmortLMError": "amortlm.errors",
@@ -39,6 +40,7 @@ _HOMES = {
 _MODULES = {
     "constraint": "amortlm.targets.constraints",
     "objectives": "amortlm.objectives",
+    "bounds": "amortlm.diagnostics.bounds",
     "exact": "amortlm.diagnostics.exact",
     "importance": "amortlm.diagnostics.importance",
     "errors": "amortlm.errors",
@@ -49,8 +51,10 @@ if TYPE_CHECKING:
     from amortlm import errors as errors
     from amortlm import objectives as objectives
     from amortlm.buffer import ReplayBuffer as ReplayBuffer
+    from amortlm.diagnostics import bounds as bounds
     from amortlm.diagnostics import exact as exact
     from amortlm.diagnostics import importance as importance
+    from amortlm.diagnostics.diagnose import Diagnosis as Diagnosis
     from amortlm.em import EM as EM
     from amortlm.em import MStep as MStep
     from amortlm.errors import AmortLMError as AmortLMError
@@ -62,9 +66,9 @@ if TYPE_CHECKING:
     from amortlm.policy.tools import Calculator as Calculator
     from amortlm.policy.tools import Lookup as Lookup
     from amortlm.policy.tools import Tool as Tool
-    from amortlm.posterior import Diagnosis as Diagnosis
     from amortlm.posterior import Posterior as Posterior
     from amortlm.posterior import Sample as Sample
+    from amortlm.posterior import Samples as Samples
     from amortlm.predictive import Prediction as Prediction
     from amortlm.predictive import Votes as Votes
     from amortlm.targets import constraints as constraint  # noqa: F401

@@ -2,10 +2,10 @@
 
     log_w[b, t] = log R(z_1:t) - sum_{k<=t} log q(z_k | z_<k) - log q(stop | z_1:t)
 
-At q = R / Z every entry is log Z, so every objective and its gradient are zero. Each takes log_w [B, T+1]
-and stop_mask [B, T+1] (entries outside are ignored) and returns (loss, metrics): a scalar and a dict of
-floats. Losses are means over trajectories or groups, so a batch split evenly over processes has the gradient
-of the whole. An objective never sees a model, a tokenizer or a task.
+At q = R / Z every entry is log Z, so every objective and its gradient are zero (the gradient of forward_kl on draws
+of the posterior: zero on average). Each takes log_w [B, T+1] and stop_mask [B, T+1] (entries outside are ignored) and
+returns (loss, metrics): a scalar and a dict of floats. Losses are means over trajectories or groups, so a batch
+split evenly over processes has the gradient of the whole. An objective never sees a model, a tokenizer or a task.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from amortlm.types import PolicyLogProbs
 
 Loss = tuple[Tensor, dict[str, float]]
 
-OBJECTIVES = ("subtb", "db", "tb", "vargrad")
+OBJECTIVES = ("subtb", "db", "tb", "vargrad", "forward_kl")
 EVERY_PREFIX_OBJECTIVES = ("subtb", "db")  # these compare the rewards of prefixes
+GROUP_OBJECTIVES = ("vargrad", "forward_kl")  # these compare samples of one prompt, and know no log Z
 
 
 def log_weights(log_reward: Tensor, log_probs: PolicyLogProbs, stop_mask: Tensor) -> Tensor:
@@ -116,6 +117,34 @@ def vargrad(log_w: Tensor, stop_mask: Tensor, group: Tensor) -> Loss:
     squares = torch.zeros_like(mean).index_add(0, group, (final - mean[group]) ** 2)
     variance = squares / (size - 1).clamp(min=1)
     return variance[size > 0].mean(), {"log_z": mean.detach()[size > 0].mean().item()}
+
+
+def forward_kl(log_w: Tensor, stop_mask: Tensor, group: Tensor, drawn_from_p: Tensor | None = None) -> Loss:
+    """KL(p || q) by self-normalised importance weights: maximum likelihood on samples of q, weighted to p.
+
+        sum_k (w_k - 1/K) log_w[tau_k],   w = softmax of the group's log_w[tau] (no gradient), mean over prompts
+
+    d log_w = -d log q, so the gradient is an estimate of -E_p[grad log q] (Parshakova et al. 2019; f-DPG, Go et al.
+    2023; the wake phase of Bornschein & Bengio 2015). E_q[grad log q] = 0, so 1/K changes nothing in expectation;
+    it makes the gradient zero, not merely zero on average, where all weights are equal. The value estimates
+    KL(p || q) + KL(q || p). Self-normalising at small K shortens the steps and keeps the optimum of an
+    unrestricted q: the mean of w_k given tau_k = z rises with R(z) / q(z), so it is 1/K for all z only where q = R / Z.
+
+    The weights R / q are right for samples of q alone. drawn_from_p [G] bool: prompts whose samples are draws of the
+    posterior (`train.source`); these count 1/K each, and count as 0 in the value.
+    Raises DataError for a prompt with a single sample.
+    """
+    final = final_log_w(log_w, stop_mask)
+    size = torch.bincount(group)
+    if (size == 1).any():
+        raise DataError("forward_kl weighs samples of one prompt: it needs num_samples of at least 2")
+    known = final.detach()
+    share = (known - group_log_mean_exp(known, group)[group]).exp() - 1  # K w_k - 1
+    if drawn_from_p is not None:
+        share = torch.where(drawn_from_p[group], 1.0, share)
+    # `share` sums to 0 over samples of q; over draws of p, centring takes log Z out of the value.
+    centred = final - _group_mean(known, group)[group]
+    return (share / size[group] * centred).sum() / (size > 0).sum(), {}
 
 
 def group_log_mean_exp(values: Tensor, group: Tensor) -> Tensor:

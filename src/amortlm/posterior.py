@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amortlm.diagnostics.diversity import diversity
-from amortlm.diagnostics.exact import LIMIT, distance, enumerate_posterior, policy_log_probs
+from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, diagnose
+from amortlm.diagnostics.exact import LIMIT
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.errors import CheckpointError, ConfigError, DataError
+from amortlm.inference.correct import Weighted, check_method, corrected, draw
 from amortlm.language_model import LanguageModel
 from amortlm.policy.adapter import FULL
 from amortlm.policy.policy import Policy
@@ -33,8 +34,8 @@ BATCH = 256  # completions sampled and scored at once
 @dataclass(frozen=True)
 class Sample:
     """One completion. log_q, log_reward: nats; weight: self-normalised importance weight among its batch (they
-    sum to 1; all 0 where R = 0 for every one of them), None when the posterior has no target; statements: of a
-    completion that is a list (the support has a separator)."""
+    sum to 1; all 0 where R = 0 for every one of them), 1/n after a correction, None when the posterior has no
+    target; statements: of a completion that is a list (the support has a separator)."""
 
     text: str
     tokens: list[int]
@@ -47,6 +48,38 @@ class Sample:
         return asdict(self)
 
 
+class Samples(list[Sample]):
+    """n samples and how they came about. Without a correction they are draws of q, with importance weights; with
+    one, draws of the posterior, approximately, of equal weight: copies of each other where the budget found little.
+
+    method           "none", "sir", "smc" or "mh"
+    draws            completions drawn from q for them; the rest of one, drawn anew by smc or mh, counts as one
+    ess              effective sample size, in draws, of the weights: before resampling for sir and smc, where far
+                     fewer than n means many copies. None for mh, or without a target
+    log_z            log of the mean weight, whose expectation is Z exactly; nats; -inf where R = 0 for all draws.
+                     None for mh, or without a target
+    acceptance_rate  of mh, else None
+    """
+
+    def __init__(
+        self,
+        samples: Iterable[Sample] = (),
+        *,
+        method: str = "none",
+        draws: int = 0,
+        ess: float | None = None,
+        log_z: float | None = None,
+        acceptance_rate: float | None = None,
+    ):
+        super().__init__(samples)
+        self.method, self.draws = method, draws
+        self.ess, self.log_z, self.acceptance_rate = ess, log_z, acceptance_rate
+
+    def summary(self) -> dict[str, Any]:
+        """All of the above, for JSON."""
+        return dict(self.__dict__)
+
+
 class Posterior:
     """A policy and the target it was trained on. `target` may be None: then it samples but cannot weigh."""
 
@@ -55,15 +88,57 @@ class Posterior:
         if target is not None:
             check_statements(target, policy.support)
 
-    def sample(self, row: Row, n: int = 1, *, seed: object = 0) -> list[Sample]:
-        """n completions for one row, in one left-to-right pass each. The same seed gives the same samples.
+    def sample(
+        self, row: Row, n: int = 1, *, correct: str = "none", budget: int | None = None, seed: object = 0
+    ) -> Samples:
+        """n completions for one row. The same seed gives the same samples.
 
-        Raises DataError for a missing column, PromptTooLongError for a prompt that does not fit.
+        correct: "none" draws from q, in one left-to-right pass each. The others draw from the posterior itself as
+        the budget grows, whatever q is: "sir" resamples `budget` draws by weight, "smc" as many particles, weighted
+        and resampled on the way, "mh" spends a quarter of the budget on draws to start from and the rest on the
+        steps of n chains. budget: completions drawn from q in all, by default max(256, 16 n); what smc draws anew
+        after resampling comes on top. See docs/inference.md.
+
+        Raises DataError for a missing column, PromptTooLongError for a prompt that does not fit, ConfigError for a
+        correction that is unknown or has no target, a budget without one or too small for n (sir, smc: n; mh: 2 n),
+        and smc or mh on a support with a tool; RewardError where there is nothing to resample: R = 0 everywhere.
         """
-        rollouts, log_q, log_reward = self._draw(row, n, seed)
-        weights = (
-            None if log_reward is None else (log_reward - log_q).double().softmax(0).nan_to_num(0.0).tolist()
+        check_method(correct)
+        if correct == "none":
+            if budget is not None:
+                raise ConfigError(
+                    'budget is for corrected samples: give correct="sir", "smc" or "mh" with it'
+                )
+            return self._uncorrected(row, n, seed)
+        if self.target is None:
+            raise ConfigError(f"correct={correct!r} needs a target; pass target= to from_pretrained")
+        self._check_draw(row, n)
+        got = corrected(
+            self.policy, self.target, row, n, method=correct, budget=budget, seed=seed, batch=BATCH
         )
+        return Samples(
+            self._samples(got.drawn.rollouts, got.drawn.log_q, got.drawn.log_reward, [1 / n] * n),
+            method=correct,
+            draws=got.drawn.draws,
+            ess=got.ess,
+            log_z=got.log_z,
+            acceptance_rate=got.acceptance_rate,
+        )
+
+    def _uncorrected(self, row: Row, n: int, seed: object) -> Samples:
+        rollouts, log_q, log_reward = self._draw(row, n, seed)
+        if log_reward is None:
+            return Samples(self._samples(rollouts, log_q, None, None), draws=n)
+        log_w = log_reward - log_q
+        weights = log_w.double().softmax(0).nan_to_num(0.0).tolist()
+        pool = Weighted(rollouts, log_q, log_reward, log_w, n)
+        return Samples(
+            self._samples(rollouts, log_q, log_reward, weights), draws=n, ess=pool.ess, log_z=pool.log_z
+        )
+
+    def _samples(
+        self, rollouts: Rollouts, log_q: Tensor, log_reward: Tensor | None, weights: list[float] | None
+    ) -> list[Sample]:
         texts = self.texts(rollouts)
         return [
             Sample(
@@ -102,34 +177,41 @@ class Posterior:
 
     def estimate(self, row: Row, n: int = 256, *, seed: object = 0) -> ImportanceEstimate:
         """Importance diagnostics of one row from n fresh samples. Small n flatter a bad proposal."""
-        return self._weigh(row, n, seed)[1]
+        return self._weigh(row, n, seed)[2]
 
-    def _weigh(self, row: Row, n: int, seed: object) -> tuple[Rollouts, ImportanceEstimate]:
+    def _weigh(self, row: Row, n: int, seed: object) -> tuple[Rollouts, Tensor, ImportanceEstimate]:
+        """n samples, their log weights [n] and what these say."""
         rollouts, log_q, log_reward = self._draw(row, n, seed)
         if log_reward is None:
             raise ConfigError(
                 "this posterior has no target to weigh samples with; pass target= to from_pretrained"
             )
-        return rollouts, estimate(log_reward - log_q, log_reward)
+        log_w = log_reward - log_q
+        return rollouts, log_w, estimate(log_w, log_reward)
 
     def diagnose(
-        self, rows: Row | Sequence[Row], n: int = 256, *, seed: object = 0, limit: int = LIMIT
+        self,
+        rows: Row | Sequence[Row],
+        n: int = 256,
+        *,
+        seed: object = 0,
+        limit: int = LIMIT,
+        level: float = LEVEL,
+        gold: Gold | None = None,
     ) -> Diagnosis:
-        """How far the sampler is from the posterior, row by row.
+        """How far the sampler is from the posterior, row by row, with a verdict (`amortlm.diagnostics.diagnose`).
 
-        Importance diagnostics from n samples each; where the support has at most `limit` completions, also
-        exact log Z, total variation and both KL divergences by enumeration.
+        Importance diagnostics from n samples each, and intervals for log Z and both KL divergences that hold jointly
+        at `level`, from draws of the posterior (`amortlm.inference.truth`): four to five times the cost of
+        `estimate`, more where q is too far off and chains must run. Where the support has at most `limit`
+        completions, also exact log Z, total variation and both divergences by enumeration.
+
+        gold: per row, completions known to be good (texts or tokens); they can show a mode that q misses. Raises
+        ConfigError without a target, DataError for missing columns or gold completions outside the support.
         """
         rows = [rows] if isinstance(rows, dict) else list(rows)  # type: ignore[arg-type]
         self._check(rows)
-        reports = []
-        for row in rows:
-            rollouts, weighed = self._weigh(row, n, seed)
-            report = weighed.to_dict() | diversity(rollouts.completions())
-            if self.policy.support.size() <= limit:
-                report |= self._exact(row, limit)
-            reports.append(report)
-        return Diagnosis(reports)
+        return diagnose(self, rows, n, seed=seed, limit=limit, level=level, gold=gold)
 
     def predict(
         self, row: Row, answers: Sequence[str], n: int = 64, *, temperature: float = 1.0, seed: object = 0
@@ -145,29 +227,14 @@ class Posterior:
         """The model's greedy answers after each of n samples z, counted; under the same conditions."""
         return vote(self, [row], n, temperature=temperature, seed=seed)[0]
 
-    def _exact(self, row: Row, limit: int) -> dict[str, float]:
-        assert self.target is not None
-        exact = enumerate_posterior(self.target, self.policy.support, row, limit)
-        d = distance(policy_log_probs(self.policy, row), exact.log_p)
-        return {
-            "exact_log_z": exact.log_z,
-            "total_variation": d.total_variation,
-            "kl_qp": d.kl_qp,
-            "kl_pq": d.kl_pq,
-        }
-
     def _draw(self, row: Row, n: int, seed: object) -> tuple[Rollouts, Tensor, Tensor | None]:
+        self._check_draw(row, n)
+        return draw(self.policy, self.target, row, n, seed=seed, batch=BATCH)
+
+    def _check_draw(self, row: Row, n: int) -> None:
         self._check([row])
         if n < 1:
             raise ConfigError(f"n must be at least 1, got {n}")
-        parts, log_q, log_r = [], [], []
-        for start in range(0, n, BATCH):
-            rollouts, log_probs = self.policy.sample([row], min(BATCH, n - start), seed=(seed, start))
-            parts.append(rollouts)
-            log_q.append(log_probs.final(rollouts.lengths).float().cpu())
-            if self.target is not None:
-                log_r.append(self.target.score_final(rollouts).cpu())
-        return Rollouts.cat(parts), torch.cat(log_q), torch.cat(log_r) if log_r else None
 
     def _check(self, rows: Sequence[Row]) -> None:
         columns = set(self.policy.prompt.columns) | (set(self.target.columns) if self.target else set())
@@ -227,19 +294,3 @@ class Posterior:
         if target is None and saved is not None:
             target = target_from_spec(saved, lm)
         return cls(policy, target.bind(lm) if target is not None else None)
-
-
-class Diagnosis:
-    """One report (a dict of figures) per row; prints as a table."""
-
-    def __init__(self, reports: list[dict[str, Any]]):
-        self.reports = reports
-
-    def mean(self, name: str) -> float:
-        return sum(r[name] for r in self.reports) / len(self.reports)
-
-    def __str__(self) -> str:
-        from tabulate import tabulate
-
-        rows = [{"row": i, **report} for i, report in enumerate(self.reports)]
-        return tabulate(rows, headers="keys", floatfmt=".3g")

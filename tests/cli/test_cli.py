@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from amortlm import LanguageModel, Posterior
 from amortlm.cli import main
+from amortlm.diagnostics.certificate import finite
 
 ROWS = [{"x": "the dog", "y": " ran"}, {"x": "a", "y": " a cat"}]
 Cli = Callable[..., tuple[int, str, str]]
@@ -221,13 +222,24 @@ def test_evaluate_prints_and_writes_the_diagnosis(cli: Cli, trained: Path, tmp_p
     assert_quiet(stderr)
     diagnosis = Posterior.from_pretrained(trained).diagnose(ROWS, 40)
     assert stdout == f"{diagnosis}\nwrote {file}\n"
-    assert json.loads(file.read_text()) == diagnosis.reports
+    assert json.loads(file.read_text()) == finite(diagnosis.reports)
     assert 0 < diagnosis.reports[1]["total_variation"] < 1
 
 
 def test_evaluate_at_most_so_many_rows(cli: Cli, trained: Path) -> None:
     _, stdout, _ = cli("evaluate", trained, "-n", 30, "--rows", 1)
-    assert len(stdout.splitlines()) == 3, "head, rule and one row"
+    table, _ = stdout.split("\n\n")
+    assert len(table.splitlines()) == 3, "head, rule and one row"
+
+
+def test_evaluate_at_a_level_with_gold(cli: Cli, trained: Path, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({**ROWS[0], "z": " cat"}) + "\n")
+    options = ["-n", 30, "--data", data, "--level", 0.9, "--gold"]
+    status, stdout, _ = cli("evaluate", trained, *options, "z")
+    assert status == 0
+    assert "level 0.9" in stdout
+    assert "row 0 has no column 'gold'" in failure(cli("evaluate", trained, *options, "gold"))
 
 
 # Errors

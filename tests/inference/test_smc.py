@@ -14,7 +14,7 @@ from amortlm import LanguageModel, Support, constraint, verifier
 from amortlm.diagnostics.exact import enumerate_posterior
 from amortlm.errors import ConfigError, DataError, RewardError
 from amortlm.inference import smc as module
-from amortlm.inference.smc import sir, smc, systematic, twists
+from amortlm.inference.smc import smc, systematic, twists
 from amortlm.policy import Policy
 from amortlm.targets.base import Target
 from reference import tiny_policy
@@ -172,14 +172,6 @@ def test_shapes_counts_and_seed(one_lm: LanguageModel) -> None:
     assert plain.completions_scored == 16
     assert plain.tokens_decoded == int((plain.rollouts.lengths + 1).sum())
     torch.testing.assert_close(plain.log_weights, plain.log_reward - plain.log_q)
-
-
-def test_sir_keeps_what_has_weight(one_lm: LanguageModel) -> None:
-    lm = calm(one_lm)
-    policy, target = tiny_policy(lm, "{x}", support()), infilling(lm) + constraint.contains("s")
-    rollouts = sir(policy, target, ROW, num_particles=64, num_samples=10, seed=1)
-    assert len(rollouts) == 10
-    assert torch.isfinite(target.score_final(rollouts)).all()
 
 
 def test_all_dead_particles_estimate_zero(one_lm: LanguageModel) -> None:

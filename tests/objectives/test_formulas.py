@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from amortlm.errors import DataError, RewardError
 from amortlm.objectives import (
     db,
     final_log_w,
+    forward_kl,
     group_log_mean_exp,
     log_weights,
     subsample_states,
@@ -108,6 +110,15 @@ def slow_vargrad(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor) -> Tensor:
     return sum(losses) / 3
 
 
+def slow_forward_kl(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor) -> Tensor:
+    final, losses = slow_final(r, pf, pterm, mask), []
+    for g in range(3):
+        mine = [w for w, h in zip(final, GROUP.tolist(), strict=True) if h == g]
+        total = sum(math.exp(w.item()) for w in mine)
+        losses.append(sum((math.exp(w.item()) / total - 1 / len(mine)) * w for w in mine))
+    return sum(losses) / 3
+
+
 LOG_Z = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
 Fast = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, float]]]
 OBJECTIVES: dict[str, tuple[Fast, Callable[..., Tensor]]] = {
@@ -118,6 +129,7 @@ OBJECTIVES: dict[str, tuple[Fast, Callable[..., Tensor]]] = {
     "tb learned": (lambda w, m: tb(w, m, GROUP, LOG_Z), lambda *a: slow_tb(*a, log_z=LOG_Z)),
     "tb estimated": (lambda w, m: tb(w, m, GROUP), slow_tb),
     "vargrad": (lambda w, m: vargrad(w, m, GROUP), slow_vargrad),
+    "forward_kl": (lambda w, m: forward_kl(w, m, GROUP), slow_forward_kl),
 }
 
 
@@ -189,7 +201,9 @@ def test_trajectories_with_one_state_count_as_zero() -> None:
 def test_a_split_batch_has_the_gradient_of_the_whole() -> None:
     log_reward, log_pf, log_pterm, mask = batch(gaps=True)
     log_w = log_weights(log_reward, PolicyLogProbs(log_pf, log_pterm), mask)
-    for objective in (subtb, db):
+    groups = torch.arange(4).repeat_interleave(2)
+    by_group = lambda w, m: forward_kl(w, m, groups[: len(w)])  # noqa: E731
+    for objective in (subtb, db, by_group):
         whole = torch.autograd.grad(objective(log_w, mask)[0], log_pf, retain_graph=True)[0]
         halves = (objective(log_w[:4], mask[:4])[0] + objective(log_w[4:], mask[4:])[0]) / 2
         torch.testing.assert_close(torch.autograd.grad(halves, log_pf, retain_graph=True)[0], whole)
@@ -219,10 +233,50 @@ def test_tb_reports_log_z_and_learns_it() -> None:
     assert gradient.tolist() == pytest.approx(slow)
 
 
-def test_vargrad_needs_two_samples() -> None:
+@pytest.mark.parametrize("objective", [vargrad, forward_kl])
+def test_group_objectives_need_two_samples(objective: Callable[..., Any]) -> None:
     log_w, mask = torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool)
     with pytest.raises(DataError, match=r"num_samples of at least 2"):
-        vargrad(log_w, mask, torch.tensor([0, 0, 1]))
+        objective(log_w, mask, torch.tensor([0, 0, 1]))
+
+
+def categorical(drawn: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits of q = (1/2, 1/4, 1/4), p, final log_w of `drawn` for R = 7 p)."""
+    logits = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log().add(3.0).requires_grad_()
+    p = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
+    index = torch.tensor(drawn)
+    return logits, p, (7 * p).log()[index] - logits.log_softmax(0)[index]
+
+
+def test_forward_kl_has_the_gradient_of_kl_p_q() -> None:
+    """Each outcome as often as q has it: the weighted sum is then the expectation under p, with no noise."""
+    logits, p, log_w = categorical([0, 0, 1, 2])
+    loss, _ = forward_kl(log_w[:, None], torch.ones(4, 1, dtype=torch.bool), torch.zeros(4, dtype=torch.long))
+    log_q = logits.log_softmax(0)
+    kl_pq = (p * (p.log() - log_q)).sum()
+    kl_qp = (log_q.exp() * (log_q - p.log())).sum()
+    expected = torch.autograd.grad(kl_pq, logits, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, logits, retain_graph=True)[0], expected)
+    torch.testing.assert_close(loss, kl_pq + kl_qp)
+    # The control: the other KL has another gradient.
+    assert not torch.allclose(torch.autograd.grad(kl_qp, logits)[0], expected, atol=0.05)
+
+
+def test_forward_kl_on_draws_of_p_is_maximum_likelihood() -> None:
+    """Ten draws in the proportions of p; a group of draws of q beside it keeps its weights."""
+    drawn = [0] * 2 + [1] * 7 + [2]
+    logits, p, log_w = categorical([*drawn, 0, 0, 1, 2])
+    group = torch.tensor([0] * 10 + [1] * 4)
+    one_state = torch.ones(14, 1, dtype=torch.bool)
+    loss, _ = forward_kl(log_w[:, None], one_state, group, torch.tensor([True, False]))
+    kl_pq = (p * (p.log() - logits.log_softmax(0))).sum()
+    expected = torch.autograd.grad(kl_pq, logits, retain_graph=True)[0]
+    torch.testing.assert_close(torch.autograd.grad(loss, logits, retain_graph=True)[0], expected)
+    alone, _ = forward_kl(log_w[10:, None], one_state[10:], group[10:] - 1)
+    assert loss.item() == pytest.approx(alone.item() / 2), "draws of p count as 0 in the value"
+    # The control: weighted again, as if they came from q, they are not.
+    twice, _ = forward_kl(log_w[:, None], one_state, group)
+    assert not torch.allclose(torch.autograd.grad(twice, logits)[0], expected, atol=0.05)
 
 
 @pytest.mark.parametrize("bad", [-math.inf, math.inf, math.nan])

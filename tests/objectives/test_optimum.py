@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from amortlm.objectives import db, log_weights, subtb, tb, vargrad, with_root
+from amortlm.objectives import db, forward_kl, log_weights, subtb, tb, vargrad, with_root
 from amortlm.types import PolicyLogProbs
 
 TOKENS, DEPTH = 3, 3
@@ -61,6 +61,7 @@ def losses(log_w: Tensor, mask: Tensor, log_z: float) -> dict[str, Tensor]:
         "tb": tb(log_w, mask, group, known)[0],
         "tb estimated": tb(log_w, mask, group)[0],
         "vargrad": vargrad(log_w, mask, group)[0],
+        "forward_kl": forward_kl(log_w, mask, group)[0],
     }
 
 

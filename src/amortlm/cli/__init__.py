@@ -13,14 +13,15 @@ from amortlm.tasks import TASKS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, or 2 after printing one error line."""
+    """Run a command. Returns the exit status: 0, 1 where `evaluate --check` says no, or 2 after printing one error
+    line."""
     args = _parser().parse_args(argv)
     args.command_line = shlex.join(["amortlm", *(sys.argv[1:] if argv is None else argv)])
     from amortlm.cli import commands
     from amortlm.errors import AmortLMError
 
     try:
-        getattr(commands, args.command)(args)
+        status: int | None = getattr(commands, args.command)(args)
     except AmortLMError as e:
         print(
             "amortlm:", " ".join(str(e).split()), file=sys.stderr
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         remedy = "the same command goes on" if args.command == "reproduce" else "`--resume` goes on"
         print(f"amortlm: interrupted; {remedy} from the last checkpoint", file=sys.stderr)
         return 130
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,13 +62,29 @@ def _parser() -> argparse.ArgumentParser:
     sample = commands.add_parser("sample", help="draw from a saved posterior")
     _add_posterior(sample)
     sample.add_argument("-n", type=int, default=5, help="completions per row (default 5)")
+    sample.add_argument(
+        "--correct",
+        default="none",
+        metavar="METHOD",
+        help="sir, smc or mh: draws of the posterior itself as the budget grows; see docs/inference.md",
+    )
+    sample.add_argument(
+        "--budget", type=int, help="completions drawn for a correction (default 256, or 16 n if that is more)"
+    )
     sample.add_argument("--json", action="store_true", help="JSON lines instead of a table")
 
     evaluate = commands.add_parser("evaluate", help="how far a saved posterior is from the truth")
     _add_posterior(evaluate)
     evaluate.add_argument("-n", type=int, default=256, help="samples per row (default 256; fewer flatter)")
     evaluate.add_argument("--rows", type=int, default=8, help="evaluate at most so many rows (default 8)")
+    evaluate.add_argument("--level", type=float, help="of the intervals (default 0.99)")
+    evaluate.add_argument("--gold", metavar="COLUMN", help="a column with a completion known to be good")
     evaluate.add_argument("--output", help="write the figures to this JSON file")
+    evaluate.add_argument(
+        "--check",
+        action="store_true",
+        help="is the certificate in the folder still true? Exit status 0: yes, 1: no, 2: could not be checked",
+    )
     _add_reproduce(commands.add_parser("reproduce", help="run one of the paper's experiments"))
     return parser
 

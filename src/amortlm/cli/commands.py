@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import textwrap
 import warnings
@@ -17,11 +16,15 @@ from datasets import disable_progress_bars
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
+from amortlm.diagnostics import certificate
+from amortlm.diagnostics.certificate import finite
+from amortlm.diagnostics.diagnose import LEVEL, Gold
 from amortlm.errors import ConfigError, DataError
 from amortlm.language_model import LanguageModel
-from amortlm.posterior import Posterior
+from amortlm.posterior import Posterior, Samples
 from amortlm.reproduce import load_experiment, runner
 from amortlm.reproduce.report import table
+from amortlm.targets.template import check_rows
 from amortlm.tasks import load_task
 from amortlm.tasks.spec import RunSpec, load_rows
 from amortlm.types import Row
@@ -47,24 +50,62 @@ def train(args: Namespace) -> None:
 def sample(args: Namespace) -> None:
     posterior = _load(args)
     for row in _rows(args)[: None if args.data else 1]:
-        samples = posterior.sample(row, args.n, seed=args.seed)
+        samples = posterior.sample(row, args.n, correct=args.correct, budget=args.budget, seed=args.seed)
+        summary = {} if samples.method == "none" else {"correction": samples.summary()}
         if args.json:
             for s in samples:
-                print(json.dumps(_finite({"row": dict(row), **s.to_dict()})))
+                print(json.dumps(finite({"row": dict(row), **s.to_dict(), **summary})))
             continue
         for name, value in row.items():
             print(textwrap.fill(f"{name}: {value}", 100, subsequent_indent="   "))
         table = [[_wrap(s.text), s.log_q, s.log_reward, s.weight] for s in samples]
-        print(tabulate(table, headers=["completion", "log q", "log R", "weight"], floatfmt=".3f"), end="\n\n")
+        print(tabulate(table, headers=["completion", "log q", "log R", "weight"], floatfmt=".3f"))
+        if summary:
+            print(_how(samples))
+        print()
 
 
-def evaluate(args: Namespace) -> None:
+def _how(samples: Samples) -> str:
+    """How corrected samples came about, in a line."""
+    if samples.method == "mh":
+        return f"mh: {samples.draws} draws, acceptance rate {samples.acceptance_rate:.2f}"
+    return f"{samples.method}: {samples.draws} draws, ESS {samples.ess:.1f}, log Z {samples.log_z:.3f}"
+
+
+def evaluate(args: Namespace) -> int:
     posterior = _load(args)
-    diagnosis = posterior.diagnose(_rows(args)[: args.rows], args.n, seed=args.seed)
+    if args.check:
+        return _check(posterior, args)
+    rows = _rows(args)[: args.rows]
+    diagnosis = posterior.diagnose(
+        rows, args.n, seed=args.seed, level=args.level or LEVEL, gold=_gold(rows, args.gold)
+    )
     print(diagnosis)
     if args.output:
-        Path(args.output).write_text(json.dumps(_finite(diagnosis.reports), indent=2) + "\n")
+        Path(args.output).write_text(json.dumps(finite(diagnosis.reports), indent=2) + "\n")
         print(f"wrote {args.output}")
+    return 0
+
+
+def _check(posterior: Posterior, args: Namespace) -> int:
+    folder = Path(args.folder)
+    known = args.data or (folder / "rows.jsonl").exists()
+    found = certificate.check(
+        posterior,
+        certificate.Certificate.load(folder),
+        seed=args.seed,
+        data_hash=certificate.hash_rows(_rows(args)) if known else None,
+        adapter_hash=certificate.hash_adapter(folder),
+    )
+    print(found.line if found.holds else f"amortlm: {found.line}", file=None if found.holds else sys.stderr)
+    return 0 if found.holds else 1
+
+
+def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:
+    if column is None:
+        return None
+    check_rows(rows, {column}, "--gold")
+    return [[str(row[column])] for row in rows]
 
 
 def reproduce(args: Namespace) -> None:
@@ -124,12 +165,3 @@ def _pair(text: str, option: str) -> tuple[str, str]:
 
 def _wrap(text: str) -> str:
     return "\n".join(textwrap.wrap(text, TEXT_WIDTH))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,1 +1,1 @@
-"""Sampling from the exact posterior with a policy as proposal: Metropolis-Hastings and sequential Monte Carlo."""
+"""The exact posterior with a policy as proposal: SIR, sequential Monte Carlo and Metropolis-Hastings."""

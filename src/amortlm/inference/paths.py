@@ -71,17 +71,21 @@ def prepare(policy: Policy, target: Target, row: Row) -> tuple[Target, Prefix]:
     Raises ConfigError for a support with a tool, SupportError for one that the target's latents do not fit,
     DataError for a missing column, PromptTooLongError.
     """
-    if policy.support.tool is not None:
-        raise ConfigError(
-            "Metropolis-Hastings and sequential Monte Carlo cannot cut a completion that a tool writes into; "
-            "use a support without a tool, or importance weights of posterior.sample"
-        )
+    refuse_tool(policy)
     check_rows([row], set(policy.prompt.columns) | set(target.columns), "the row")
     target = target.bind(policy.lm)
     check_statements(target, policy.support)
     with torch.no_grad():
         prefix = encode_prompts(policy.model, policy.encode_rows([row]))
     return target, prefix
+
+
+def refuse_tool(policy: Policy) -> None:
+    if policy.support.tool is not None:
+        raise ConfigError(
+            "Metropolis-Hastings and sequential Monte Carlo cannot cut a completion that a tool writes into; "
+            'use a support without a tool, or posterior.sample(..., correct="sir")'
+        )
 
 
 def sample_paths(policy: Policy, prefix: Prefix, n: int, generator: torch.Generator) -> tuple[Paths, int]:

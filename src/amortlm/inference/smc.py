@@ -140,17 +140,6 @@ def smc(
     )
 
 
-def sir(
-    policy: Policy, target: Target, row: Row, *, num_particles: int, num_samples: int, seed: object
-) -> Rollouts:
-    """Sampling-importance-resampling: num_samples of num_particles draws of the policy, by weight.
-
-    Raises as `smc` and `Particles.resample` do.
-    """
-    particles = smc(policy, target, row, num_particles=num_particles, seed=seed, ess_threshold=0.0)
-    return particles.resample(num_samples, seed)
-
-
 def state_log_weights(
     policy: Policy, target: Target, row: Row, paths: Paths, start: int, every_state: bool
 ) -> Tensor:

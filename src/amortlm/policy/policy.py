@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from amortlm.errors import DataError, TemplateError
-from amortlm.passes import encode_prompts, pad_right, state_logits
+from amortlm.passes import encode_prompts, length_groups, pad_right, state_logits
 from amortlm.policy.adapter import FULL, load_weights, trainable_copy
 from amortlm.policy.sampling import Exploration, draw, uniform_streams
 from amortlm.policy.support import BoundSupport, Support
@@ -92,14 +92,22 @@ class Policy(nn.Module):
         return rollouts, PolicyLogProbs(drawn.log_pf, drawn.log_pterm)
 
     def evaluate(self, rollouts: Rollouts) -> PolicyLogProbs:
-        """log q of any rollouts, on the support: one teacher-forced pass, differentiable."""
+        """log q of any rollouts, on the support: a teacher-forced pass, differentiable (on a CPU, one for each
+        group of completions of similar length)."""
         rollouts = rollouts.to(self.device)
         prefix = encode_prompts(self.model, self.encode_rows(rollouts.rows))
-        logits, _ = state_logits(self.model, prefix, rollouts.row_index, rollouts.tokens)
-        log_norm, log_pterm, masked = self.support.log_probs(logits, rollouts.tokens)
-        picked = masked[:, :-1].gather(-1, rollouts.tokens[..., None]).squeeze(-1)
-        log_pf = torch.where(rollouts.action_mask, picked - log_norm[:, :-1], 0.0)
-        return PolicyLogProbs(log_pf, log_pterm)
+        groups = length_groups(rollouts.lengths)
+        parts = []
+        for group in groups:
+            tokens = rollouts.tokens[group, : max(1, int(rollouts.lengths[group].max()))]
+            # The stop at max_tokens is sure: the last of so many tokens need not be read.
+            seen = tokens[:, : self.support.max_tokens - 1]
+            logits, _ = state_logits(self.model, prefix, rollouts.row_index[group], seen)
+            parts.append(self.support.token_log_probs(logits, tokens))
+        width = rollouts.tokens.shape[1]
+        log_pf = _joined([x for x, _ in parts], groups, width)
+        log_pterm = _joined([x for _, x in parts], groups, width + 1)
+        return PolicyLogProbs(torch.where(rollouts.action_mask, log_pf, 0.0), log_pterm)
 
     def forward(self, rollouts: Rollouts) -> PolicyLogProbs:
         return self.evaluate(rollouts)
@@ -142,6 +150,12 @@ class Policy(nn.Module):
     def load_adapter(self, folder: str | Path) -> None:
         """Load weights saved by `save_adapter` into this policy. Raises CheckpointError if they do not fit."""
         load_weights(self.model, self.is_full, folder)
+
+
+def _joined(parts: Sequence[Tensor], groups: Sequence[Tensor], width: int) -> Tensor:
+    """[B, width]: the groups' rows, padded with 0, in their places."""
+    padded = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in parts]
+    return torch.cat(padded)[torch.cat(list(groups)).argsort()]
 
 
 def _zero_dropout(model: nn.Module) -> None:

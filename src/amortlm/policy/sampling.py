@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from amortlm.passes import Prefix, select_cache
+from amortlm.passes import Prefix, in_place_cache
 from amortlm.policy.support import BoundSupport
 from amortlm.policy.tools import ToolRun
 
@@ -76,9 +76,11 @@ def draw(
 
     tools = ToolRun(support.tool, batch) if support.tool is not None else None
     alive = torch.arange(batch, device=device)
-    cache = select_cache(prefix.cache, index) or DynamicCache()
+    cache = in_place_cache(prefix.cache, index, room=width + 1)
     mask, ids = prefix.mask[index], prefix.last[index]
-    for t in range(width + 1):
+    # The stop at max_tokens is sure; only which symbol it is can take a pass to say.
+    last = width if len(support.stop_ids) > 1 else width - 1
+    for t in range(last + 1):
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
         logits = model(
             input_ids=ids[:, None],
@@ -104,6 +106,7 @@ def draw(
             keep = going.nonzero().squeeze(1)
             cache.batch_select_indices(keep)
             mask = mask[keep]
+    log_pterm[alive, width] = 0.0
     longest = max(int(lengths.max()), 1)
     return Drawn(tokens[:, :longest], lengths, stops, log_pf[:, :longest], log_pterm[:, : longest + 1])
 

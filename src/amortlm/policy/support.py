@@ -12,6 +12,7 @@ from torch import Tensor
 
 from amortlm.errors import SupportError
 from amortlm.policy.lists import Lists
+from amortlm.policy.log_probs import Legal, SupportLogProbs
 from amortlm.policy.tools import BoundTool, Tool, tool_from_spec
 from amortlm.targets.lists import split_statements
 from amortlm.types import Rollouts, Row
@@ -213,6 +214,23 @@ class BoundSupport:
         log_go = log_go.masked_fill(state >= self.max_tokens, -torch.inf)
         log_norm = torch.logaddexp(log_go, log_end)
         return log_norm, log_end - log_norm, masked
+
+    def token_log_probs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """log q of tokens [B, T] and of stopping at the S states (T, or T + 1 with the last) of logits [B, S, V]:
+
+        log_pf [B, T], -inf for a token that is never written, log_pterm [B, S]; float32, differentiable.
+        """
+        shape = logits.shape[:2]
+        state = torch.arange(shape[1], device=logits.device)
+        go, stop = (x.expand(shape) for x in (state < self.max_tokens, state >= self.min_tokens))
+        allowed, symbols = self.allowed.to(logits.device), torch.tensor(self.stop_ids, device=logits.device)
+        legal = Legal(allowed, symbols, go, stop)
+        if self.lists is not None:
+            word, separator, may_stop = (x[:, : shape[1]] for x in self.lists.moves(tokens))
+            legal = Legal(allowed, symbols, go, stop & may_stop, word, separator, self.lists.separator)
+        after = torch.nn.functional.pad(tokens, (0, shape[1] - tokens.shape[1]))
+        log_p, log_pterm = SupportLogProbs.apply(logits, after, legal)
+        return log_p[:, : tokens.shape[1]], log_pterm
 
     def rollouts(
         self,

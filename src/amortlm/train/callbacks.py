@@ -1,21 +1,28 @@
-"""What a run shows while it trains: progress on a terminal, diagnostics and samples every few steps."""
+"""What a run shows while it trains: progress on a terminal, diagnostics and samples every few steps. And when it
+stops: where `stop_at_gap` is reached."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import ProgressCallback, TrainerCallback
 
-from amortlm.types import Row
+from amortlm.diagnostics import certificate
+from amortlm.diagnostics.diagnose import LEVEL, diagnose
+from amortlm.diagnostics.importance import ImportanceEstimate
+from amortlm.types import Row, row_key
 
 if TYPE_CHECKING:
     from amortlm.train.trainer import GFNTrainer
 
 SHOWN = {"loss": "loss", "log_w_variance": "var log w", "ess": "ESS"}
 ROWS, SAMPLES, EXAMPLES = 4, 64, 4  # what one diagnosis costs: 4 prompts x 64 samples
+GOLD = 16  # completions of the buffer per prompt
 
 
 class TrainingProgress(ProgressCallback):
@@ -32,23 +39,33 @@ class TrainingProgress(ProgressCallback):
 
 class DiagnoseCallback(TrainerCallback):
     """Every `diagnose_steps` updates: ESS, log-weight variance and ELBO of fresh samples of a few prompts go to
-    the log and its trackers, and the samples to `samples.jsonl` in the output folder."""
+    the log and its trackers, and the samples to `samples.jsonl` in the output folder. With `stop_at_gap`, training
+    ends where these prompts allow it (`StopWhenRight`)."""
 
     def __init__(self, trainer: GFNTrainer, rows: Sequence[Row]):
         self.trainer, self.rows = trainer, list(rows[:ROWS])
+        self.stop = StopWhenRight(trainer, self.rows, rows) if trainer.args.stop_at_gap else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop is not None and state.is_world_process_zero:
+            # That of an earlier run in this folder says nothing about the adapter to come.
+            (Path(str(args.output_dir)) / certificate.FILE).unlink(missing_ok=True)
         if state.global_step == 0:
             self._diagnose(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step % args.diagnose_steps == 0:
-            self._diagnose(state.global_step)
+        if state.global_step % args.diagnose_steps != 0:
+            return
+        reports = self._diagnose(state.global_step)
+        if self.stop is not None:
+            # The first process decides: the others have no reports, and must end with it.
+            right = [bool(reports) and self.stop.reached(state.global_step, reports)]
+            control.should_training_stop |= broadcast_object_list(right)[0]
 
-    def _diagnose(self, step: int) -> None:
+    def _diagnose(self, step: int) -> list[ImportanceEstimate]:
         trainer = self.trainer
         if not trainer.is_world_process_zero():
-            return
+            return []
         seed = ("diagnose", trainer.args.seed)
         reports = [trainer.posterior.estimate(row, SAMPLES, seed=seed) for row in self.rows]
         names = ("ess", "log_w_variance", "elbo")
@@ -62,3 +79,61 @@ class DiagnoseCallback(TrainerCallback):
             for row in self.rows:
                 for sample in trainer.posterior.sample(row, EXAMPLES, seed=seed):
                     file.write(json.dumps({"step": step, "row": row, **sample.to_dict()}) + "\n")
+        return reports
+
+
+class StopWhenRight:
+    """Is the gap (`amortlm.diagnostics.certificate`) of every one of a few prompts at most `stop_at_gap`? Then the
+    posterior and its certificate are saved in the output folder.
+
+    The replay buffer's best completions count as gold: a mode that the policy has lost may still be there.
+    """
+
+    def __init__(self, trainer: GFNTrainer, rows: Sequence[Row], data: Sequence[Row]):
+        self.trainer, self.rows, self.data = trainer, rows, data
+
+    def reached(self, step: int, estimates: Sequence[ImportanceEstimate]) -> bool:
+        """Look at step `step`. estimates: cheap ones of the same prompts; where they are far above the mark, the bounds
+        are not worth their passes."""
+        args, posterior = self.trainer.args, self.trainer.posterior
+        if any(_guess(e) > args.stop_at_gap for e in estimates):
+            return False
+        exact = posterior.policy.support.size() <= certificate.LIMIT
+        n = SAMPLES if exact else certificate.samples_for(args.stop_at_gap)
+        gold = [self._gold(row) for row in self.rows]
+        diagnosis = diagnose(
+            posterior,
+            self.rows,
+            n,
+            seed=("gap", args.seed, step),
+            limit=certificate.LIMIT,
+            level=certificate.look_level(step // args.diagnose_steps),
+            gold=gold,
+        )
+        found = certificate.worst(diagnosis)
+        self.trainer.log({"gap": found})
+        if not found <= args.stop_at_gap:
+            return False
+        posterior.save_pretrained(str(args.output_dir))
+        certificate.issue(
+            posterior,
+            diagnosis,
+            str(args.output_dir),
+            mark=args.stop_at_gap,
+            level=LEVEL,
+            step=step,
+            n=n,
+            seed=args.seed,
+            rows=self.rows,
+            gold=gold,
+            data=self.data,
+        )
+        return True
+
+    def _gold(self, row: Row) -> list[list[int]]:
+        return [[*e.tokens, e.stop] for e in self.trainer.buffer.entries(row_key(row))[-GOLD:]]
+
+
+def _guess(e: ImportanceEstimate) -> float:
+    """The gap as a few samples see it: KL(q || p) by the ELBO, which flatters, or the Renyi bound on KL(p || q)."""
+    return math.inf if e.ess == 0 else min(e.log_z - e.elbo, -math.log(e.ess))

@@ -79,7 +79,7 @@ class GFNTrainer(Trainer):
         self.training_target = Softened(target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
         self.posterior = Posterior(policy, target)
         self.buffer = ReplayBuffer(args.buffer_size, args.buffer_prioritized)
-        self.source = TrajectorySource(policy, self.buffer, args)
+        self.source = TrajectorySource(policy, self.training_target, self.buffer, args)
         self._row_number = {row_key(row): i for i, row in enumerate(rows)}
         self._metrics: dict[str, list[float]] = defaultdict(list)
         self._micro_step = (-1, 0)
@@ -128,6 +128,9 @@ class GFNTrainer(Trainer):
                 return objectives.tb(log_w, mask, group, log_z)
             case "vargrad":
                 return objectives.vargrad(log_w, mask, group)
+            case "forward_kl":
+                corrected = self.source.corrected(rollouts.rows, self._micro_step).to(mask.device)
+                return objectives.forward_kl(log_w, mask, group, corrected)
         log_w, mask = objectives.with_root(log_w, mask, group, log_z)
         if self.args.objective == "db":
             return objectives.db(log_w, mask)
@@ -184,7 +187,7 @@ class GFNTrainer(Trainer):
 
     @staticmethod
     def _learns_log_z(args: GFNConfig) -> bool:
-        return args.objective != "vargrad" and args.log_z == "learned"
+        return args.objective not in objectives.GROUP_OBJECTIVES and args.log_z == "learned"
 
     @torch.no_grad()
     def _start_log_z(self) -> None:

@@ -1,0 +1,200 @@
+"""Draws of the posterior from a policy that is not right yet: SIR, SMC and Metropolis-Hastings by one argument.
+
+All three converge to the exact posterior as the budget grows, whatever the policy, as long as it can write every
+completion with R > 0 (on its support it can). What is drawn is cut into batches that fit in memory: SIR's pool is
+one sample in pieces, SMC runs independent islands, Metropolis-Hastings independent chains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from amortlm.diagnostics.importance import effective_sample_size
+from amortlm.errors import ConfigError, RewardError, nearest
+from amortlm.inference.mcmc import Chains, metropolis_hastings
+from amortlm.inference.paths import refuse_tool
+from amortlm.inference.smc import smc, systematic
+from amortlm.policy.policy import Policy
+from amortlm.policy.sampling import seed_of
+from amortlm.targets.base import Target
+from amortlm.types import Rollouts, Row, row_key
+
+METHODS = ("none", "sir", "smc", "mh")
+START = 4  # Metropolis-Hastings spends one draw in so many on where its chains start
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """N completions and log weights that make them stand for the posterior. Nats.
+
+    log_q, log_reward, log_weights [N], on the CPU; the mean weight is unbiased for Z
+    draws  completions drawn from q to get them; the rest of one, drawn anew, counts as one
+    """
+
+    rollouts: Rollouts
+    log_q: Tensor
+    log_reward: Tensor
+    log_weights: Tensor
+    draws: int
+
+    @property
+    def log_z(self) -> float:
+        return (self.log_weights.double().logsumexp(0) - math.log(len(self.log_weights))).item()
+
+    @property
+    def ess(self) -> float:
+        """Effective sample size, 1 to N; 0 where R = 0 for all."""
+        return effective_sample_size(self.log_weights.double()) if self.log_z > -math.inf else 0.0
+
+    def resample(self, n: int, seed: object) -> Weighted:
+        """n of them by weight, with replacement, in random order, each of log weight 0.
+
+        Raises RewardError where every weight is zero.
+        """
+        if self.log_z == -math.inf:
+            raise RewardError(
+                f"all {len(self.log_weights)} completions drawn have R = 0: there is nothing to resample; give a "
+                "larger budget, train the policy, or give the constraint a penalty"
+            )
+        generator = torch.Generator().manual_seed(seed_of(("resample", seed, row_key(self.rollouts.rows[0]))))
+        u = torch.rand((), generator=generator, dtype=torch.float64)
+        # Equal completions side by side, so that each appears as often as their weights together say, give or take 1.
+        completions = self.rollouts.completions()
+        order = torch.tensor(sorted(range(len(completions)), key=completions.__getitem__))
+        picked = systematic(self.log_weights[order], n, u)[torch.randperm(n, generator=generator)]
+        index = order[picked]
+        return Weighted(
+            rollouts=self.rollouts.select(index.to(self.rollouts.tokens.device)),
+            log_q=self.log_q[index],
+            log_reward=self.log_reward[index],
+            log_weights=torch.zeros(n),
+            draws=self.draws,
+        )
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """n draws of the posterior, of equal weight, and how they came about (see `posterior.Samples`)."""
+
+    drawn: Weighted
+    ess: float | None = None
+    log_z: float | None = None
+    acceptance_rate: float | None = None
+
+
+def corrected(
+    policy: Policy,
+    target: Target,
+    row: Row,
+    n: int,
+    *,
+    method: str,
+    budget: int | None,
+    seed: object,
+    batch: int,
+) -> Corrected:
+    """n draws of the posterior of `row` by "sir", "smc" or "mh". budget: see `Posterior.sample`.
+
+    batch: completions drawn and scored at once. Raises ConfigError for an unknown method, a budget too small for n
+    and, "sir" apart, a support with a tool; RewardError where everything drawn has R = 0.
+    """
+    check_method(method)
+    budget = max(256, 16 * n) if budget is None else budget
+    least = 2 * n if method == "mh" else n  # a chain takes a step at least
+    if budget < least:
+        raise ConfigError(
+            f"budget={budget} is too small for n={n}: correct={method!r} needs at least {least}"
+        )
+    if method == "mh":
+        return mh(policy, target, row, n, budget=budget, seed=seed, batch=batch)
+    pool = (weigh if method == "sir" else islands)(policy, target, row, budget, seed=seed, batch=batch)
+    return Corrected(pool.resample(n, seed), ess=pool.ess, log_z=pool.log_z)
+
+
+def check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ConfigError(f"unknown correction {method!r}; {nearest(str(method), METHODS)}")
+
+
+def draw(
+    policy: Policy, target: Target | None, row: Row, n: int, *, seed: object, batch: int
+) -> tuple[Rollouts, Tensor, Tensor | None]:
+    """n draws of the policy, their log q [n] and, with a target, log R [n], on the CPU."""
+    parts, log_q, log_r = [], [], []
+    for start in range(0, n, batch):
+        rollouts, log_probs = policy.sample([row], min(batch, n - start), seed=(seed, start))
+        parts.append(rollouts)
+        log_q.append(log_probs.final(rollouts.lengths).float().cpu())
+        if target is not None:
+            log_r.append(target.score_final(rollouts).cpu())
+    return Rollouts.cat(parts), torch.cat(log_q), torch.cat(log_r) if log_r else None
+
+
+def weigh(policy: Policy, target: Target, row: Row, n: int, *, seed: object, batch: int) -> Weighted:
+    """n draws of the policy with their importance weights. The support may have a tool."""
+    rollouts, log_q, log_reward = draw(policy, target, row, n, seed=seed, batch=batch)
+    assert log_reward is not None
+    return Weighted(rollouts, log_q, log_reward, log_reward - log_q, n)
+
+
+def islands(policy: Policy, target: Target, row: Row, n: int, *, seed: object, batch: int) -> Weighted:
+    """n particles of independent runs of `smc`, of even size. Each is properly weighted, and so are all together."""
+    parts = [
+        smc(policy, target, row, num_particles=high - low, seed=(seed, low)) for low, high in even(n, batch)
+    ]
+    return Weighted(
+        rollouts=Rollouts.cat([p.rollouts for p in parts]),
+        log_q=torch.cat([p.log_q for p in parts]).cpu(),
+        log_reward=torch.cat([p.log_reward for p in parts]).cpu(),
+        log_weights=torch.cat([p.log_weights for p in parts]).cpu(),
+        draws=sum(p.completions_scored for p in parts),
+    )
+
+
+def mh(
+    policy: Policy, target: Target, row: Row, n: int, *, budget: int, seed: object, batch: int
+) -> Corrected:
+    """n chains, started from resampled draws of a first share of the budget: less to forget than draws of q.
+
+    All chains start, and so stay, where R > 0.
+    """
+    refuse_tool(policy)
+    pool = weigh(policy, target, row, max(1, budget // START), seed=seed, batch=batch)
+    initial = pool.resample(n, seed).rollouts
+    steps = (budget - pool.draws) // n
+    parts: list[Chains] = []
+    for low, high in even(n, batch):
+        chosen = initial.select(torch.arange(low, high, device=initial.tokens.device))
+        parts.append(
+            metropolis_hastings(
+                policy,
+                target,
+                row,
+                num_chains=high - low,
+                num_steps=steps,
+                seed=(seed, low),
+                initial=chosen,
+            )
+        )
+    drawn = Weighted(
+        rollouts=Rollouts.cat([p.rollouts for p in parts]),
+        log_q=torch.cat([p.log_q for p in parts]).cpu(),
+        log_reward=torch.cat([p.log_reward for p in parts]).cpu(),
+        log_weights=torch.zeros(n),
+        draws=pool.draws + n * steps,
+    )
+    rate = sum(p.acceptance_rate * len(p.rollouts) for p in parts) / n
+    return Corrected(drawn, acceptance_rate=rate)
+
+
+def even(n: int, batch: int) -> Iterator[tuple[int, int]]:
+    """[low, high) of as few pieces as `batch` allows, whose sizes differ by one at most."""
+    count = math.ceil(n / batch)
+    bounds = [n * i // count for i in range(count + 1)]
+    return pairwise(bounds)

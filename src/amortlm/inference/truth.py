@@ -1,0 +1,255 @@
+"""Draws of the posterior to hold a sampler against, and whether they may be believed.
+
+The upper bound on log Z (`amortlm.diagnostics.bounds`) and KL(p || q) need independent draws of the posterior p. In
+order of trust:
+
+- "enumeration": the support is small enough to list. Exact, independent.
+- "sir": a pool of draws of q is cut into disjoint groups, and one of each group is drawn by importance weight. The
+  draws are independent because the groups are; one draw too many from a shared pool would repeat itself. Their law is
+  p up to about chi^2(p || q) / group size, so groups grow with the estimated chi^2 until that is at most BIAS nats, and
+  `margin` says what is left. Used where k-hat of the pool is below 0.7, or its largest
+  weight came up REPEATS times. Like every figure that only q has a say
+  in, it sees no mode that q never visits; a gold completion that outweighs the whole pool rules it out.
+- "mcmc": the last states of Metropolis-Hastings chains, one draw per chain. Half of them start at particles of
+  sequential Monte Carlo, half at gold completions (without any: at draws of q). They count only if both halves have
+  come to agree, by R-hat of log R and of log w over the second half of the run. A mode that no start is in and q
+  never proposes stays unseen here too: gold completions are what can show it.
+
+Draws that are not to be believed come back with `trusted` false, and nothing may be bounded by them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amortlm.diagnostics.exact import (
+    LIMIT,
+    Distance,
+    ExactPosterior,
+    distance,
+    enumerate_posterior,
+    policy_log_probs,
+)
+from amortlm.diagnostics.importance import effective_sample_size, pareto_khat
+from amortlm.errors import ConfigError
+from amortlm.inference.correct import weigh
+from amortlm.inference.mcmc import metropolis_hastings
+from amortlm.inference.smc import smc
+from amortlm.passes import pad_right
+from amortlm.policy.policy import Policy
+from amortlm.policy.sampling import seed_of
+from amortlm.targets.base import Target
+from amortlm.types import Rollouts, Row, row_key
+
+POOL, LARGE_POOL = 4, 16  # draws of q per posterior draw asked for; the second where the first will not do
+BATCH = 256  # of them sampled and scored at once
+KHAT = 0.7  # importance weights with a heavier tail cannot be resampled (Vehtari et al. 2024)
+REPEATS = (
+    10  # of the largest weight: where a few completions come up again and again, k-hat has no tail to fit
+)
+BIAS = 0.02  # nats that the law of an SIR draw may be off p
+MIN_DRAWS = 16  # fewer posterior draws bound nothing worth having
+CHAINS = 32  # a draw each; the two halves of R-hat
+THIN = 4  # Metropolis-Hastings steps between two recorded states
+RECORDED = 16  # states, the first half of them burn-in
+RHAT = 1.1  # of 32 chains by 8 states: independent ones give at most 1.08, correlations of 0.5 at least 1.10
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Draws of the posterior of one row, by the module docstring. Nats.
+
+    rollouts      m completions, None if there is no draw at all (a tool, or no completion with R > 0 was found)
+    log_reward, log_q   [m] of them
+    source        "enumeration", "sir", "mcmc" or "none"
+    trusted       may they be taken for independent draws of p?
+    margin        what their law may be off, as an error of log Z; 0 for enumeration, unknown for chains
+    khat, ess     of the pool of q's weights (ess as a share); NaN for enumeration
+    rhat          of the chains; NaN for other sources
+    exact, distance   the enumerated posterior, and how far q is from it
+    """
+
+    rollouts: Rollouts | None
+    log_reward: Tensor
+    log_q: Tensor
+    source: str
+    trusted: bool
+    margin: float = 0.0
+    khat: float = math.nan
+    ess: float = math.nan
+    rhat: float = math.nan
+    exact: ExactPosterior | None = None
+    distance: Distance | None = None
+
+    @property
+    def log_w(self) -> Tensor:
+        """[m] float64 log R - log q."""
+        return (self.log_reward - self.log_q).double()
+
+    @property
+    def label(self) -> str:
+        """The source as people read it: a failed one says so."""
+        if self.trusted:
+            return self.source
+        return "none" if self.source == "none" else f"{self.source} (not converged)"
+
+
+def posterior_draws(
+    policy: Policy,
+    target: Target,
+    row: Row,
+    n: int,
+    *,
+    seed: object,
+    limit: int = LIMIT,
+    gold: Sequence[str | Sequence[int]] = (),
+) -> Truth:
+    """At most n draws of the posterior, from the best source there is.
+
+    limit: the largest support to enumerate; gold: completions (texts or tokens) known to be good. Raises ConfigError
+    for n < 1, DataError for a gold completion outside the support, SupportError for an empty enumerated posterior.
+    """
+    if n < 1:
+        raise ConfigError(f"n must be at least 1, got {n}")
+    target = target.bind(policy.lm)
+    if policy.support.size() <= limit:
+        return _enumerated(policy, target, row, n, seed, limit)
+    known = policy.rollouts([row], [gold]) if len(gold) > 0 else None
+    resampled = _resampled(policy, target, row, n, seed, _log_w(policy, target, known))
+    if resampled.trusted or policy.support.tool is not None:
+        return resampled
+    return _chains(policy, target, row, n, seed, known, resampled)
+
+
+def _enumerated(policy: Policy, target: Target, row: Row, n: int, seed: object, limit: int) -> Truth:
+    exact = enumerate_posterior(target, policy.support, row, limit)
+    index = torch.multinomial(
+        exact.log_p.exp(), n, replacement=True, generator=_generator("exact", seed, row)
+    )
+    tokens, lengths = pad_right([exact.completions[i] for i in index.tolist()], policy.device)
+    rollouts = policy.support.rollouts([row], torch.zeros_like(lengths), tokens, lengths)
+    log_q = policy_log_probs(policy, row)
+    return Truth(
+        rollouts,
+        exact.log_p[index] + exact.log_z,
+        log_q[index],
+        "enumeration",
+        True,
+        exact=exact,
+        distance=distance(log_q, exact.log_p),
+    )
+
+
+def _resampled(policy: Policy, target: Target, row: Row, n: int, seed: object, log_w_gold: Tensor) -> Truth:
+    """One draw of each disjoint group of a pool by weight; not trusted where the weights do not allow it."""
+    nothing = torch.zeros(0, dtype=torch.float64)
+    log_r, log_q, parts = nothing, nothing, []
+    khat = share = math.nan
+    for k, total in enumerate((POOL * max(n, 2 * MIN_DRAWS), LARGE_POOL * max(n, 2 * MIN_DRAWS))):
+        more = weigh(policy, target, row, total - len(log_r), seed=("truth", seed, k), batch=BATCH)
+        parts.append(more.rollouts)
+        log_r = torch.cat([log_r, more.log_reward.double()])
+        log_q = torch.cat([log_q, more.log_q.double()])
+        log_w = log_r - log_q
+        found = torch.isfinite(log_w)
+        if not found.any():
+            continue
+        share = effective_sample_size(log_w) / total
+        khat, chi2 = pareto_khat(log_w[found]), 1 / share - 1
+        size = max(POOL, math.ceil(chi2 / BIAS))
+        count = min(n, total // size)
+        # A gold completion that would outweigh the whole pool is a place that q has yet to find.
+        usable = khat < KHAT or _seen_often(log_w)
+        if not usable or (log_w_gold > log_w.logsumexp(0)).any():
+            break
+        if count >= min(n, MIN_DRAWS):
+            index = _one_per_group(log_w[: count * size].view(count, size), _generator("sir", seed, row))
+            # Twice the leading term, for chi^2 is itself estimated.
+            margin = math.log1p(2 * chi2 / size)
+            drawn = Rollouts.cat(parts).select(index.to(policy.device))
+            return Truth(drawn, log_r[index], log_q[index], "sir", True, margin, khat, share)
+    return Truth(None, nothing, nothing, "none", False, khat=khat, ess=share)
+
+
+def _seen_often(log_w: Tensor) -> bool:
+    """Is the largest weight that of completions drawn again and again? A heavy tail would show it once."""
+    return int((log_w > log_w.max() - 1e-4).sum()) >= REPEATS
+
+
+def _one_per_group(groups: Tensor, generator: torch.Generator) -> Tensor:
+    """[at most m] positions in the flattened log_w [m, K]: one of each group by weight, none of a group of R = 0."""
+    uniform = torch.rand(groups.shape, generator=generator, dtype=torch.float64).clamp_min(1e-300)
+    chosen = (groups - (-uniform.log()).log()).argmax(1)  # Gumbel-max
+    first = torch.arange(len(groups)) * groups.shape[1]
+    return (first + chosen)[torch.isfinite(groups).any(1)]
+
+
+def _chains(
+    policy: Policy, target: Target, row: Row, n: int, seed: object, gold: Rollouts | None, pool: Truth
+) -> Truth:
+    """The last states of Metropolis-Hastings chains from particles and from gold completions (else draws of q)."""
+    half = max(MIN_DRAWS, min(n, CHAINS)) // 2
+    particles = smc(policy, target, row, num_particles=POOL * half, seed=("truth", seed))
+    near = None if particles.log_z == -math.inf else particles.resample(half, ("truth", seed))
+    fresh = policy.sample([row], 2 * half, seed=("chains", seed))[0]
+    starts = [*_cycled(near or fresh, half), *_cycled(gold or fresh, half, from_end=gold is None)]
+    state = policy.rollouts([row], [starts])
+    trace_r, trace_w = [], []
+    for k in range(RECORDED):
+        chains = metropolis_hastings(
+            policy, target, row, num_chains=2 * half, num_steps=THIN, seed=(seed, "truth", k), initial=state
+        )
+        state = chains.rollouts
+        trace_r.append(chains.log_reward.cpu())
+        trace_w.append((chains.log_reward - chains.log_q).cpu())
+    rhat = max(_rhat(torch.stack(trace[RECORDED // 2 :], 1)) for trace in (trace_r, trace_w))
+    return Truth(
+        state,
+        chains.log_reward.cpu(),
+        chains.log_q.cpu(),
+        "mcmc",
+        rhat < RHAT,
+        khat=pool.khat,
+        ess=pool.ess,
+        rhat=rhat,
+    )
+
+
+def _cycled(rollouts: Rollouts, n: int, from_end: bool = False) -> list[list[int]]:
+    """n completions with their stop symbols, over and over where there are fewer."""
+    pairs = zip(rollouts.completions(), rollouts.stops.tolist(), strict=True)
+    completions = [[*tokens, stop] for tokens, stop in pairs]
+    completions = completions[::-1] if from_end else completions
+    return [completions[i % len(completions)] for i in range(n)]
+
+
+def _rhat(trace: Tensor) -> float:
+    """Rank-normalised split R-hat of [chains, states], by arviz; inf where a chain is at R = 0 or none moves."""
+    if not torch.isfinite(trace).all():
+        return math.inf
+    if trace.max() - trace.min() < 1e-6:
+        return 1.0  # q = p (log w), or one completion alone has R > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # arviz announces its next major version; 0 / 0 of constant chains
+        import arviz
+
+        rhat = float(arviz.rhat(trace.numpy()))
+    return rhat if math.isfinite(rhat) else math.inf
+
+
+def _log_w(policy: Policy, target: Target, rollouts: Rollouts | None) -> Tensor:
+    if rollouts is None:
+        return torch.zeros(0, dtype=torch.float64)
+    with torch.no_grad():
+        log_q = policy.evaluate(rollouts).final(rollouts.lengths)
+    return (target.score_final(rollouts) - log_q).double().cpu()
+
+
+def _generator(name: str, seed: object, row: Row) -> torch.Generator:
+    return torch.Generator().manual_seed(seed_of((name, seed, row_key(row))))
