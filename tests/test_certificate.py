@@ -142,6 +142,7 @@ def test_training_goes_on_while_it_is_not(one_lm: LanguageModel, tmp_path: Path)
         Certificate.load(tmp_path)
 
 
+@pytest.mark.slow
 def test_sampled_gaps_stop_it_too(
     one_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,7 +89,8 @@ def pareto_khat(log_w: Tensor) -> float:
         return -math.inf
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # arviz announces its next major version
+        warnings.simplefilter("ignore", RuntimeWarning)  # and overflows in a tail that it then finds infinite
         import arviz
 
-    _, khat = arviz.psislw(log_w.numpy())
+        _, khat = arviz.psislw(log_w.numpy())
     return float(khat) if math.isfinite(khat) else math.nan
