@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 
 @dataclass(frozen=True)
@@ -77,52 +76,6 @@ def select_cache(cache: DynamicCache | None, index: Tensor) -> DynamicCache | No
     return out
 
 
-class InPlaceLayer(DynamicLayer):
-    """Keys and values [B, heads, L, D] of one layer in memory with room to spare, so that a decoding step writes its
-    own and leaves the others where they are; for passes without gradient."""
-
-    ROOM = 64  # tokens
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, keys: Tensor, values: Tensor, room: int = 0):
-        super().__init__()
-        self.is_initialized, self.dtype, self.device = True, keys.dtype, keys.device
-        self._fill(keys, values, room)
-
-    def _fill(self, keys: Tensor, values: Tensor, room: int) -> None:
-        batch, heads, length, _ = keys.shape
-        self._stored = [x.new_empty(batch, heads, length + room, x.shape[3]) for x in (keys, values)]
-        self.keys, self.values = (x[:, :, :length] for x in self._stored)
-        self.keys.copy_(keys)
-        self.values.copy_(values)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        start = self.keys.shape[2]
-        end = start + key_states.shape[2]
-        if end > self._stored[0].shape[2]:
-            self._fill(self.keys, self.values, end - start + self.ROOM)
-        self.keys, self.values = (x[:, :, :end] for x in self._stored)
-        self.keys[:, :, start:] = key_states
-        self.values[:, :, start:] = value_states
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.keys.shape[2]
-        self._stored = [x[indices] for x in self._stored]
-        self.keys, self.values = (x[:, :, :length] for x in self._stored)
-
-
-def in_place_cache(cache: DynamicCache | None, index: Tensor, room: int) -> DynamicCache:
-    """`select_cache` into memory with room for so many more tokens; for passes without gradient."""
-    out = DynamicCache()
-    layers: list[Any] = [] if cache is None else cache.layers
-    out.layers.extend(InPlaceLayer(layer.keys[index], layer.values[index], room) for layer in layers)
-    return out
-
-
 def encode_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Prefix:
     """Fill the cache for N prompts (token lists of at least one token) in one left-padded pass."""
     heads = [list(p[:-1]) for p in prompts]
@@ -143,8 +96,7 @@ def encode_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> 
 def state_logits(
     model: PreTrainedModel, prefix: Prefix, index: Tensor, tokens: Tensor, keep_cache: bool = False
 ) -> tuple[Tensor, DynamicCache | None]:
-    """Logits of every state of B completions: [B, T+1, V], and (keep_cache: without gradient) the cache over prompt and
-    completion.
+    """Logits of every state of B completions: [B, T+1, V], and the cache over prompt and completion.
 
     index [B] names each completion's prompt; tokens [B, T] is right-padded (what follows the end of a
     completion cannot influence what comes before it, so no mask is needed there).
@@ -153,14 +105,11 @@ def state_logits(
     if _drops_cache(model):
         return _state_logits_without_cache(model, prefix, index, ids), None
     past = prefix.mask[index]
-    cache = (
-        in_place_cache(prefix.cache, index, ids.shape[1]) if keep_cache else select_cache(prefix.cache, index)
-    )
     out = model(
         input_ids=ids,
         attention_mask=torch.cat([past, past.new_ones(ids.shape)], dim=1).long(),
         position_ids=past.sum(1, keepdim=True) + torch.arange(ids.shape[1], device=ids.device),
-        past_key_values=cache,
+        past_key_values=select_cache(prefix.cache, index),
         use_cache=keep_cache,
     )
     return out.logits, out.past_key_values if keep_cache else None

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import disable_progress_bars
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
@@ -123,6 +122,8 @@ def reproduce(args: Namespace) -> None:
         command=args.command_line,
     )
     if not sys.stderr.isatty():
+        from datasets import disable_progress_bars  # slow to import, and of use here alone
+
         disable_progress_bars()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # libraries that warn each other

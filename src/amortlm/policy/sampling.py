@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from amortlm.passes import Prefix, in_place_cache
+from amortlm.passes import Prefix, select_cache
 from amortlm.policy.support import BoundSupport
 from amortlm.policy.tools import ToolRun
 
@@ -76,7 +76,7 @@ def draw(
 
     tools = ToolRun(support.tool, batch) if support.tool is not None else None
     alive = torch.arange(batch, device=device)
-    cache = in_place_cache(prefix.cache, index, room=width + 1)
+    cache = select_cache(prefix.cache, index) or DynamicCache()
     mask, ids = prefix.mask[index], prefix.last[index]
     # The stop at max_tokens is sure; only which symbol it is can take a pass to say.
     last = width if len(support.stop_ids) > 1 else width - 1

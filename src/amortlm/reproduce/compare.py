@@ -36,9 +36,11 @@ def paired_table(
                 if not x or len(x) != len(y):
                     continue
                 test = paired_test(x, y)
-                interval = f"{test.low:+.3g} to {test.high:+.3g}"
+                difference, low, high = (
+                    f"{round(x, 9) + 0.0:+.3g}" for x in (test.difference, test.low, test.high)
+                )
                 lines.append(
-                    [f"{a} − {b}", label, f"{test.difference:+.3g}", interval, f"{test.p_value:.2g}", test.n]
+                    [f"{a} − {b}", label, difference, f"{low} to {high}", f"{test.p_value:.2g}", test.n]
                 )
     if not lines:
         return ""
@@ -104,13 +106,21 @@ def line_figure(
     fig = Figure(figsize=(6.4, 4.2), dpi=DPI, layout="constrained", facecolor="white")
     ax = fig.subplots()
     markers = "osD^vPX*<>"
+    ticks = sorted({x for points in series.values() for x in points})
+    step = 0.012 * (ticks[-1] - ticks[0]) if ticks else 0.0  # equal methods stand side by side
     for i, (method, points) in enumerate(series.items()):
         xs = sorted(points)
         means, spreads = [points[x][0] for x in xs], [points[x][1] for x in xs]
         ax.errorbar(
-            xs, means, yerr=spreads, label=method, marker=markers[i % len(markers)], capsize=2, linewidth=1.5
+            [x + step * (i - (len(series) - 1) / 2) for x in xs],
+            means,
+            yerr=spreads,
+            label=method,
+            marker=markers[i % len(markers)],
+            capsize=2,
+            linewidth=1.5,
         )
-    ax.set_xticks(sorted({x for points in series.values() for x in points}))
+    ax.set_xticks(ticks)
     ax.set_xlabel(xlabel, fontsize=TEXT, color=INK)
     ax.set_ylabel(ylabel, fontsize=TEXT, color=INK)
     style(ax)

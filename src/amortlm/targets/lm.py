@@ -183,18 +183,19 @@ def score_branches(
 ) -> Tensor:
     """[B, S, T+1] log p(scored text after z | prompt z_1:t s); 0 where stopping is not allowed.
 
-    Each chunk takes as many branches of a trajectory as fit `width` tokens; trajectories that are through leave.
+    A pack is as many branches of one trajectory as fit `width` tokens. Packs of about the same length share a pass.
     """
     branches = Branches.of(contexts, rollouts)
     out = torch.zeros(len(rollouts), len(rollouts.stop_ids), rollouts.stop_mask.shape[1], device=lm.device)
     width = _tokens_per_chunk(lm, rollouts, shared, int(branches.length.max()))
-    per_chunk = width // branches.length
-    n_chunks = -(-branches.count // per_chunk)
-    for chunk in range(int(n_chunks.max())):
-        rows = (n_chunks > chunk).nonzero().squeeze(1)
-        first = chunk * per_chunk[rows]
-        last = torch.minimum(first + per_chunk[rows], branches.count[rows])
-        _score_chunk(lm, shared, rollouts, branches, rows, first, last, out)
+    per_pack = width // branches.length
+    n_packs = -(-branches.count // per_pack)
+    rows = torch.arange(len(rollouts), device=lm.device).repeat_interleave(n_packs)
+    first = (torch.arange(len(rows), device=lm.device) - (n_packs.cumsum(0) - n_packs)[rows]) * per_pack[rows]
+    last = torch.minimum(first + per_pack[rows], branches.count[rows])
+    order = ((last - first) * branches.length[rows]).argsort(descending=True, stable=True)
+    for part in order.split(len(rollouts)):
+        _score_packs(lm, shared, rollouts, branches, rows[part], first[part], last[part], out)
     return out
 
 
@@ -206,7 +207,7 @@ def _tokens_per_chunk(lm: LanguageModel, rollouts: Rollouts, shared: CompletionP
     return max(longest, min(MAX_WIDTH, int(lm.score_memory_mb * 2**20 // bytes_per_token)))
 
 
-def _score_chunk(
+def _score_packs(
     lm: LanguageModel,
     shared: CompletionPass,
     rollouts: Rollouts,
@@ -216,11 +217,11 @@ def _score_chunk(
     last: Tensor,
     out: Tensor,
 ) -> None:
-    """Add log p of branches first..last-1 (each [b]) of the trajectories `rows` [b] to `out`."""
+    """Add log p of b packs to `out`: branches first..last-1 (each [b]) of the trajectories `rows` [b]."""
     length = branches.length[rows, None]
     used = (last - first)[:, None] * length
     column = torch.arange(int(used.max()), device=lm.device)
-    # Token `column` of a trajectory's pack belongs to this branch, at this offset in it.
+    # Token `column` of a pack belongs to this branch, at this offset in it.
     branch = (first[:, None] + column // length).clamp(max=branches.state.shape[1] - 1)
     offset = column % length
     state, stop = branches.state[rows].gather(1, branch), branches.stop[rows].gather(1, branch)
@@ -229,16 +230,13 @@ def _score_chunk(
     symbols = torch.tensor(rollouts.stop_ids, device=lm.device)[stop]
     ids = torch.where(offset == 0, symbols, text.gather(1, (offset - 1).clamp(min=0)))
     past = shared.prefix.mask[rollouts.row_index[rows]]
-    cache = shared.cache if len(rows) == len(rollouts) else select_cache(shared.cache, rows)
-    assert cache is not None, "the completion pass keeps its cache"
     logits = lm.model(
         input_ids=ids,
         attention_mask=_branch_mask(past, state, branch, rollouts.stop_mask.shape[1], lm.model.dtype),
         position_ids=past.sum(1, keepdim=True) + 1 + state + offset,
-        past_key_values=cache,
+        past_key_values=select_cache(shared.cache, rows),
         use_cache=True,
     ).logits
-    cache.crop(-len(column))
     counts = branches.scored[rows].gather(1, offset) & (column < used)
     log_p = torch.where(counts, gather_log_probs(logits, text.gather(1, offset)), 0.0)
     out.index_put_((rows[:, None], stop, state), log_p, accumulate=True)
