@@ -13,8 +13,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.posteriors import __main__ as benchmark
-from benchmarks.posteriors import cases, laws, methods, report
+from benchmarks.posteriors import cases, laws, methods, report, report_data
 from benchmarks.posteriors.cases import Case, model, policy_law, truth_of
+from benchmarks.posteriors.smc_law import between, smc_law
 
 from amortlm import Policy, default_lora
 from amortlm.diagnostics.exact import distance, policy_log_probs
@@ -26,6 +27,7 @@ from stats import LEVEL, g_test
 
 WORDS = "a the cat dog"
 CASE = Case("tiny", "the cat", [model("the cat", temperature=0.4)], WORDS, 2)
+RUNS = 300  # of the library's sampler
 HARD = Case("hard", "the cat", [model("the dog"), {"contains": ["cat"]}], WORDS, 3)
 VERIFIED = Case("verified", "the cat", [model("the cat"), cases.VERIFIER], WORDS, 3)
 
@@ -112,7 +114,7 @@ def test_sir_law_by_hand():
 @pytest.mark.parametrize("case", [CASE, HARD], ids=lambda c: c.name)
 def test_metropolis_hastings_law_is_that_of_the_library(case, lm):
     policy, target, truth, log_q = make(case, lm)
-    chains = metropolis_hastings(policy, target, {}, num_chains=4000, num_steps=3, seed=1)
+    chains = metropolis_hastings(policy, target, {}, num_chains=2000, num_steps=3, seed=1)
     found = counts(truth, chains.rollouts.completions())
     passes = laws.metropolis_hastings(
         truth.space, np.exp(log_q), laws.weights(log_q, truth.log_r), [1, 4, 4000]
@@ -126,46 +128,61 @@ def test_metropolis_hastings_law_is_that_of_the_library(case, lm):
 @pytest.mark.parametrize("case", [CASE, HARD, VERIFIED], ids=lambda c: c.name)
 def test_smc_law_is_that_of_the_library(case, lm):
     policy, target, truth, log_q = make(case, lm)
-    law = laws.smc(
-        truth.space, np.exp(log_q), truth.log_r, 4, np.random.default_rng(0), twisted=target.every_prefix, runs=40_000
+    law = smc_law(
+        truth.space,
+        np.exp(log_q),
+        truth.log_r,
+        4,
+        np.random.default_rng(0),
+        twisted=target.every_prefix,
+        runs=40_000,
     )
     drawn, passes = [], []
-    for seed in range(500):
+    for seed in range(RUNS):
         particles = smc(policy, target, {}, num_particles=4, seed=seed)
         passes.append(particles.completions_scored)
         if particles.log_z > -np.inf:
             drawn += particles.resample(1, seed).completions()
     expected = torch.tensor(np.append(law.mass, law.fail))
-    found = torch.cat([counts(truth, drawn), torch.tensor([500 - len(drawn)])])
+    found = torch.cat([counts(truth, drawn), torch.tensor([RUNS - len(drawn)])])
     assert g_test(found, expected + 1e-12) > LEVEL
     assert g_test(found, torch.tensor(np.append(np.exp(log_q), 0.0)) + 1e-12) < LEVEL  # control: q itself
-    assert np.mean(passes) == pytest.approx(law.passes, abs=6 * np.std(passes) / 500**0.5 + 0.05)
+    assert np.mean(passes) == pytest.approx(law.passes, abs=6 * np.std(passes) / RUNS**0.5 + 0.05)
 
 
 def test_bounds_of_a_simulated_distance_hold_the_truth():
     rng = np.random.default_rng(0)
     p, q = rng.dirichlet(np.ones(30)), rng.dirichlet(np.ones(30))
     halves = [laws.Law(rng.multinomial(2000, q) / 2000) for _ in range(2)]
-    low, high = laws.between(*halves, p)
+    low, high = between(*halves, p)
     assert low - 0.02 < laws.Law(q).total_variation(p) < high + 0.02
-    low, high = laws.between(*(laws.Law(rng.multinomial(2000, p) / 2000) for _ in range(2)), p)
+    low, high = between(*(laws.Law(rng.multinomial(2000, p) / 2000) for _ in range(2)), p)
     assert low < 0.02 < high
 
 
 def test_passes_to_a_level():
     curve = [{"passes": n, "tv": 1 / n} for n in (1, 2, 8, 32)]
-    assert report.reach(curve, 0.25) == pytest.approx(4)
-    assert report.reach(curve, 0.01) is None
-    assert report.at(curve, 4, "tv") == pytest.approx((1 / 2 + 1 / 8) / 2)
+    assert report_data.reach(curve, 0.25) == pytest.approx(4)
+    assert report_data.reach(curve, 0.01) is None
+    assert report_data.at(curve, 4, "tv") == pytest.approx((1 / 2 + 1 / 8) / 2)
 
 
 def test_the_benchmark_runs_reports_and_goes_on(lm, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark.LanguageModel, "from_pretrained", lambda name: lm)
-    for module in (benchmark, report):
-        monkeypatch.setattr(module, "BY_NAME", {"tiny": CASE, "verified": VERIFIED}, raising=False)
+    monkeypatch.setattr(benchmark, "BY_NAME", {"tiny": CASE, "verified": VERIFIED})
     monkeypatch.setattr(report, "CASES", [CASE, VERIFIED])
     monkeypatch.setattr(methods, "TOTAL", 2**10)
-    chosen = ["prompted", "best-of-n", "sir", "smc", "mh", "ppo", "forward-kl", "gflownet-subtb", methods.MAIN]
+    chosen = [
+        "prompted",
+        "best-of-n",
+        "sir",
+        "smc",
+        "mh",
+        "ppo",
+        "forward-kl",
+        "gflownet-subtb",
+        methods.MAIN,
+    ]
     argv = ["--updates", "2", "--samples", "8", "--output", str(tmp_path), "--methods", *chosen]
     benchmark.main(argv)
     runs = sorted(path.name for path in (tmp_path / "runs").glob("*.json"))
