@@ -39,6 +39,20 @@ def parser(doc: str | None, name: str, steps: int, seeds: int) -> argparse.Argum
     return out
 
 
+def base_model_parser(
+    doc: str | None, name: str, *, steps: int, batch: int, learning_rate: float, of: str
+) -> argparse.ArgumentParser:
+    """For recipes that fine-tune a base model on generated texts. of: what a batch counts."""
+    out = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--output", type=Path, default=Path("runs") / name)
+    out.add_argument("--model", default="embedded")
+    out.add_argument("--steps", type=int, default=steps)
+    out.add_argument("--batch", type=int, default=batch, help=of)
+    out.add_argument("--learning-rate", type=float, default=learning_rate)
+    out.add_argument("--seed", type=int, default=0)
+    return out
+
+
 def load_model(name: str) -> LanguageModel:
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()

@@ -9,11 +9,9 @@ form of a chain, and that the answer is the last result, but takes the right nex
 
 from __future__ import annotations
 
-import argparse
 import random
-from pathlib import Path
 
-from _common import fine_tune
+from _common import base_model_parser, fine_tune
 from amortlm import LanguageModel
 
 CARE = {2: 0.95, 3: 0.05, 4: 0.05, 5: 0.05}  # how often a step after the first is the right one
@@ -51,16 +49,9 @@ def slip(rng: random.Random, sign: str, number: int, last: int) -> tuple[str, in
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/arithmetic-model"))
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--batch", type=int, default=64, help="questions per step")
-    parser.add_argument("--learning-rate", type=float, default=6e-4)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args = base_model_parser(
+        __doc__, "arithmetic-model", steps=250, batch=64, learning_rate=6e-4, of="questions per step"
+    ).parse_args(argv)
     lm = LanguageModel.from_pretrained(args.model)
     rng = random.Random(args.seed)
 

@@ -9,7 +9,6 @@ more: it has never seen an ending before its story, so no sampler finds out from
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from _common import fine_tune
+from _common import base_model_parser, fine_tune
 from amortlm import LanguageModel
 from amortlm.passes import gather_log_probs
 
@@ -54,16 +53,14 @@ def middle_loss(lm: LanguageModel) -> tuple[float, float]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, default=Path("runs/story-model"))
-    parser.add_argument("--model", default="embedded")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=32, help="stories per step, a quarter of them as told")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
+    args = base_model_parser(
+        __doc__,
+        "story-model",
+        steps=3000,
+        batch=32,
+        learning_rate=1e-3,
+        of="stories per step, a quarter of them as told",
+    ).parse_args(argv)
     lm = LanguageModel.from_pretrained(args.model)
     before, start, rng = middle_loss(lm), time.perf_counter(), random.Random(args.seed)
 
