@@ -111,7 +111,7 @@ def smc(
     t = 1
     # At max_tokens nothing is left to draw: resampling there would only add noise.
     while ess_threshold > 0 and t < policy.support.max_tokens and bool((paths.lengths >= t).any()):
-        log_twist = twists(log_w, paths.lengths, t)
+        log_twist = twists(log_w, paths.lengths, t, twisted)
         history.append(_ess(log_c + log_twist))
         # The margin keeps rounding from resampling equal values at a threshold of 1.
         if history[-1] < ess_threshold * num_particles * (1 - 1e-9):
@@ -157,13 +157,15 @@ def state_log_weights(
     return log_w
 
 
-def twists(log_w: Tensor, lengths: Tensor, t: int) -> Tensor:
+def twists(log_w: Tensor, lengths: Tensor, t: int, every_state: bool = True) -> Tensor:
     """[N] log psi after t tokens, or log w of particles that stopped before t. log_w [N, T+1], lengths [N].
 
-    A particle of length t is live: its stop is not drawn yet.
+    A particle of length t is live: its stop is not drawn yet. Where log_w is that of finished completions alone (not
+    every_state), a live one has none: an entry at t would tell that it is going to stop there.
     """
     stopped = lengths < t
-    log_twist = torch.where(stopped, log_w.gather(1, lengths[:, None]).squeeze(1), log_w[:, t])
+    log_live = log_w[:, t] if every_state else torch.full_like(log_w[:, t], -torch.inf)
+    log_twist = torch.where(stopped, log_w.gather(1, lengths[:, None]).squeeze(1), log_live)
     known = stopped | ~torch.isneginf(log_twist)
     neutral = _log_mean(log_twist[known]) if known.any() else log_w.new_zeros(())
     return torch.where(known, log_twist, neutral if neutral > -torch.inf else 0.0)
