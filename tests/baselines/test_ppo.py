@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from amortlm import passes
 from amortlm.baselines.finetune import BoundedReward, working_copy
 from amortlm.baselines.ppo import (
     LOG,
@@ -82,20 +83,26 @@ def test_slots_sum_to_log_q(family_lm: LanguageModel) -> None:
     torch.testing.assert_close(slots.sum(1), log_probs.final(rollouts.lengths))
 
 
-def test_values_read_the_last_hidden_state_of_every_state(family_lm: LanguageModel) -> None:
+def test_values_read_the_last_hidden_state_of_every_state(
+    family_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "MIN_SAVED", 0)  # groups of equal length, however small
     policy = tiny_policy(family_lm, "{x}", SUPPORT)
     torch.manual_seed(0)
     head = ValueHead(32)
     torch.nn.init.normal_(head.out.weight)
     rollouts = random_rollouts(family_lm, SUPPORT, ROWS)
+    assert len(passes.length_groups(rollouts.lengths)) > 1
     log_probs, values = evaluate_with_values(policy, head, rollouts)
     torch.testing.assert_close(log_probs.log_pf, policy.evaluate(rollouts).log_pf)
     prompts = policy.encode_rows(rollouts.rows)
     for b, tokens in enumerate(rollouts.completions()):
         ids = torch.tensor([[*prompts[rollouts.row_index[b]], *tokens]])
         hidden = policy.model(input_ids=ids, output_hidden_states=True).hidden_states[-1]
-        expected = head(hidden[:, -len(tokens) - 1 :])[0]
-        torch.testing.assert_close(values[b, : len(tokens) + 1], expected, atol=1e-5, rtol=1e-4)
+        # At max_tokens the stop is sure: no choice, no value.
+        expected = head(hidden[:, -len(tokens) - 1 :])[0, : policy.support.max_tokens]
+        torch.testing.assert_close(values[b, : len(expected)], expected, atol=1e-5, rtol=1e-4)
+        assert not values[b, policy.support.max_tokens :].any()
     values.sum().backward()
     assert all(p.grad is None for p in policy.parameters())  # fitting values does not move the policy
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from amortlm.baselines.finetune import BoundedReward, Reward, working_copy, write_jsonl
 from amortlm.errors import AmortLMError, ConfigError
+from amortlm.passes import length_groups
 from amortlm.policy import Policy
 from amortlm.types import PolicyLogProbs, Rollouts, Row
 
@@ -167,16 +168,22 @@ def slot_log_probs(log_probs: PolicyLogProbs, rollouts: Rollouts, action: Tensor
 def evaluate_with_values(
     policy: Policy, head: ValueHead, rollouts: Rollouts
 ) -> tuple[PolicyLogProbs, Tensor]:
-    """log q of the rollouts and the value [B, T+1] of every state, from one pass."""
+    """log q of the rollouts and the value [B, T+1] of every state where there is a choice (0 at max_tokens), from the
+    same passes."""
     states: list[Tensor] = []
-    # What enters the output layer is the last hidden state, in every architecture. The prompt's pass comes first.
+    # What enters the output layer is the last hidden state, in every architecture. The prompt's pass comes first, then
+    # one for each group of completions.
     layer = policy.model.get_output_embeddings()
     hook = layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
     try:
         log_probs = policy.evaluate(rollouts)
     finally:
         hook.remove()
-    return log_probs, head(states[-1])
+    groups = length_groups(rollouts.lengths)
+    values = states[-1].new_zeros(rollouts.stop_mask.shape, dtype=torch.float32)
+    for group, hidden in zip(groups, states[-len(groups) :], strict=True):
+        values[group, : hidden.shape[1]] = head(hidden)
+    return log_probs, values
 
 
 @torch.no_grad()
