@@ -52,7 +52,7 @@ def test_values_and_gradient_are_those_of_autograd(one_lm, monkeypatch, name, ch
     logits = (3 * torch.randn(batch, width + 1, one_lm.vocab_size, generator=generator)).to(dtype)
     weight = torch.randn(2, batch, width + 1, generator=generator)
     found = []
-    for log_p in (support.token_log_probs, lambda *args: plain(support, *args)):
+    for log_p in (support.log_probs, lambda *args: plain(support, *args)):
         leaf = logits.clone().requires_grad_(True)
         log_pf, log_pterm = log_p(leaf, rollouts.tokens)
         log_pf = torch.where(rollouts.action_mask, log_pf, 0.0)

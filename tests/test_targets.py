@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,13 @@ def test_algebra(target: Target, value: float, rollouts: Rollouts) -> None:
     scores = target.score(rollouts)
     torch.testing.assert_close(scores, torch.where(rollouts.stop_mask, value, 0.0))
     assert scores.dtype == torch.float32
+
+
+def test_nothing_to_score_costs_nothing(one_lm: LanguageModel, rollouts: Rollouts) -> None:
+    target = one_lm.log_prob("{z}{y}", given="{x}")
+    assert target.score(rollouts).any()
+    nowhere = replace(rollouts, stop_mask=torch.zeros_like(rollouts.stop_mask))
+    assert not target.score(nowhere).any()
 
 
 def test_a_sum_knows_its_columns_and_prefixes() -> None:

@@ -127,10 +127,12 @@ def policy_law(policy: Policy, row: Row = ROW) -> Array:
     for start in range(0, len(tokens), 512):
         part = tokens[start : start + 512]
         logits, _ = state_logits(model, prefix, torch.zeros(len(part), dtype=torch.long), part)
-        log_norm, log_stop, masked = support.log_probs(logits, part)
-        step = (masked[..., choices] - log_norm[..., None]).double()
+        go, end = logits[..., choices].double(), logits[..., list(support.stop_ids)].double().logsumexp(-1)
+        end[:, : support.min_tokens] = -torch.inf
+        log_norm = torch.logaddexp(go.logsumexp(-1), end)
         for depth in range(support.max_tokens):
-            levels.setdefault(depth, []).append((step[:, depth], log_stop[:, depth].double()))
+            norm = log_norm[:, depth]
+            levels.setdefault(depth, []).append((go[:, depth] - norm[:, None], end[:, depth] - norm))
     log_prefix, out = torch.zeros(1, dtype=torch.float64), []
     for depth in range(support.max_tokens + 1):
         if depth < support.max_tokens:

@@ -103,7 +103,7 @@ class Policy(nn.Module):
             # The stop at max_tokens is sure: the last of so many tokens need not be read.
             seen = tokens[:, : self.support.max_tokens - 1]
             logits, _ = state_logits(self.model, prefix, rollouts.row_index[group], seen)
-            parts.append(self.support.token_log_probs(logits, tokens))
+            parts.append(self.support.log_probs(logits, tokens))
         width = rollouts.tokens.shape[1]
         log_pf = _joined([x for x, _ in parts], groups, width)
         log_pterm = _joined([x for _, x in parts], groups, width + 1)

@@ -191,31 +191,7 @@ class BoundSupport:
         legal[:, stop_ids], legal[:, self.lists.separator] = ends, separator.squeeze(1)
         return legal
 
-    def log_probs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalisers of q at states 0..T of tokens [B, T] from logits [B, T+1, V], all float32:
-
-        log_norm [B, T+1] log-sum-exp over everything allowed at the state, log_stop [B, T+1] log q(stop) there,
-        masked [B, T+1, V] the logits with what is never written (with `lists`: not at this state) at -inf (stop
-        symbols at -inf too).
-        """
-        logits = logits.float()
-        allowed, stop = self.allowed.to(logits.device), None
-        if self.lists is not None:
-            word, separator, stop = self.lists.moves(tokens)
-            allowed = allowed & word[..., None]
-            allowed[..., self.lists.separator] = separator
-        masked = logits.masked_fill(~allowed, -torch.inf)
-        log_go = masked.logsumexp(-1)
-        log_end = logits[..., list(self.stop_ids)].logsumexp(-1)
-        state = torch.arange(logits.shape[1], device=logits.device)
-        log_end = log_end.masked_fill(state < self.min_tokens, -torch.inf)
-        if stop is not None:
-            log_end = log_end.masked_fill(~stop, -torch.inf)
-        log_go = log_go.masked_fill(state >= self.max_tokens, -torch.inf)
-        log_norm = torch.logaddexp(log_go, log_end)
-        return log_norm, log_end - log_norm, masked
-
-    def token_log_probs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def log_probs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """log q of tokens [B, T] and of stopping at the S states (T, or T + 1 with the last) of logits [B, S, V]:
 
         log_pf [B, T], -inf for a token that is never written, log_pterm [B, S]; float32, differentiable.

@@ -194,7 +194,7 @@ def score_branches(
     first = (torch.arange(len(rows), device=lm.device) - (n_packs.cumsum(0) - n_packs)[rows]) * per_pack[rows]
     last = torch.minimum(first + per_pack[rows], branches.count[rows])
     order = ((last - first) * branches.length[rows]).argsort(descending=True, stable=True)
-    for part in order.split(len(rollouts)):
+    for part in order.split(len(rollouts)) if len(order) > 0 else ():  # there may be no state to score
         _score_packs(lm, shared, rollouts, branches, rows[part], first[part], last[part], out)
     return out
 
