@@ -46,14 +46,14 @@ SMALL: Settings = {
     "sft": {"max_steps": 60, "learning_rate": 5e-4, "batch_size": 10},
     "gflownet": {
         "objective": "subtb",
-        "max_steps": 100,
+        "max_steps": 30,  # with 100 the embedded model has learned ten sentences by heart
         "num_samples": 16,
         "per_device_train_batch_size": 8,
         "learning_rate": 5e-4,
         "save_steps": 100,
     },
-    "ppo": {"max_steps": 100, "rows_per_step": 8, "num_samples": 16, "learning_rate": 3e-4, "beta": 0.1},
-    "m_step": {"steps": 60, "learning_rate": 5e-4, "batch_size": 10, "num_samples": 8},
+    "ppo": {"max_steps": 30, "rows_per_step": 8, "num_samples": 16, "learning_rate": 3e-4, "beta": 0.1},
+    "m_step": {"steps": 30, "learning_rate": 3e-4, "batch_size": 10, "num_samples": 4},
     "rounds": 1,
 }
 PRESETS: dict[str, Settings] = {
