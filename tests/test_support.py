@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -142,6 +144,24 @@ def test_cat_brings_the_trajectories_of_a_row_together(one_lm: LanguageModel) ->
         return sorted(zip(r.row_index.tolist(), r.completions(), r.stops.tolist(), masks, strict=True))
 
     assert named(both) == sorted(named(short) + named(long))
+
+
+def test_distinct_trajectories_and_where_they_came_from(one_lm: LanguageModel) -> None:
+    policy = tiny_policy(one_lm, "{x}", Support(stop=".", min_tokens=1, max_tokens=4))
+    a, b = ([one_lm.token_id(t) for t in text] for text in ((" dog", " ran"), (" dog", " ran", "s")))
+    rollouts = policy.rollouts([{"x": "the"}, {"x": "a"}], [[b, a, b], [a, a]])
+    mask = rollouts.stop_mask.clone()
+    mask[0, 2], mask[2, 3] = False, False
+    rollouts = replace(rollouts, stop_mask=mask)
+    distinct, place = rollouts.distinct()
+    assert len(distinct) == 3
+    assert [distinct.completions()[i] for i in place.tolist()] == rollouts.completions()
+    assert torch.equal(distinct.row_index[place], rollouts.row_index)
+    assert torch.equal(distinct.stop_mask[place[0]], mask[0] | mask[2]), "what any copy may stop at"
+    log_q = policy.evaluate(rollouts)
+    picked = policy.evaluate(distinct).select(place)
+    torch.testing.assert_close(picked.log_pf, log_q.log_pf)
+    torch.testing.assert_close(picked.log_pterm[mask], log_q.log_pterm[mask])
 
 
 def test_final_only_keeps_the_last_state(one_lm: LanguageModel) -> None:

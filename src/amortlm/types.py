@@ -70,6 +70,19 @@ class Rollouts:
             stop_ids=self.stop_ids,
         )
 
+    def distinct(self) -> tuple[Rollouts, Tensor]:
+        """Each completion of a row once, with the stopping states of all its copies; [B] the place of each copy.
+
+        What a model says of a trajectory depends on neither its stop symbol nor its copies, so one pass will do.
+        """
+        key = torch.cat([self.row_index[:, None], self.lengths[:, None], self.tokens], dim=1)
+        unique, place = key.unique(dim=0, return_inverse=True)
+        index = torch.arange(len(self), device=place.device)
+        first = torch.full_like(index[: len(unique)], len(self)).scatter_reduce(0, place, index, "amin")
+        stopping = torch.zeros(len(unique), self.stop_mask.shape[1], device=place.device)
+        stop_mask = stopping.index_add(0, place, self.stop_mask.float()) > 0
+        return replace(self.select(first), stop_mask=stop_mask), place
+
     def final_only(self) -> Rollouts:
         """The same trajectories with the last state as the only stopping state."""
         states = torch.arange(self.stop_mask.shape[1], device=self.lengths.device)
@@ -112,6 +125,10 @@ class PolicyLogProbs:
 
     log_pf: Tensor
     log_pterm: Tensor
+
+    def select(self, index: Tensor) -> PolicyLogProbs:
+        """Those of the trajectories at `index` ([b] long)."""
+        return PolicyLogProbs(self.log_pf[index], self.log_pterm[index])
 
     def final(self, lengths: Tensor) -> Tensor:
         """[B] log q(z), the log-probability of the whole trajectory and its stop."""

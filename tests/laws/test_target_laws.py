@@ -13,8 +13,9 @@ from amortlm.policy import Support
 from amortlm.targets import Target, constraints
 from amortlm.targets.base import Scoring, Softened
 from amortlm.targets.laws import check_target
+from amortlm.targets.lm import owners
 from amortlm.types import Rollouts
-from reference import plain_ids, random_rollouts, slow_score, slow_score_given
+from reference import plain_ids, random_rollouts, slow_score, slow_score_given, tiny_policy
 
 ROWS = [
     {"x": "the dog", "y": " the cat ran."},
@@ -159,7 +160,8 @@ def test_terms_with_one_prompt_share_its_pass(one_lm: LanguageModel, monkeypatch
 def test_all_prefixes_with_a_suffix_take_three_passes(
     one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts, completions, all branches: not one pass for each prefix."""
+    """Prompts, completions, all branches (in one pass where padding is cheap): not one pass for each prefix."""
+    monkeypatch.setattr("amortlm.passes.MIN_SAVED", 10**9)
     rollouts = random_rollouts(one_lm, ONE_STOP, ROWS)
     calls = []
     forward = type(one_lm.model).forward
@@ -168,6 +170,46 @@ def test_all_prefixes_with_a_suffix_take_three_passes(
     )
     one_lm.log_prob("{z}{y}", given="{x}").score(rollouts)
     assert len(calls) == 3
+
+
+def test_a_state_that_several_trajectories_share_is_read_once(
+    one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of a trajectory add no text behind `{z}`; another row, or a prefix that differs, does."""
+    support = Support(stop=".", min_tokens=0, max_tokens=5)
+    policy = tiny_policy(one_lm, "{x}", support)
+    target = one_lm.log_prob("{z}{y}", given="{x}")
+    a, b = ([one_lm.token_id(t) for t in text] for text in ((" dog", " ran", "s"), (" dog", " ran", " a")))
+    read = []
+    forward = type(one_lm.model).forward
+    monkeypatch.setattr(
+        type(one_lm.model),
+        "forward",
+        lambda self, *args, **k: (
+            read.append(k["input_ids"].numel() if k["attention_mask"].dim() == 4 else 0)
+            or forward(self, *args, **k)
+        ),
+    )
+
+    def tokens_behind(*completions: list[list[int]]) -> int:
+        read.clear()
+        target.score(policy.rollouts(ROWS[: len(completions)], completions))
+        return sum(read)
+
+    alone = tokens_behind([a])
+    assert tokens_behind([a, a, a]) == alone
+    monkeypatch.setattr("amortlm.passes.MIN_SAVED", 0)  # no padding between packs
+    assert tokens_behind([a, b]) == alone * 5 / 4, "three of four states of b are a's"
+
+
+def test_owners_are_among_the_states_that_count(one_lm: LanguageModel) -> None:
+    policy = tiny_policy(one_lm, "{x}", Support(stop=".", min_tokens=0, max_tokens=5))
+    z = [one_lm.token_id(t) for t in (" dog", " ran", "s")]
+    rollouts = policy.rollouts(ROWS[:2], [[z, z, z[:1]], [z]])
+    assert owners(rollouts)[:, :4].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 2, 2], [3, 3, 3, 3]]
+    mask = rollouts.stop_mask.clone()
+    mask[0, 1] = False
+    assert owners(replace(rollouts, stop_mask=mask))[:, 1].tolist() == [0, 1, 1, 3]
 
 
 def test_gaps_in_the_stopping_states(one_lm: LanguageModel) -> None:

@@ -19,6 +19,7 @@ from amortlm.passes import (
     Prefix,
     encode_prompts,
     gather_log_probs,
+    length_groups,
     pad_right,
     select_cache,
     state_logits,
@@ -149,7 +150,7 @@ def completion_pass(
 
 @dataclass(frozen=True)
 class Branches:
-    """The branches to score: for each trajectory, its (state, stop symbol) pairs and the text behind them.
+    """The branches to score: for each trajectory, (state, stop symbol) pairs and the text behind them.
 
     state, stop [B, M] long, the first count [B] of them valid; text, scored [B, L]: tokens, right-padded, and
     which of them count; length [B]: tokens of the text.
@@ -163,8 +164,9 @@ class Branches:
     length: Tensor
 
     @classmethod
-    def of(cls, contexts: list[Context], rollouts: Rollouts) -> Branches:
-        mask, n_stops, device = rollouts.stop_mask, len(rollouts.stop_ids), rollouts.tokens.device
+    def of(cls, contexts: list[Context], rollouts: Rollouts, mask: Tensor) -> Branches:
+        """Those of the states in mask [B, T+1]."""
+        n_stops, device = len(rollouts.stop_ids), rollouts.tokens.device
         states = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
         state = states.repeat_interleave(n_stops, dim=1)
         stop = torch.arange(n_stops, device=device).repeat(states.shape[1]).expand_as(state)
@@ -183,9 +185,12 @@ def score_branches(
 ) -> Tensor:
     """[B, S, T+1] log p(scored text after z | prompt z_1:t s); 0 where stopping is not allowed.
 
-    A pack is as many branches of one trajectory as fit `width` tokens. Packs of about the same length share a pass.
+    A state that several trajectories go through is scored once. A pack is as many branches of one trajectory as fit
+    `width` tokens. Packs of about the same length share a pass.
     """
-    branches = Branches.of(contexts, rollouts)
+    owner = owners(rollouts)
+    own = owner == torch.arange(len(rollouts), device=owner.device)[:, None]
+    branches = Branches.of(contexts, rollouts, own & rollouts.stop_mask)
     out = torch.zeros(len(rollouts), len(rollouts.stop_ids), rollouts.stop_mask.shape[1], device=lm.device)
     width = _tokens_per_chunk(lm, rollouts, shared, int(branches.length.max()))
     per_pack = width // branches.length
@@ -193,10 +198,26 @@ def score_branches(
     rows = torch.arange(len(rollouts), device=lm.device).repeat_interleave(n_packs)
     first = (torch.arange(len(rows), device=lm.device) - (n_packs.cumsum(0) - n_packs)[rows]) * per_pack[rows]
     last = torch.minimum(first + per_pack[rows], branches.count[rows])
-    order = ((last - first) * branches.length[rows]).argsort(descending=True, stable=True)
-    for part in order.split(len(rollouts)) if len(order) > 0 else ():  # there may be no state to score
-        _score_packs(lm, shared, rollouts, branches, rows[part], first[part], last[part], out)
-    return out
+    for group in length_groups((last - first) * branches.length[rows]):
+        for part in group.split(len(rollouts)) if len(group) > 0 else ():  # there may be no state to score
+            _score_packs(lm, shared, rollouts, branches, rows[part], first[part], last[part], out)
+    return out.gather(0, owner[:, None].expand_as(out))
+
+
+def owners(rollouts: Rollouts) -> Tensor:
+    """[B, T+1] the first trajectory of the same row that may stop at the same z_1:t; itself where it may not stop."""
+    mask, size = rollouts.stop_mask, len(rollouts)
+    itself = torch.arange(size, device=mask.device)
+    vocabulary = int(rollouts.tokens.max()) + 1
+    prefix = rollouts.row_index  # z_1:t of a row, as a number
+    columns = []
+    for t in range(mask.shape[1]):
+        key = prefix * vocabulary + rollouts.tokens[:, t - 1] if t else prefix
+        prefix = key.unique(return_inverse=True)[1]
+        stopping = torch.where(mask[:, t], itself, size)
+        first = torch.full_like(itself, size).scatter_reduce(0, prefix, stopping, "amin")
+        columns.append(torch.where(mask[:, t], first[prefix], itself))
+    return torch.stack(columns, 1)
 
 
 def _tokens_per_chunk(lm: LanguageModel, rollouts: Rollouts, shared: CompletionPass, longest: int) -> int:

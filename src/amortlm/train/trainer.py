@@ -104,9 +104,10 @@ class GFNTrainer(Trainer):
     ) -> Any:
         rows = inputs["rows"]
         rollouts = self._thin(self.source.collect(rows, self._next_micro_step()))
-        log_reward = self.training_target.score(rollouts)
+        distinct, place = rollouts.distinct()  # samples of a sharp policy repeat
+        log_reward = self.training_target.score(distinct)[place].masked_fill(~rollouts.stop_mask, 0.0)
         self.buffer.add(rollouts, log_reward.gather(1, rollouts.lengths[:, None]).squeeze(1))
-        log_probs = model(rollouts)
+        log_probs = model(distinct).select(place)
         log_reward = log_reward / self.args.reward_temperature_at(self.state.global_step)
         log_w = objectives.log_weights(log_reward, log_probs, rollouts.stop_mask)
         loss, metrics = self._objective(log_w, rollouts)
