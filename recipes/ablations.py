@@ -1,7 +1,7 @@
 """What the authors leave open: does each part of the training procedure help?
 
 One thing at a time differs from the default: replay, tempered behaviour, a temperature of the reward that falls
-from 1.5 to 1, and SubTB on a few random stopping states in place of all. Two targets: one that can be enumerated,
+from 1.5 to 1, SubTB on a few random stopping states in place of all, and VarGrad. Two targets: one that can be enumerated,
 with the exact distance from the posterior, and story infilling, by importance weights.
 
     python recipes/ablations.py --output runs/ablations
@@ -38,6 +38,8 @@ def settings_of(task: str, steps: int) -> dict[str, dict[str, Any]]:
         "reward T 1.5 to 1": {"reward_temperature": (1.5, 1.0, max(1, steps // 2))},
         "some states": {"subtb_states": SOME[task]},
         "few states": {"subtb_states": FEW[task]},
+        "VarGrad": {"objective": "vargrad"},
+        "VarGrad, own samples": {"objective": "vargrad", "replay_ratio": 0.0, "tempered_ratio": 0.0},
     }
 
 

@@ -24,7 +24,7 @@ RUNS = {
     "constrained": ([*TINY, "--rows", "6", "--measured", "1"], 3),
     "contrastive": ([*TINY, "--rows", "2"], 4),
     "universal": ([*TINY, "--rows", "3", "--test-rows", "1"], 3),
-    "ablations": ([*TINY, "--short-steps", "1", "--stories", "2"], 6),
+    "ablations": ([*TINY, "--short-steps", "1", "--stories", "2"], 8),
 }
 
 
