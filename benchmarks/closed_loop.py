@@ -1,6 +1,6 @@
 """Do corrected samples in training pay? Exact total variation against updates and against what the models computed.
 
-    OMP_NUM_THREADS=1 python benchmarks/closed_loop.py
+    OMP_NUM_THREADS=1 python -m benchmarks.closed_loop
 
 A small Llama with random weights, one prompt, completions of one or two of 12 words (156, all enumerated), 8 samples
 an update. The targets are constraints that the model meets in less than one sample of 100, and where what it then says

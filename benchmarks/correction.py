@@ -1,6 +1,6 @@
 """How near do corrected samples of an untrained policy come to the posterior? The table of docs/inference.md.
 
-python benchmarks/correction.py
+python -m benchmarks.correction
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What an update costs: against the bare model passes it needs, and against the paper's procedure (`paper_loop.py`).
 
-    python benchmarks/speed.py update --models embedded gpt2-small --tasks continuation infilling
-    python benchmarks/speed.py growth --axes tokens samples
-    python benchmarks/speed.py memory --tokens 64
+    python -m benchmarks.speed update --models embedded gpt2-small --tasks continuation infilling
+    python -m benchmarks.speed growth --axes tokens samples
+    python -m benchmarks.speed memory --tokens 64
 
 update: all parts run in turn in one process, so ratios hold on a busy machine; medians of at least five repetitions.
 growth: sizes are doubled, and the exponent of the cost fitted. memory: the peak of one update, a process for each.
@@ -28,7 +28,12 @@ from typing import Any
 
 import torch
 import transformers
-from speed_case import (
+from tabulate import tabulate
+from transformers.utils import logging as hf_logging
+
+from amortlm import ReplayBuffer
+
+from .speed_case import (
     TASKS,
     BarePasses,
     Case,
@@ -40,10 +45,6 @@ from speed_case import (
     paper_batch,
     paper_update,
 )
-from tabulate import tabulate
-from transformers.utils import logging as hf_logging
-
-from amortlm import ReplayBuffer
 
 SIZES = {
     "samples": (4, 8, 16, 32),
@@ -112,7 +113,8 @@ def measure_growth(case: Case, axis: str, sizes: Sequence[int], repeats: int) ->
         if axis == "buffer":
             parts = {str(n): _offer(case, n) for n in sizes}
         else:
-            cases = [replace(case, full_length=True, **{axis: n}) for n in sizes]
+            sized: list[dict[str, Any]] = [{axis: n} for n in sizes]
+            cases = [replace(case, full_length=True, **size) for size in sized]
             parts = {str(n): Update(build(c, folder)) for n, c in zip(sizes, cases, strict=True)}
         medians = _medians(alternate(parts, repeats))
     x, y = [math.log(n) for n in sizes], [math.log(ms) for ms in medians.values()]
@@ -150,9 +152,10 @@ def measure_memory(case: Case, variants: Sequence[str]) -> dict[str, Any]:
 
 
 def _peak_of_process(case: Case, variant: str) -> dict[str, float]:
-    command = [sys.executable, __file__, "peak", "--variant", variant, "--case", json.dumps(asdict(case))]
-    command += ["--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.speed", "peak", "--variant", variant]
+    command += ["--case", json.dumps(asdict(case)), "--threads", str(torch.get_num_threads())]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=root)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import paper_loop
 import torch
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
@@ -18,6 +17,8 @@ from amortlm import GFNConfig, GFNTrainer, LanguageModel, Rollouts, Support, def
 from amortlm.language_model import EMBEDDED_PATH
 from amortlm.passes import encode_prompts, pad_left, select_cache, state_logits
 from amortlm.tasks.infilling import STORIES
+
+from . import paper_loop
 
 PHASES = {  # owner, attribute -> phase
     ("source", "collect"): "sampling",
@@ -146,6 +147,7 @@ class Update:
 
 def apply_gradient(trainer: GFNTrainer) -> None:
     torch.nn.utils.clip_grad_norm_([p for p in trainer.policy.parameters() if p.requires_grad], 1.0)
+    assert trainer.optimizer is not None
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
 

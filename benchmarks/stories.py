@@ -1,6 +1,6 @@
 """Infilling and tempered continuation of held-out TinyStories sentences on a real small model.
 
-    python benchmarks/stories.py --model ../shared/models/stories3m --data ../shared/data/tinystories/val.txt
+    python -m benchmarks.stories --model ../shared/models/stories3m --data ../shared/data/tinystories/val.txt
 
 Compares, on prompts that training does not see, with 256 samples each: the untrained model given the beginning, the
 untrained model also given the ending, and the trained policy. Prints a Markdown table; --output writes JSON.

@@ -1,8 +1,8 @@
 """What the authors leave open: does each part of the training procedure help?
 
 One thing at a time differs from the default: replay, tempered behaviour, a temperature of the reward that falls
-from 1.5 to 1, SubTB on a few random stopping states in place of all, and VarGrad. Two targets: one that can be enumerated,
-with the exact distance from the posterior, and story infilling, by importance weights.
+from 1.5 to 1, SubTB on a few random stopping states in place of all, and VarGrad. Two targets: one that can be
+enumerated, with the exact distance from the posterior, and story infilling, by importance weights.
 
     python recipes/ablations.py --output runs/ablations
 """

@@ -13,10 +13,10 @@ import torch
 
 from amortlm import LanguageModel
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-paper_loop = importlib.import_module("paper_loop")
-speed = importlib.import_module("speed")
-speed_case = importlib.import_module("speed_case")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+paper_loop = importlib.import_module("benchmarks.paper_loop")
+speed = importlib.import_module("benchmarks.speed")
+speed_case = importlib.import_module("benchmarks.speed_case")
 
 SMALL = {"prompts": 2, "samples": 3, "tokens": 5, "rank": 2, "model": "tiny"}
 

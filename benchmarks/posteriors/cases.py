@@ -123,7 +123,8 @@ def policy_law(policy: Policy, row: Row = ROW) -> Array:
     longest = list(support.completions(support.max_tokens - 1))
     tokens = torch.tensor(longest, dtype=torch.long).reshape(len(longest), -1)
     prefix = encode_prompts(model, policy.encode_rows([row]))
-    width, levels = len(choices), {}
+    width = len(choices)
+    levels: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for start in range(0, len(tokens), 512):
         part = tokens[start : start + 512]
         logits, _ = state_logits(model, prefix, torch.zeros(len(part), dtype=torch.long), part)

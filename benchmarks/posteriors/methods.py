@@ -122,9 +122,9 @@ def smc(problem: Problem, log_q: Array, seed: int) -> list[Point]:
     for n in PARTICLES:
         runs = max(TOTAL // n, MIN_RUNS) // 2
         settings = {"twisted": problem.target.every_prefix, "runs": runs}
-        halves = [smc_law(truth.space, np.exp(log_q), truth.log_r, n, rng, **settings) for _ in range(2)]
-        low, high = between(*halves, truth.p)
-        found = point(average(*halves), truth)
+        one, other = (smc_law(truth.space, np.exp(log_q), truth.log_r, n, rng, **settings) for _ in range(2))
+        low, high = between(one, other, truth.p)
+        found = point(average(one, other), truth)
         out.append({k: found[k] for k in ("passes", "fail", "modes")} | {"tv": high, "tv_low": low})
     return out
 
