@@ -27,6 +27,17 @@ TWO_STOPS = Support(stop=(".", "!"), min_tokens=0, max_tokens=3)
 CHAT = [{"role": "user", "content": "{x}"}, {"role": "system", "content": "a {y}"}]
 
 
+@pytest.fixture
+def passes(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """The arguments of every forward pass of the model from now on."""
+    found: list[dict] = []
+    forward = type(one_lm.model).forward
+    monkeypatch.setattr(
+        type(one_lm.model), "forward", lambda self, **k: found.append(k) or forward(self, **k)
+    )
+    return found
+
+
 def count_letters(texts: list[str], rows: list[dict]) -> list[float]:
     return [-0.5 * len(t) - 0.1 * len(r["x"]) for t, r in zip(texts, rows, strict=True)]
 
@@ -144,57 +155,37 @@ def test_sums_equal_the_arithmetic_of_their_terms(one_lm: LanguageModel) -> None
     torch.testing.assert_close(mixed, 3 * a.score(rollouts) - b.score(rollouts), atol=1e-4, rtol=0)
 
 
-def test_terms_with_one_prompt_share_its_pass(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_terms_with_one_prompt_share_its_pass(one_lm: LanguageModel, passes: list[dict]) -> None:
     rollouts = random_rollouts(one_lm, ONE_STOP, ROWS)
-    calls = []
-    forward = type(one_lm.model).forward
-    monkeypatch.setattr(
-        type(one_lm.model), "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k)
-    )
     one_lm.log_prob("{z}", given="{x}").score(rollouts)
-    alone = len(calls)
+    alone = len(passes)
     (one_lm.log_prob("{z}", given="{x}") - 0.5 * one_lm.log_prob("{z}", given="{x}")).score(rollouts)
-    assert len(calls) == 2 * alone
+    assert len(passes) == 2 * alone
 
 
 def test_all_prefixes_with_a_suffix_take_three_passes(
-    one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    one_lm: LanguageModel, passes: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts, completions, all branches (in one pass where padding is cheap): not one pass for each prefix."""
     monkeypatch.setattr("amortlm.passes.MIN_SAVED", 10**9)
     rollouts = random_rollouts(one_lm, ONE_STOP, ROWS)
-    calls = []
-    forward = type(one_lm.model).forward
-    monkeypatch.setattr(
-        type(one_lm.model), "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k)
-    )
     one_lm.log_prob("{z}{y}", given="{x}").score(rollouts)
-    assert len(calls) == 3
+    assert len(passes) == 3
 
 
 def test_a_state_that_several_trajectories_share_is_read_once(
-    one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    one_lm: LanguageModel, passes: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Copies of a trajectory add no text behind `{z}`; another row, or a prefix that differs, does."""
+    """Copies of a trajectory add no text behind `{z}`; a prefix that differs does."""
     support = Support(stop=".", min_tokens=0, max_tokens=5)
     policy = tiny_policy(one_lm, "{x}", support)
     target = one_lm.log_prob("{z}{y}", given="{x}")
     a, b = ([one_lm.token_id(t) for t in text] for text in ((" dog", " ran", "s"), (" dog", " ran", " a")))
-    read = []
-    forward = type(one_lm.model).forward
-    monkeypatch.setattr(
-        type(one_lm.model),
-        "forward",
-        lambda self, *args, **k: (
-            read.append(k["input_ids"].numel() if k["attention_mask"].dim() == 4 else 0)
-            or forward(self, *args, **k)
-        ),
-    )
 
     def tokens_behind(*completions: list[list[int]]) -> int:
-        read.clear()
+        passes.clear()
         target.score(policy.rollouts(ROWS[: len(completions)], completions))
-        return sum(read)
+        return sum(k["input_ids"].numel() for k in passes if k["attention_mask"].dim() == 4)
 
     alone = tokens_behind([a])
     assert tokens_behind([a, a, a]) == alone
