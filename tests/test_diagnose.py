@@ -11,6 +11,7 @@ from amortlm import LanguageModel, Posterior
 from amortlm.diagnostics.certificate import finite
 from amortlm.diagnostics.diagnose import AVOID, CORRECT, LEVEL, TRUST, Diagnosis
 from amortlm.errors import ConfigError, DataError
+from amortlm.inference import truth
 from stats import LEVEL as FALSE_ALARM
 from test_bounds import binomial_tail
 from tilted import ROW, blind, off, perfect
@@ -30,9 +31,16 @@ def misses(posterior: Posterior, runs: int, n: int, limit: int, shift: float = 0
     return out
 
 
-@pytest.mark.parametrize("limit", [84, 0], ids=["enumeration", "sir"])
-def test_intervals_hold_at_their_level(one_lm: LanguageModel, limit: int) -> None:
-    found = misses(off(one_lm), 15, 48, limit)
+@pytest.mark.parametrize("source", ["enumeration", "sir", "mcmc"])
+def test_intervals_hold_at_their_level(
+    one_lm: LanguageModel, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if source == "mcmc":  # weights may not be used
+        monkeypatch.setattr(truth, "KHAT", -math.inf)
+        monkeypatch.setattr(truth, "REPEATS", math.inf)
+    posterior, limit = off(one_lm, 0.4 if source == "mcmc" else 0.8), 84 if source == "enumeration" else 0
+    assert posterior.diagnose(ROW, n=48, limit=limit).reports[0]["truth"] == source
+    found = misses(posterior, 15, 48, limit)
     assert binomial_tail(found, 15, 1 - LEVEL) > FALSE_ALARM, found
 
 
