@@ -21,6 +21,7 @@ from amortlm.errors import (
     PromptTooLongError,
     RewardError,
 )
+from amortlm.objectives import log_weights
 from amortlm.policy import default_lora
 
 ROWS = [
@@ -179,6 +180,25 @@ def test_accumulated_micro_batches_equal_one_batch(one_lm: LanguageModel, tmp_pa
     whole.train()
     parts.train()
     torch.testing.assert_close(weights(whole), weights(parts), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{"subtb_states": 2}, {"objective": "vargrad"}], ids=str)
+def test_copies_count_as_often_as_they_were_drawn(
+    one_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    """The loss is that of passes over every trajectory, copies and their own stopping states included."""
+    trainer = make_trainer(one_lm, tmp_path, **settings)
+    texts = [["cat", " dog", "cat", "cat ran"], [" a", " a", " a", " dog"]]
+    rollouts = trainer._thin(trainer.policy.rollouts(ROWS[:2], texts))
+    assert len(rollouts.distinct()[0]) == 5
+    monkeypatch.setattr(trainer.source, "collect", lambda rows, step: rollouts)
+    monkeypatch.setattr(trainer, "_thin", lambda r: r)
+    log_probs = trainer.policy.evaluate(rollouts)
+    log_w = log_weights(trainer.target.score(rollouts), log_probs, rollouts.stop_mask)
+    expected, _ = trainer._objective(log_w, rollouts)
+    loss, found = trainer.compute_loss(trainer.policy, {"rows": ROWS[:2]}, return_outputs=True)
+    torch.testing.assert_close(found, log_w)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_reward_temperature_schedule() -> None:

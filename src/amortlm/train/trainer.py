@@ -105,7 +105,7 @@ class GFNTrainer(Trainer):
         rows = inputs["rows"]
         rollouts = self._thin(self.source.collect(rows, self._next_micro_step()))
         distinct, place = rollouts.distinct()  # samples of a sharp policy repeat
-        log_reward = self.training_target.score(distinct)[place].masked_fill(~rollouts.stop_mask, 0.0)
+        log_reward = self.training_target.score(distinct)[place]
         self.buffer.add(rollouts, log_reward.gather(1, rollouts.lengths[:, None]).squeeze(1))
         log_probs = model(distinct).select(place)
         log_reward = log_reward / self.args.reward_temperature_at(self.state.global_step)
