@@ -58,7 +58,6 @@ SMALL: Settings = {
     "lora": 32,
     "anneal": False,
     "gflownet": {
-        # At equal updates the mean log p is higher than with SubTB, and that with hot samples lower still.
         "objective": "vargrad",
         "max_steps": 150,
         "num_samples": 8,

@@ -38,8 +38,6 @@ SMALL: Settings = {
     "lora": 32,
     "sft": {"max_steps": 50, "learning_rate": 5e-4, "batch_size": 32},
     "gflownet": {
-        # SubTB also learns how unlikely each early stop is, and hot samples are all errors: on few updates both
-        # drown what whole sentences teach.
         "objective": "vargrad",
         "max_steps": 200,
         "num_samples": 8,

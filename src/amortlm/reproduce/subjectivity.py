@@ -45,7 +45,6 @@ SMALL: Settings = {
     "shots_separator": "</s><s>",
     "sft": {"max_steps": 60, "learning_rate": 5e-4, "batch_size": 10},
     "gflownet": {
-        # Reasons that stop early, or of a hot policy, have residuals that drown the rest.
         "objective": "vargrad",
         "tempered_ratio": 0.0,
         "replay_ratio": 0.0,
