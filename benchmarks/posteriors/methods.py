@@ -26,12 +26,12 @@ from .smc_law import average, between, smc_law
 Point = dict[str, float]
 RANK = 16
 PENALTY = 15.0  # nats that violating a hard constraint costs in training, for every trained method
-CHAIN = [1, *(n for k in range(1, 14) for n in (2**k, 3 * 2 ** (k - 1))), 2**14]
-DRAWN = [*CHAIN, 2**15, 2**16]  # passes of samplers that draw their completions at once
-PARTICLES = [2**k for k in range(1, 17)]
+PASSES = [1, *(n for k in range(1, 17) for n in (2**k, 3 * 2 ** (k - 1))), 2**17]
+PARTICLES = [2**k for k in range(1, 21)]  # beyond 2^16 where that was not enough
+ENOUGH = 2**16
 TOTAL = 2**19  # particles simulated for one point, in at least MIN_RUNS runs
 MIN_RUNS = 8
-CONVERGED = 1e-3  # a total variation at which a chain has arrived
+CONVERGED = 1e-3  # a total variation at which a sampler has arrived
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def plain(problem: Problem, log_q: Array, seed: int) -> list[Point]:
 def sir(problem: Problem, log_q: Array, seed: int) -> list[Point]:
     rng = np.random.default_rng([seed, 1])
     q, w = np.exp(log_q), laws.weights(log_q, problem.truth.log_r)
-    return [point(laws.sir(q, w, n, rng), problem.truth) for n in DRAWN]
+    return [point(laws.sir(q, w, n, rng), problem.truth) for n in PASSES]
 
 
 def smc(problem: Problem, log_q: Array, seed: int) -> list[Point]:
@@ -126,12 +126,14 @@ def smc(problem: Problem, log_q: Array, seed: int) -> list[Point]:
         low, high = between(one, other, truth.p)
         found = point(average(one, other), truth)
         out.append({k: found[k] for k in ("passes", "fail", "modes")} | {"tv": high, "tv_low": low})
+        if n >= ENOUGH and low < CONVERGED:
+            break
     return out
 
 
 def chain(problem: Problem, log_q: Array, seed: int) -> list[Point]:
     truth, out = problem.truth, []
-    found = laws.metropolis_hastings(truth.space, np.exp(log_q), laws.weights(log_q, truth.log_r), CHAIN)
+    found = laws.metropolis_hastings(truth.space, np.exp(log_q), laws.weights(log_q, truth.log_r), PASSES)
     for law in found:
         out.append(point(law, truth))
         if out[-1]["tv"] < CONVERGED:
@@ -141,12 +143,13 @@ def chain(problem: Problem, log_q: Array, seed: int) -> list[Point]:
 
 def rejection(problem: Problem, log_q: Array, seed: int) -> list[Point]:
     return [
-        {**point(laws.rejection(np.exp(log_q), problem.truth.p, n), problem.truth), "limit": n} for n in DRAWN
+        {**point(laws.rejection(np.exp(log_q), problem.truth.p, n), problem.truth), "limit": n}
+        for n in PASSES
     ]
 
 
 def best_of_n(problem: Problem, log_q: Array, seed: int) -> list[Point]:
-    return [point(laws.best_of(np.exp(log_q), problem.truth.log_r, n), problem.truth) for n in DRAWN]
+    return [point(laws.best_of(np.exp(log_q), problem.truth.log_r, n), problem.truth) for n in PASSES]
 
 
 # Training

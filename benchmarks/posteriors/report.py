@@ -14,7 +14,7 @@ from amortlm.reproduce.storage import write_json, write_text
 
 from .cases import CASES
 from .figures import curves_figure, table_figure
-from .methods import CHAIN, DRAWN, MAIN, METHODS
+from .methods import MAIN, METHODS, PARTICLES, PASSES
 from .report_data import INFINITE, LEVELS, MARK, MISSING, ROWS, Runs, passes_to, read_runs, values
 
 
@@ -49,8 +49,8 @@ def readme(runs: Runs, targets: list[str], settings: dict[str, Any], command: st
         f"## Passes to TV ≤ {MARK}",
         passes_table(runs, targets),
         "SMC with the prompted model is given the lower bound of its distance. break-even: outputs after which "
-        f"training and {MAIN} + SIR have cost fewer passes than SMC. –: not reached with the passes tried (SIR, SMC "
-        f"and rejection {DRAWN[-1]:,}, MH {CHAIN[-1]:,}).",
+        f"training and {MAIN} + SIR have cost fewer passes than SMC. –: not reached with the passes tried "
+        f"(SMC {PARTICLES[-1]:,}, others {PASSES[-1]:,}).",
         "## The targets",
         targets_table(runs, targets),
         f"accepted: probability of R > 0 under the prompted model, and (trained) under {MAIN}; ESS: the "
@@ -154,7 +154,7 @@ def tenth(runs: Runs, targets: list[str], level: float, others: Sequence[str]) -
             continue
         ours = passes_to(runs, t, MAIN, "sir", level)
         theirs = [passes_to(runs, t, o, o, level) for o in others]
-        known = [n for n in theirs if n is not None] or [DRAWN[-1]]
+        known = [n for n in theirs if n is not None] or [PASSES[-1]]
         (won if ours is not None and ours <= min(known) / 10 else lost).append(t)
     return won, lost
 

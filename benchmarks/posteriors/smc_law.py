@@ -118,7 +118,8 @@ class _Particles:
         top = np.where(np.isfinite(top), top, 0.0)
         total, count = np.exp(held - top).sum(1, keepdims=True), known.sum(1, keepdims=True)
         mean = np.where(total > 0, np.log(np.maximum(total, 1e-300) / np.maximum(count, 1)) + top, 0.0)
-        return np.where(known, twist, mean)
+        half = np.logaddexp(twist, mean) - np.log(2)
+        return np.where(self.stopped, twist, np.where(known, half, mean))
 
     def weights(self) -> Array:
         """Self-normalised in each run; all zero where nothing has R > 0."""

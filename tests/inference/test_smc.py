@@ -136,14 +136,14 @@ def test_systematic_counts() -> None:
 
 
 def test_twists_by_hand() -> None:
-    """Stopped: own w, zero included. Live: log_w[t]; unknown: the mean of what is known."""
+    """Stopped: own w, zero included. Live: half of w[t], half the mean of what is known; unknown: this mean."""
     log_w = torch.full((4, 4), -torch.inf).double()
     log_w[0, 1] = math.log(3.0)  # stopped at 1
     log_w[2, 2] = math.log(6.0)  # live at 2, R > 0
     lengths = torch.tensor(
         [1, 1, 3, 2]
     )  # particle 1 stopped with R = 0, particle 3 is live with R = 0 so far
-    expected = torch.tensor([3.0, 0.0, 6.0, 3.0]).double()
+    expected = torch.tensor([3.0, 0.0, 4.5, 3.0]).double()
     torch.testing.assert_close(twists(log_w, lengths, 2).exp(), expected)
     nothing = twists(torch.full((2, 4), -torch.inf).double(), torch.tensor([1, 3]), 2)
     assert nothing.tolist() == [-math.inf, 0.0]

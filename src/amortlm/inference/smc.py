@@ -7,16 +7,18 @@ resampling), and each copy gets c = (mean value) / psi (or / w), that is, the va
 of c f(z) therefore keeps its expectation for every f: E[Z-hat] = Z for ANY positive psi that reads no more than what
 is written at t. A good psi is the expected w given the prefix, and only the variance depends on it.
 
-The twist psi of z_1:t is the weight of stopping there,
+The twist psi of z_1:t is half the weight of stopping there,
 
-    log psi = log_w[t] = log R(z_1:t) - log q(z_1:t) - log q(stop | z_1:t)
+    log_w[t] = log R(z_1:t) - log q(z_1:t) - log q(stop | z_1:t),
 
-and not R(z_1:t) / q(z_1:t), which would punish a prefix for being in the middle of a sentence. For q = p and
-R = p(z y | x) it is p(y | x z_1:t stop). For a trained policy it is the flow of subtrajectory balance: at q = R / Z
-it is Z at every state, values stay equal, nothing is ever resampled. A particle that stops keeps its value.
+and half the mean over the particles. Not R(z_1:t) / q(z_1:t), which would punish a prefix for being in the middle of
+a sentence. For q = p and R = p(z y | x) the weight is p(y | x z_1:t stop). For a trained policy it is the flow of
+subtrajectory balance: at q = R / Z it is Z at every state, values stay equal, nothing is ever resampled. A particle
+that stops keeps its value w. The mean (of all particles at t, which psi may read) bounds the harm where stopping now
+tells little about stopping later: a prefix keeps at least half of the copies that it would have without twists.
 
 Where log_w[t] says nothing - before min_tokens, for a target that only judges finished text, or where R = 0 at a
-prefix that may still come right - psi is the mean of the values w or psi known at t, or 1 if there are none. Zero
+prefix that may still come right - psi is the mean alone, of what is known at t, or 1 if nothing is. Zero
 would be wrong there (not every completion could be reached any more) and another constant would set live particles
 against stopped ones on an arbitrary scale. So before min_tokens psi = 1, and with a target of finished text
 particles that stopped with R = 0 are replaced by live ones.
@@ -165,10 +167,13 @@ def twists(log_w: Tensor, lengths: Tensor, t: int, every_state: bool = True) -> 
     """
     stopped = lengths < t
     log_live = log_w[:, t] if every_state else torch.full_like(log_w[:, t], -torch.inf)
-    log_twist = torch.where(stopped, log_w.gather(1, lengths[:, None]).squeeze(1), log_live)
-    known = stopped | ~torch.isneginf(log_twist)
-    neutral = _log_mean(log_twist[known]) if known.any() else log_w.new_zeros(())
-    return torch.where(known, log_twist, neutral if neutral > -torch.inf else 0.0)
+    log_known = torch.where(stopped, log_w.gather(1, lengths[:, None]).squeeze(1), log_live)
+    known = stopped | ~torch.isneginf(log_known)
+    if not (log_known > -torch.inf).any():
+        return torch.where(known, log_known, 0.0)
+    log_mean = _log_mean(log_known[known])
+    log_twist = torch.where(known, torch.logaddexp(log_known, log_mean) - math.log(2), log_mean)
+    return torch.where(stopped, log_known, log_twist)
 
 
 def resampled(log_c: Tensor, log_twist: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
