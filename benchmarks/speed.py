@@ -3,9 +3,11 @@
     python -m benchmarks.speed update --models embedded gpt2-small --tasks continuation infilling
     python -m benchmarks.speed growth --axes tokens samples
     python -m benchmarks.speed memory --tokens 64
+    python -m benchmarks.speed training --tasks infilling --rows 48 --updates 120
 
 update: all parts run in turn in one process, so ratios hold on a busy machine; medians of at least five repetitions.
 growth: sizes are doubled, and the exponent of the cost fitted. memory: the peak of one update, a process for each.
+training: updates of a real run, which comes back to its prompts, with its rewards remembered and with all asked again.
 Models: "embedded", a path, or "gpt2-small" (its configuration, random weights). Written for CUDA too (`--device cuda`,
 `--dtype bfloat16`), where it has not been run.
 """
@@ -23,6 +25,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +40,13 @@ from .speed_case import (
     TASKS,
     BarePasses,
     Case,
+    Training,
     Update,
     build,
     clock,
     full_rollouts,
     generate,
+    new_trainer,
     paper_batch,
     paper_update,
 )
@@ -60,9 +65,7 @@ def alternate(parts: dict[str, Callable[[], Any]], repeats: int) -> dict[str, li
     times: dict[str, list[float]] = {name: [] for name in parts}
     for repeat in range(repeats + 1):
         for name, work in parts.items():
-            start = clock()
-            work()
-            seconds = clock() - start
+            seconds = _seconds(work)
             if repeat:
                 times[name].append(seconds)
     return times
@@ -144,6 +147,34 @@ def _offer(case: Case, size: int) -> Callable[[], None]:
     return offer
 
 
+def measure_training(case: Case, rows: int, updates: int) -> dict[str, Any]:
+    """Medians in ms over the second half of a run; "judged": of the stopping states that a run without a reward memory
+    asks the target about, the share that one with it does. The paper's procedure on the samples of three batches."""
+    half = updates // 2
+    with tempfile.TemporaryDirectory() as folder:
+        again = Training(new_trainer(case, folder, rows, max_steps=updates), forget=True)
+        run = Training(new_trainer(case, folder, rows, max_steps=updates), forget=False)
+        paper = [_seconds(partial(paper_update, run.trainer, run.samples(n))) for n in range(3)]
+    times = {"all asked again": again.seconds[half:], "update": run.seconds[half:], "paper": paper}
+    medians = _medians(times)
+    return {
+        "case": asdict(case),
+        "rows": rows,
+        "updates": updates,
+        "ms": medians,
+        "judged": sum(run.asked[half:]) / sum(again.asked[half:]),
+        "ratios": {
+            f"{name} / update": medians[name] / medians["update"] for name in times if name != "update"
+        },
+    }
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = clock()
+    work()
+    return clock() - start
+
+
 def measure_memory(case: Case, variants: Sequence[str]) -> dict[str, Any]:
     """Peak MiB of one update above what the loaded models take, each variant in a process of its own."""
     peaks = {variant: _peak_of_process(case, variant) for variant in variants}
@@ -200,6 +231,16 @@ def show(result: dict[str, Any]) -> None:
         print(tabulate(rows, headers=["phase", "ms", "%"], floatfmt=".1f"))
         print(tabulate(result["parts_ms"].items(), headers=["whole", "ms"], floatfmt=".0f"))
         print("   ".join(f"{name} = {value:.2f}" for name, value in result["ratios"].items()))
+    elif "judged" in result:
+        print(
+            tabulate(
+                [result["ms"].values()], headers=[f"{name}, ms" for name in result["ms"]], floatfmt=".0f"
+            )
+        )
+        print(
+            f"{result['updates']} updates on {result['rows']} rows; states judged: {result['judged']:.2f} of all"
+        )
+        print("   ".join(f"{name} = {value:.2f}" for name, value in result["ratios"].items()))
     elif "axis" in result:
         print(
             tabulate(
@@ -220,7 +261,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("update", "growth", "memory", "peak"))
+    parser.add_argument("what", choices=("update", "growth", "memory", "training", "peak"))
     parser.add_argument("--models", nargs="+", default=["embedded"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     for field in fields(Case):
@@ -233,6 +274,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 parser.add_argument(option, type=kind, default=field.default)
     parser.add_argument("--axes", nargs="+", choices=tuple(SIZES), default=tuple(SIZES), help="of growth")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=48, help="of training")
+    parser.add_argument("--updates", type=int, default=120, help="of training")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-yardstick", action="store_true", help="leave the paper's procedure out")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -251,6 +294,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 found = [measure_update(case, args.repeats, not args.no_yardstick)]
             elif args.what == "memory":
                 found = [measure_memory(replace(case, full_length=True), ("update", "paper"))]
+            elif args.what == "training":
+                found = [measure_training(case, args.rows, args.updates)]
             else:
                 axes = [a for a in args.axes if a != "suffix" or task == "infilling"]
                 found = [measure_growth(case, axis, SIZES[axis], args.repeats) for axis in axes]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -60,8 +61,8 @@ def load(name: str, device: str, dtype: str) -> LanguageModel:
     return LanguageModel(model.to(device, getattr(torch, dtype)), tokenizer, name=name)
 
 
-def build(case: Case, folder: str) -> GFNTrainer:
-    """A trainer whose policy differs from the model, and stays as it is: the learning rate is 0."""
+def new_trainer(case: Case, folder: str, rows: int, **settings: Any) -> GFNTrainer:
+    """A trainer on so many rows; `settings` go to GFNConfig."""
     lm = load(case.model, case.device, case.dtype)
     infilling = case.task == "infilling"
     config = GFNConfig(
@@ -69,25 +70,28 @@ def build(case: Case, folder: str) -> GFNTrainer:
         per_device_train_batch_size=case.prompts,
         num_samples=case.samples,
         subtb_states=case.states,
-        learning_rate=0.0,
-        replay_ratio=0.0,
-        tempered_ratio=0.0,
         save_strategy="no",
         diagnose_steps=0,
-        max_steps=10**6,
         use_cpu=case.device == "cpu",
+        **settings,
     )
-    trainer = GFNTrainer(
+    return GFNTrainer(
         lm,
         target=lm.log_prob("{z} {y}", given="{x}") if infilling else lm.log_prob("{z}", given="{x}") / 0.8,
         prompt="{y} {x}" if infilling else "{x}",
         support=Support(
             stop=len(lm.tokenizer) - 1 if case.full_length else ".", min_tokens=3, max_tokens=case.tokens
         ),
-        train_dataset=_rows(case, lm),
+        train_dataset=_rows(case, lm, rows),
         args=config,
         peft_config=default_lora(case.rank),
     )
+
+
+def build(case: Case, folder: str) -> GFNTrainer:
+    """A trainer whose policy differs from the model, and stays as it is: the learning rate is 0."""
+    settings = {"learning_rate": 0.0, "replay_ratio": 0.0, "tempered_ratio": 0.0, "max_steps": 10**6}
+    trainer = new_trainer(case, folder, case.prompts, **settings)
     generator = torch.Generator().manual_seed(0)
     for name, p in trainer.policy.named_parameters():
         if "lora_B" in name:
@@ -98,9 +102,9 @@ def build(case: Case, folder: str) -> GFNTrainer:
     return trainer
 
 
-def _rows(case: Case, lm: LanguageModel) -> list[dict[str, str]]:
-    rows = [{"x": r["x"], "y": r["y"]} for r in STORIES[: case.prompts]]
-    assert len(rows) == case.prompts, f"at most {len(STORIES)} prompts"
+def _rows(case: Case, lm: LanguageModel, count: int) -> list[dict[str, str]]:
+    rows = [{"x": r["x"], "y": r["y"]} for r in STORIES[:count]]
+    assert len(rows) == count, f"at most {len(STORIES)} prompts"
     if case.suffix is not None:
         for row in rows:
             ids = lm.encode_continuation(" ".join(r["x"] for r in STORIES[:8]))
@@ -109,7 +113,7 @@ def _rows(case: Case, lm: LanguageModel) -> list[dict[str, str]]:
 
 
 class Update:
-    """One whole update as the trainer makes it, with the seconds of its phases."""
+    """One whole update as the trainer makes it, with the seconds of its phases; nothing is known of its completions."""
 
     def __init__(self, trainer: GFNTrainer):
         self.trainer, self.rows = trainer, list(trainer.train_dataset)
@@ -135,6 +139,7 @@ class Update:
 
     def __call__(self) -> None:
         self._now = {}
+        self.trainer.training_target.clear()
         start = clock()
         self.trainer.training_step(self.trainer.policy, {"rows": self.rows})
         with self._phase("optimiser"):
@@ -143,6 +148,42 @@ class Update:
         self._now["rest"] = total - sum(self._now.values())
         for phase, seconds in self._now.items():
             self.seconds[phase].append(seconds)
+
+
+class Training:
+    """A real run: seconds of each update, and how many stopping states its target was asked about.
+
+    forget: the rewards of earlier updates are not remembered.
+    """
+
+    def __init__(self, trainer: GFNTrainer, forget: bool):
+        self.trainer = trainer
+        self.seconds: list[float] = []
+        self.asked: list[int] = []
+        memory = trainer.training_target
+        step, score = trainer.training_step, memory.target.score
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            if forget:
+                memory.clear()
+            self.asked.append(0)
+            start = clock()
+            loss = step(*args, **kwargs)
+            self.seconds.append(clock() - start)
+            return loss
+
+        def counted(rollouts: Rollouts) -> Any:
+            self.asked[-1] += int(rollouts.stop_mask.sum())
+            return score(rollouts)
+
+        trainer.training_step, memory.target.score = timed, counted  # type: ignore[method-assign]
+        trainer.train()
+
+    def samples(self, seed: int) -> paper_loop.Batch:
+        """What is trained on for a batch of prompts, at the end of the run."""
+        size = self.trainer.args.per_device_train_batch_size
+        rows = random.Random(seed).sample(self.trainer.train_dataset, size)
+        return paper_batch(self.trainer, self.trainer.source.collect(rows, (-1, seed)))
 
 
 def apply_gradient(trainer: GFNTrainer) -> None:

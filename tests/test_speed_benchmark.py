@@ -86,11 +86,22 @@ def test_every_mode_writes_its_table_and_json(tiny, tmp_path, capsys, monkeypatc
         "2",
         "--repeats",
         "1",
+        "--rows",
+        "2",
+        "--updates",
+        "4",
     ]
-    for what, ratio in (("update", "update / floor"), ("growth", "exponent"), ("memory", "update / paper")):
+    for what, ratio in (
+        ("update", "update / floor"),
+        ("growth", "exponent"),
+        ("memory", "update / paper"),
+        ("training", "paper / update"),
+    ):
         path = tmp_path / f"{what}.json"
         speed.main([what, *sizes, "--tasks", "infilling", "--axes", "tokens", "--json", str(path)])
         assert ratio in capsys.readouterr().out
         (result,) = json.loads(path.read_text())["results"]
         assert result["case"]["task"] == "infilling"
-    assert result["update / paper"] == 0.25
+        if what == "memory":
+            assert result["update / paper"] == 0.25
+    assert 0 < result["judged"] < 1

@@ -127,7 +127,7 @@ def test_the_frozen_model_is_untouched(one_lm: LanguageModel, tmp_path: Path) ->
 def test_interrupted_and_resumed_equals_uninterrupted(
     one_lm: LanguageModel, tmp_path: Path, objective: str, log_z: str
 ) -> None:
-    """Adapter, optimiser, buffer, schedules and random state: every loss and weight is the same to the bit."""
+    """Adapter, optimiser, buffer, reward memory, schedules and random state: every loss and weight is the same to the bit."""
     settings = {
         "objective": objective,
         "log_z": log_z,
@@ -148,6 +148,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert losses(half) == losses(whole)
     assert torch.equal(weights(half), weights(whole))
     assert half.buffer._entries == whole.buffer._entries
+    assert half.training_target._children == whole.training_target._children
     # The control: with an empty buffer the resumed run goes elsewhere, so the comparison can fail.
     other = make_trainer(one_lm, tmp_path / "other", **settings)
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "other" / "checkpoint-3")

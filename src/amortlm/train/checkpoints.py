@@ -5,32 +5,42 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from amortlm.buffer import ReplayBuffer
 from amortlm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
 
 
-def save_state(folder: Path, process: int, buffer: ReplayBuffer, log_z: Tensor | None) -> None:
-    """Write each process's buffer, and learned log Z, into a checkpoint folder."""
+class Store(Protocol):
+    """What a process has gathered: the replay buffer, the reward memory."""
+
+    def save(self, folder: Path) -> None: ...
+    def load(self, folder: Path) -> None: ...
+
+
+def save_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tensor | None) -> None:
+    """Write each process's stores, and learned log Z, into a checkpoint folder."""
     own = folder / f"process-{process}"
     own.mkdir(parents=True, exist_ok=True)
-    buffer.save(own)
+    for store in stores:
+        store.save(own)
     if log_z is not None:
         save_file({"log_z": log_z.cpu().contiguous()}, str(own / "log_z.safetensors"))
 
 
-def load_state(folder: Path, process: int, buffer: ReplayBuffer, log_z: Tensor | None) -> None:
+def load_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tensor | None) -> None:
     """Read what `save_state` wrote. Raises CheckpointError."""
     own = folder / f"process-{process}"
-    buffer.load(own)
+    for store in stores:
+        store.load(own)
     if log_z is not None:
         try:
             log_z.copy_(load_file(str(own / "log_z.safetensors"))["log_z"].to(log_z.device))

@@ -28,6 +28,7 @@ from amortlm.targets.template import Messages, check_rows
 from amortlm.train import checkpoints
 from amortlm.train.callbacks import DiagnoseCallback, TrainingProgress
 from amortlm.train.config import GFNConfig
+from amortlm.train.memory import RewardMemory
 from amortlm.train.source import TrajectorySource
 from amortlm.types import Rollouts, Row, row_key
 
@@ -76,7 +77,8 @@ class GFNTrainer(Trainer):
             policy.encode_rows(rows[start : start + CHUNK])
 
         self.lm, self.target, self.policy = lm, target, policy
-        self.training_target = Softened(target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
+        softened = Softened(target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
+        self.training_target = RewardMemory(softened)
         self.posterior = Posterior(policy, target)
         self.buffer = ReplayBuffer(args.buffer_size, args.buffer_prioritized)
         self.source = TrajectorySource(policy, self.training_target, self.buffer, args)
@@ -240,14 +242,14 @@ class GFNTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # trainer_state.json is written last: a checkpoint without it was cut short.
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        checkpoints.save_state(folder, self.args.process_index, self.buffer, self._log_z())
+        stores = (self.buffer, self.training_target)
+        checkpoints.save_state(folder, self.args.process_index, stores, self._log_z())
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.policy.load_adapter(resume_from_checkpoint)
-        checkpoints.load_state(
-            Path(resume_from_checkpoint), self.args.process_index, self.buffer, self._log_z()
-        )
+        stores = (self.buffer, self.training_target)
+        checkpoints.load_state(Path(resume_from_checkpoint), self.args.process_index, stores, self._log_z())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:

@@ -1,0 +1,147 @@
+"""The reward memory: the same rewards as the target's, each (row, prefix) judged once, and it survives on disk."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from amortlm import LanguageModel, Support, constraint
+from amortlm.errors import CheckpointError
+from amortlm.targets.base import Scoring, Target
+from amortlm.train import memory as module
+from amortlm.train.memory import RewardMemory
+from amortlm.types import Rollouts
+from reference import tiny_policy
+
+ROWS = [{"x": "a b", "y": " c"}, {"x": "b", "y": " a"}]
+SUPPORT = Support(stop=".", min_tokens=1, max_tokens=4)
+
+
+class Counted(Target):
+    """The target, and every (row, prefix) it was asked about."""
+
+    def __init__(self, target: Target, every_prefix: bool = True):
+        self.target, self.every_prefix = target, every_prefix
+        self.asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def score_batch(self, scoring: Scoring) -> Tensor:
+        rollouts = scoring.rollouts
+        for b, t in rollouts.stop_mask.nonzero().tolist():
+            row = rollouts.rows[int(rollouts.row_index[b])]
+            self.asked.append((row["x"], tuple(rollouts.tokens[b, :t].tolist())))
+        return self.target.score_batch(scoring)
+
+    def to_spec(self) -> list[dict[str, Any]]:
+        return self.target.to_spec()
+
+
+def infilling(lm: LanguageModel) -> Counted:
+    return Counted(lm.log_prob("{z}{y}", given="{x}"))
+
+
+def batches(lm: LanguageModel, count: int = 4) -> list[Rollouts]:
+    """Completions of both rows, each once, that share beginnings between batches."""
+    policy = tiny_policy(lm, "{x}", SUPPORT)
+    return [policy.sample(ROWS, 8, seed=seed)[0].distinct()[0] for seed in range(count)]
+
+
+def test_rewards_are_the_targets_and_each_prefix_is_judged_once(one_lm: LanguageModel) -> None:
+    """Once but within a batch, where what several completions share is the target's to find."""
+    target = infilling(one_lm)
+    memory, known, states = RewardMemory(target), set(), 0
+    for batch in batches(one_lm):
+        expected = target.target.score(batch)
+        torch.testing.assert_close(memory.score(batch), expected, atol=1e-5, rtol=0)
+        assert not known & set(target.asked)
+        known |= set(target.asked)
+        states += int(batch.stop_mask.sum())
+        target.asked.clear()
+    assert 20 < len(known) < 0.8 * states
+    for batch in batches(one_lm):
+        memory.score(batch)
+    assert target.asked == []
+
+
+def test_rows_are_told_apart(one_lm: LanguageModel) -> None:
+    """The same completion of two rows has two rewards."""
+    policy, target = tiny_policy(one_lm, "{x}", SUPPORT), infilling(one_lm)
+    z = [[one_lm.token_id("a"), one_lm.token_id(".")]]
+    memory = RewardMemory(target)
+    for row in ROWS:
+        rollouts = policy.rollouts([row], [z])
+        torch.testing.assert_close(memory.score(rollouts), target.target.score(rollouts))
+    assert len(target.asked) == 2
+
+
+def test_a_target_of_finished_text_is_asked_about_ends_alone(one_lm: LanguageModel) -> None:
+    target = Counted(one_lm.log_prob("{z}{y}", given="{x}"), every_prefix=False)
+    memory = RewardMemory(target)
+    (batch,) = batches(one_lm, 1)
+    torch.testing.assert_close(memory.score_final(batch), target.target.score_final(batch))
+    ends = {tuple(z) for z in batch.completions()}
+    assert {z for _, z in target.asked} == ends
+    memory.score(batch)
+    assert {z for _, z in target.asked} == ends
+
+
+def test_states_that_were_masked_are_asked_about_later(one_lm: LanguageModel) -> None:
+    target = infilling(one_lm)
+    memory = RewardMemory(target)
+    (batch,) = batches(one_lm, 1)
+    memory.score(batch.final_only())
+    torch.testing.assert_close(memory.score(batch), target.target.score(batch), atol=1e-5, rtol=0)
+
+
+def test_impossible_stays_impossible(one_lm: LanguageModel) -> None:
+    target = Counted(one_lm.log_prob("{z}", given="{x}") + constraint.contains("nowhere"))
+    memory = RewardMemory(target)
+    (batch,) = batches(one_lm, 1)
+    for _ in range(2):
+        assert (memory.score(batch)[batch.stop_mask] == -math.inf).all()
+    assert len(target.asked) == int(batch.stop_mask.sum())
+
+
+def test_what_is_too_much_is_forgotten(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = infilling(one_lm)
+    memory = RewardMemory(target)
+    one, other = batches(one_lm, 2)
+    memory.score(one)
+    monkeypatch.setattr(module, "MAX_STATES", len(memory) - 1)
+    asked = len(target.asked)
+    torch.testing.assert_close(memory.score(other), target.target.score(other), atol=1e-5, rtol=0)
+    assert len(target.asked) == asked + int(other.stop_mask.sum())
+
+
+def test_on_disk(one_lm: LanguageModel, tmp_path: Path) -> None:
+    target = infilling(one_lm)
+    memory = RewardMemory(target)
+    (batch,) = batches(one_lm, 1)
+    first = memory.score(batch)
+    memory.save(tmp_path)
+    again = RewardMemory(target)
+    again.load(tmp_path)
+    asked = len(target.asked)
+    assert torch.equal(again.score(batch), first)
+    assert len(target.asked) == asked
+    empty = RewardMemory(target)
+    empty.save(tmp_path)
+    again.load(tmp_path)
+    assert len(again) == 0
+
+
+@pytest.mark.parametrize("name", ["memory.json", "memory.safetensors"])
+def test_a_broken_file(one_lm: LanguageModel, tmp_path: Path, name: str) -> None:
+    memory = RewardMemory(infilling(one_lm))
+    memory.score(batches(one_lm, 1)[0])
+    memory.save(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    for broken in (content[: len(content) // 2], b"{}"):
+        (tmp_path / name).write_bytes(broken)
+        with pytest.raises(CheckpointError, match="resume from an earlier checkpoint"):
+            memory.load(tmp_path)
+    assert len(memory) > 0  # what was there stays
