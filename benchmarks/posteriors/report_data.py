@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from .methods import CONVERGED, MAIN, TRAINED, Point
+from .methods import CONVERGED, MAIN, MARK, TRAINED, Point
 
 Runs = dict[tuple[str, str], list[dict[str, Any]]]  # (target, method) -> its seeds
-MARK = 0.05  # total variation that counts as reached
+
 LEVELS = (0.1, MARK, 0.02)
 MISSING, INFINITE = "–", "∞"
 # Rows of the tables: label, method, curve, passes of one output.
