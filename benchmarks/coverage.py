@@ -1,0 +1,71 @@
+"""Do the intervals for log Z hold what they promise? Seeded runs on posteriors whose log Z is known.
+
+    python -m benchmarks.coverage
+
+The twelve targets of `benchmarks/posteriors`, each with two proposals: the prompted model, and a half-trained sampler,
+the even mixture of it and the posterior. Every run has its own draws of both, by their exact laws, and is a miss where
+log Z lies outside. The control reports every log q a nat too low, as a support that is not renormalised would: how many
+of its intervals miss?
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import median
+
+import numpy as np
+import torch
+from tabulate import tabulate
+from transformers.utils import logging as hf_logging
+
+from amortlm import LanguageModel
+from amortlm.diagnostics.bounds import Interval, log_z_bounds
+
+from .posteriors.cases import CASES
+from .posteriors.laws import Array
+from .posteriors.methods import Problem
+
+BIAS = 1.0  # nats
+
+
+def intervals(q: Array, log_w: Array, p: Array, args: argparse.Namespace, seed: int) -> list[Interval]:
+    """One interval for each run: n draws of q [M] and m of p, weighed by log_w."""
+    rng = np.random.default_rng(seed)
+    weights, q, p = torch.from_numpy(log_w), q / q.sum(), p / p.sum()
+    out = []
+    for _ in range(args.runs):
+        drawn, true = rng.choice(len(p), args.n, p=q), rng.choice(len(p), args.m, p=p)
+        out.append(log_z_bounds(weights[drawn], weights[true], args.level))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--runs", type=int, default=500)
+    parser.add_argument("--level", type=float, default=0.99)
+    parser.add_argument("--n", type=int, default=256, help="draws of the proposal")
+    parser.add_argument("--m", type=int, default=64, help="draws of the posterior")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    lm = LanguageModel.from_pretrained("embedded")
+    table = []
+    for number, case in enumerate(CASES):
+        problem = Problem.of(case, lm)
+        truth, prompted = problem.truth, np.exp(problem.log_q)
+        for name, q in (("prompted", prompted), ("half-trained", (prompted + truth.p) / 2)):
+            log_w = truth.log_r - np.log(q)
+            found = intervals(q, log_w, truth.p, args, number)
+            inside = sum(truth.log_z in i for i in found)
+            caught = sum(truth.log_z - BIAS not in i for i in found)
+            table.append([case.name, name, inside, median(i.width for i in found), caught])
+            print(table[-1], flush=True)
+    headers = ["target", "proposal", f"inside, of {args.runs}", "median width, nats", "biased: outside"]
+    print(tabulate(table, headers, "github", floatfmt=".3f"))
+
+
+if __name__ == "__main__":
+    main()
