@@ -27,6 +27,14 @@ def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_lists_of_numbers_stand_on_one_line(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None, True], "text": "[\n1,\n2\n]", "mixed": ["[\n", 1], "deep": [[1], []]}
+    storage.write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == value
+    assert "[ 1, 2.5, null, true ]" in text
+
+
 def test_spread_leaves_out_what_is_not_finite() -> None:
     assert report.spread([1.0, None, 3.0]) == {"mean": 2.0, "sd": pytest.approx(2**0.5)}
     assert report.spread([4.0]) == {"mean": 4.0, "sd": None}

@@ -6,11 +6,13 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+FLAT = re.compile(r'\[\n[^][{}"]*\]')  # a list without strings in it; strings hold no raw line break
 PACKAGES = ("amortlm", "torch", "transformers", "peft", "trl", "numpy")
 
 
@@ -24,7 +26,9 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Indented, with lists of numbers on one line."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, FLAT.sub(lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
