@@ -56,9 +56,9 @@ class RewardMemory(Target):
         if len(index) > 0:
             asked = rollouts.select(index)
             asked = replace(asked, stop_mask=missing[index, : asked.stop_mask.shape[1]])
-            found = self.target.score(asked)
-            for b, t in asked.stop_mask.nonzero().tolist():
-                self._log_r[states[int(index[b])][t]] = found[b, t].item()
+            found, asking = self.target.score(asked)[asked.stop_mask].tolist(), index.tolist()
+            for (b, t), log_r in zip(asked.stop_mask.nonzero().tolist(), found, strict=True):
+                self._log_r[states[asking[b]][t]] = log_r
         return self._log_rewards(states, rollouts).nan_to_num(0.0, math.inf, -math.inf)
 
     def _states(self, rollouts: Rollouts) -> list[list[int]]:
