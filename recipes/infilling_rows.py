@@ -1,10 +1,12 @@
-"""Write the rows of the infilling task: generated stories under keys that training never uses.
+"""Write rows of the infilling task: generated stories under keys that training never uses.
 
 python recipes/infilling_rows.py > src/amortlm/tasks/stories.jsonl
+python recipes/infilling_rows.py --first 620 --rows 960 > runs/more-stories.jsonl
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -13,9 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent / "embedded"))
 
 from stories import story
 
-ROWS = 620  # 20 of the task, 600 of the experiment
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--first", type=int, default=0)
+parser.add_argument("--rows", type=int, default=620, help="default: 20 of the task, 600 of the experiment")
+args = parser.parse_args()
 
-for index in range(ROWS):
+for index in range(args.first, args.first + args.rows):
     sentences = story(f"infilling task/{index}").sentences
     row = {"x": " ".join(sentences[:3]), "y": sentences[4], "gold": " " + sentences[3]}
     print(json.dumps(row))
