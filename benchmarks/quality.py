@@ -25,11 +25,11 @@ from tabulate import tabulate
 from transformers import TrainerCallback
 from transformers.utils import logging as hf_logging
 
-from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, default_lora
+from amortlm import GFNTrainer, LanguageModel, Policy
 
 from . import paper_loop
 from .posteriors import methods
-from .posteriors.cases import FEELINGS, ROW, Case, model, policy_law
+from .posteriors.cases import FEELINGS, Case, model, policy_law
 from .speed_case import clock, paper_batch
 
 FRIDGE = "Anna opened the fridge. She was"
@@ -103,29 +103,17 @@ def train(
 ) -> list[tuple[int, float, float]]:
     """(updates, seconds, total variation) on the way to the mark."""
     watch = Stopwatch(problem, args.every, args.mark)
+    settings = {
+        "max_steps": args.updates,
+        "num_samples": args.samples,
+        "learning_rate": methods.GFLOWNET_RATE,
+        "lr_scheduler_type": "constant_with_warmup",
+        "seed": seed,
+        **settings,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        trainer = kind(
-            problem.lm,
-            target=problem.target,
-            prompt=problem.case.prompt,
-            support=problem.case.support(),
-            train_dataset=[ROW],
-            args=GFNConfig(
-                output_dir=folder,
-                max_steps=args.updates,
-                per_device_train_batch_size=1,
-                num_samples=args.samples,
-                learning_rate=methods.GFLOWNET_RATE,
-                lr_scheduler_type="constant_with_warmup",
-                diagnose_steps=0,
-                save_strategy="no",
-                logging_strategy="no",
-                disable_tqdm=True,
-                seed=seed,
-                **settings,
-            ),
-            peft_config=default_lora(methods.RANK),
-            callbacks=[watch],
+        trainer = methods.trainer_of(
+            problem.lm, problem.case, folder, kind=kind, callbacks=[watch], **settings
         )
         if isinstance(trainer, PaperTrainer):
             trainer.watch = watch

@@ -17,10 +17,11 @@ from statistics import mean
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
-from amortlm import GFNConfig, GFNTrainer, LanguageModel, default_lora
+from amortlm import LanguageModel
 from amortlm.diagnostics.exact import distance, enumerate_posterior, policy_log_probs
 
 from .posteriors.cases import BY_NAME, ROW
+from .posteriors.methods import trainer_of
 
 TARGETS = ("infill-long", "tempered-0.5")
 
@@ -29,29 +30,19 @@ def run(
     lm: LanguageModel, name: str, updates: int, schedule: str, mark: float, seed: int
 ) -> tuple[int, float, float]:
     """(updates made, total variation, KL(q || p)) of one training; mark 0: the whole schedule."""
-    case = BY_NAME[name]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = GFNTrainer(
+        trainer = trainer_of(
             lm,
-            target=case.build(lm),
-            prompt=case.prompt,
-            support=case.support(),
-            train_dataset=[ROW],
-            args=GFNConfig(
-                output_dir=folder,
-                objective="vargrad",
-                max_steps=updates,
-                per_device_train_batch_size=1,
-                num_samples=32,
-                learning_rate=3e-3,
-                lr_scheduler_type=schedule,
-                diagnose_steps=10,
-                stop_at_gap=mark,
-                save_strategy="no",
-                logging_strategy="no",
-                seed=seed,
-            ),
-            peft_config=default_lora(16),
+            BY_NAME[name],
+            folder,
+            objective="vargrad",
+            max_steps=updates,
+            num_samples=32,
+            learning_rate=3e-3,
+            lr_scheduler_type=schedule,
+            diagnose_steps=10,
+            stop_at_gap=mark,
+            seed=seed,
         )
         trainer.train()
     policy = trainer.policy

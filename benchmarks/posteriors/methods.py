@@ -163,31 +163,35 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+def trainer_of(lm: LanguageModel, case: Case, folder: str, **settings: Any) -> GFNTrainer:
+    """A trainer that keeps to itself. settings: "kind" (a subclass), "callbacks", and fields of GFNConfig."""
+    kind, callbacks = settings.pop("kind", GFNTrainer), settings.pop("callbacks", None)
+    quiet = {"diagnose_steps": 0, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
+    return kind(
+        lm,
+        target=case.build(lm),
+        prompt=case.prompt,
+        support=case.support(),
+        train_dataset=[ROW],
+        args=GFNConfig(**{**quiet, **settings, "output_dir": folder, "per_device_train_batch_size": 1}),
+        peft_config=default_lora(RANK),
+        callbacks=callbacks,
+    )
+
+
 def gflownet(problem: Problem, budget: Budget, seed: int, objective: str) -> Policy:
+    settings = {
+        "objective": objective,
+        "max_steps": budget.updates,
+        "num_samples": budget.samples,
+        "learning_rate": LEARNING_RATE.get(objective, GFLOWNET_RATE),
+        "hard_penalty": PENALTY,
+        **SETTINGS.get(objective, {}),
+        "buffer_size": 2 * budget.samples,
+        "seed": seed,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        trainer = GFNTrainer(
-            problem.lm,
-            target=problem.target,
-            prompt=problem.case.prompt,
-            support=problem.case.support(),
-            train_dataset=[ROW],
-            args=GFNConfig(
-                output_dir=folder,
-                objective=objective,
-                max_steps=budget.updates,
-                per_device_train_batch_size=1,
-                num_samples=budget.samples,
-                learning_rate=LEARNING_RATE.get(objective, GFLOWNET_RATE),
-                hard_penalty=PENALTY,
-                **SETTINGS.get(objective, {}),
-                buffer_size=2 * budget.samples,
-                save_strategy="no",
-                diagnose_steps=0,
-                logging_steps=50,
-                seed=seed,
-            ),
-            peft_config=default_lora(RANK),
-        )
+        trainer = trainer_of(problem.lm, problem.case, folder, **settings)
         trainer.train()
     return trainer.policy
 
