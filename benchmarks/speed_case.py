@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, DynamicCache, GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    TrainerCallback,
+)
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Rollouts, Support, default_lora
 from amortlm.language_model import EMBEDDED_PATH
@@ -150,34 +157,35 @@ class Update:
             self.seconds[phase].append(seconds)
 
 
-class Training:
+class Training(TrainerCallback):
     """A real run: seconds of each update, and how many stopping states its target was asked about.
 
     forget: the rewards of earlier updates are not remembered.
     """
 
     def __init__(self, trainer: GFNTrainer, forget: bool):
-        self.trainer = trainer
+        self.trainer, self.forget, self.started = trainer, forget, 0.0
         self.seconds: list[float] = []
         self.asked: list[int] = []
-        memory = trainer.training_target
-        step, score = trainer.training_step, memory.target.score
-
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            if forget:
-                memory.clear()
-            self.asked.append(0)
-            start = clock()
-            loss = step(*args, **kwargs)
-            self.seconds.append(clock() - start)
-            return loss
+        inner = trainer.training_target.target
+        score = inner.score
 
         def counted(rollouts: Rollouts) -> Any:
             self.asked[-1] += int(rollouts.stop_mask.sum())
             return score(rollouts)
 
-        trainer.training_step, memory.target.score = timed, counted  # type: ignore[method-assign]
+        inner.score = counted  # type: ignore[method-assign]
+        trainer.add_callback(self)
         trainer.train()
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.forget:
+            self.trainer.training_target.clear()
+        self.asked.append(0)
+        self.started = clock()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(clock() - self.started)
 
     def samples(self, seed: int) -> paper_loop.Batch:
         """What is trained on for a batch of prompts, at the end of the run."""

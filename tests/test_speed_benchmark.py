@@ -52,8 +52,13 @@ def test_paper_loop_has_the_loss_and_gradient_of_the_trainer(tiny, tmp_path, tas
 def test_phases_add_up_to_the_update(tiny, tmp_path):
     update = speed_case.Update(speed_case.build(speed_case.Case(task="infilling", **SMALL), str(tmp_path)))
     update()
+    asked = []
+    score = update.trainer.training_target.target.score
+    update.trainer.training_target.target.score = lambda rollouts: asked.append(1) or score(rollouts)
+    update()
+    assert asked, "nothing is known of the completions of an update"
     assert set(update.seconds) == {*speed_case.PHASES.values(), "optimiser", "rest"}
-    assert all(len(seconds) == 1 for seconds in update.seconds.values())
+    assert all(len(seconds) == 2 for seconds in update.seconds.values())
 
 
 def test_growth_has_the_exponent_of_the_cost(monkeypatch):

@@ -23,7 +23,7 @@ def smc_law(
 ) -> Law:
     """`amortlm.inference.smc` simulated `runs` times with n particles: the mean of its self-normalised weights.
 
-    Noise of the simulation adds to distances from it: see `halves`. twisted: the target scores every prefix.
+    Noise of the simulation adds to distances from it: see `between`. twisted: the target scores every prefix.
     """
     cdf = space.next_cdf(q)
     with np.errstate(divide="ignore"):
@@ -116,8 +116,9 @@ class _Particles:
         held = np.where(known, twist, -np.inf)
         top = held.max(1, keepdims=True)
         top = np.where(np.isfinite(top), top, 0.0)
-        total, count = np.exp(held - top).sum(1, keepdims=True), known.sum(1, keepdims=True)
-        mean = np.where(total > 0, np.log(np.maximum(total, 1e-300) / np.maximum(count, 1)) + top, 0.0)
+        c = np.where(known, np.exp(self.log_c - self.log_c.max(1, keepdims=True)), 0.0)
+        total, weight = (c * np.exp(held - top)).sum(1, keepdims=True), c.sum(1, keepdims=True)
+        mean = np.where(total > 0, np.log(np.maximum(total, 1e-300) / np.maximum(weight, 1e-300)) + top, 0.0)
         half = np.logaddexp(twist, mean) - np.log(2)
         return np.where(self.stopped, twist, np.where(known, half, mean))
 

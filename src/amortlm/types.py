@@ -20,8 +20,13 @@ Row = Mapping[str, Any]
 
 def row_key(row: Row) -> str:
     """A stable name for a data row: the same on every machine, process and run."""
-    text = json.dumps(dict(row), sort_keys=True, default=str)
+    text = json.dumps(dict(row), sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: arrays by their values, which their text shortens."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 @dataclass(frozen=True)

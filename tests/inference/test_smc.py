@@ -143,13 +143,17 @@ def test_twists_by_hand() -> None:
     lengths = torch.tensor(
         [1, 1, 3, 2]
     )  # particle 1 stopped with R = 0, particle 3 is live with R = 0 so far
+    equal = torch.zeros(4).double()
     expected = torch.tensor([3.0, 0.0, 4.5, 3.0]).double()
-    torch.testing.assert_close(twists(log_w, lengths, 2).exp(), expected)
-    nothing = twists(torch.full((2, 4), -torch.inf).double(), torch.tensor([1, 3]), 2)
+    torch.testing.assert_close(twists(log_w, equal, lengths, 2).exp(), expected)
+    log_c = torch.tensor([1.0, 1.0, 2.0, 5.0]).double().log()
+    expected = torch.tensor([3.0, 0.0, 3.0 + 15 / 8, 15 / 4]).double()
+    torch.testing.assert_close(twists(log_w, log_c, lengths, 2).exp(), expected)
+    nothing = twists(torch.full((2, 4), -torch.inf).double(), equal[:2], torch.tensor([1, 3]), 2)
     assert nothing.tolist() == [-math.inf, 0.0]
     # Finished completions alone: that particle 2 will stop at 2 is not known yet.
     expected = torch.tensor([3.0, 0.0, 1.5, 1.5]).double()
-    torch.testing.assert_close(twists(log_w, lengths, 2, every_state=False).exp(), expected)
+    torch.testing.assert_close(twists(log_w, equal, lengths, 2, every_state=False).exp(), expected)
 
 
 def test_a_stop_that_is_drawn_but_not_reached_decides_nothing(one_lm: LanguageModel) -> None:

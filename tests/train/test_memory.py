@@ -6,13 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from amortlm import LanguageModel, Support, constraint
-from amortlm.errors import CheckpointError
-from amortlm.targets.base import Scoring, Target
+from amortlm import LanguageModel, Support, constraint, verifier
+from amortlm.errors import RewardError
+from amortlm.targets.base import Scoring, Softened, Target
 from amortlm.train import memory as module
 from amortlm.train.memory import RewardMemory
 from amortlm.types import Rollouts
@@ -50,14 +51,20 @@ def batches(lm: LanguageModel, count: int = 4) -> list[Rollouts]:
     return [policy.sample(ROWS, 8, seed=seed)[0].distinct()[0] for seed in range(count)]
 
 
+def states_of(rollouts: Rollouts) -> set[tuple[int, tuple[int, ...]]]:
+    places = rollouts.stop_mask.nonzero().tolist()
+    return {(int(rollouts.row_index[b]), tuple(rollouts.tokens[b, :t].tolist())) for b, t in places}
+
+
 def test_rewards_are_the_targets_and_each_prefix_is_judged_once(one_lm: LanguageModel) -> None:
-    """Once but within a batch, where what several completions share is the target's to find."""
+    """Within a batch too: what several completions share is asked for at the first."""
     target = infilling(one_lm)
     memory, known, states = RewardMemory(target), set(), 0
     for batch in batches(one_lm):
         expected = target.target.score(batch)
         torch.testing.assert_close(memory.score(batch), expected, atol=1e-5, rtol=0)
         assert not known & set(target.asked)
+        assert len(set(target.asked)) == len(target.asked)
         known |= set(target.asked)
         states += int(batch.stop_mask.sum())
         target.asked.clear()
@@ -72,10 +79,12 @@ def test_rows_are_told_apart(one_lm: LanguageModel) -> None:
     policy, target = tiny_policy(one_lm, "{x}", SUPPORT), infilling(one_lm)
     z = [[one_lm.token_id("a"), one_lm.token_id(".")]]
     memory = RewardMemory(target)
-    for row in ROWS:
+    rows = [*ROWS, {**ROWS[0], "y": " d"}, {**ROWS[0], "array": np.arange(5000)}]
+    rows.append({**ROWS[0], "array": np.where(np.arange(5000) == 2500, 0, np.arange(5000))})
+    for row in rows:
         rollouts = policy.rollouts([row], [z])
         torch.testing.assert_close(memory.score(rollouts), target.target.score(rollouts))
-    assert len(target.asked) == 2
+    assert len(target.asked) == len(rows)
 
 
 def test_a_target_of_finished_text_is_asked_about_ends_alone(one_lm: LanguageModel) -> None:
@@ -103,7 +112,7 @@ def test_impossible_stays_impossible(one_lm: LanguageModel) -> None:
     (batch,) = batches(one_lm, 1)
     for _ in range(2):
         assert (memory.score(batch)[batch.stop_mask] == -math.inf).all()
-    assert len(target.asked) == int(batch.stop_mask.sum())
+    assert len(target.asked) == len(states_of(batch))
 
 
 def test_what_is_too_much_is_forgotten(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +123,7 @@ def test_what_is_too_much_is_forgotten(one_lm: LanguageModel, monkeypatch: pytes
     monkeypatch.setattr(module, "MAX_STATES", len(memory) - 1)
     asked = len(target.asked)
     torch.testing.assert_close(memory.score(other), target.target.score(other), atol=1e-5, rtol=0)
-    assert len(target.asked) == asked + int(other.stop_mask.sum())
+    assert len(target.asked) - asked == len(states_of(other)), "all of them again"
 
 
 def test_on_disk(one_lm: LanguageModel, tmp_path: Path) -> None:
@@ -135,13 +144,62 @@ def test_on_disk(one_lm: LanguageModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["memory.json", "memory.safetensors"])
-def test_a_broken_file(one_lm: LanguageModel, tmp_path: Path, name: str) -> None:
+def test_what_cannot_be_read_is_asked_for_again(
+    one_lm: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
     memory = RewardMemory(infilling(one_lm))
     memory.score(batches(one_lm, 1)[0])
     memory.save(tmp_path)
     content = (tmp_path / name).read_bytes()
-    for broken in (content[: len(content) // 2], b"{}"):
-        (tmp_path / name).write_bytes(broken)
-        with pytest.raises(CheckpointError, match="resume from an earlier checkpoint"):
-            memory.load(tmp_path)
-    assert len(memory) > 0  # what was there stays
+    for broken in (content[: len(content) // 2], b"{}", b"null", None):
+        if broken is None:
+            (tmp_path / name).unlink()
+        else:
+            (tmp_path / name).write_bytes(broken)
+        caplog.clear()
+        memory.load(tmp_path)
+        assert "asked for again" in caplog.text
+        assert len(memory) == 0
+
+
+def test_rewards_of_another_target_are_not_taken(
+    one_lm: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The run goes on with a changed temperature, penalty, or prompt: an old reward would be wrong."""
+    term, hard = one_lm.log_prob("{z}{y}", given="{x}"), constraint.contains("a")
+    prior = one_lm.log_prob("{z}", given="{x}")
+    memory = RewardMemory(Softened(term + hard, prior, 5.0))
+    memory.score(batches(one_lm, 1)[0])
+    memory.save(tmp_path)
+    same = RewardMemory(Softened(term + hard, prior, 5.0))
+    same.load(tmp_path)
+    assert len(same) == len(memory)
+    unlike = one_lm.log_prob("{z}", given="{y}")
+    for target in (
+        Softened(term / 2 + hard, prior, 5.0),
+        Softened(term + hard, prior, 6.0),
+        Softened(hard, prior, 5.0),
+    ):
+        same.target = target
+        same.load(tmp_path)
+        assert len(same) == 0
+    assert "not of" in caplog.text
+    assert repr(Softened(hard, prior, 5.0)) != repr(Softened(hard, unlike, 5.0))
+
+
+def test_a_reward_that_is_no_number_is_refused(one_lm: LanguageModel) -> None:
+    (batch,) = batches(one_lm, 1)
+    broken = verifier(lambda texts, rows: [math.nan] * len(texts), every_prefix=True).bind(one_lm)
+    with pytest.raises(RewardError, match="NaN"):
+        RewardMemory(broken).score(batch)
+
+
+def test_work_is_cut_to_the_memory_budget(one_lm: LanguageModel) -> None:
+    target = infilling(one_lm)
+    sizes = []
+    target.rows_per_chunk = lambda rollouts: sizes.append(len(rollouts)) or 1  # type: ignore[method-assign,func-returns-value]
+    (batch,) = batches(one_lm, 1)
+    expected = target.target.score(batch)
+    torch.testing.assert_close(RewardMemory(target).score(batch), expected, atol=1e-5, rtol=0)
+    assert sizes
+    assert len(target.asked) == len(states_of(batch))

@@ -14,8 +14,9 @@ The twist psi of z_1:t is half the weight of stopping there,
 and half the mean over the particles. Not R(z_1:t) / q(z_1:t), which would punish a prefix for being in the middle of
 a sentence. For q = p and R = p(z y | x) the weight is p(y | x z_1:t stop). For a trained policy it is the flow of
 subtrajectory balance: at q = R / Z it is Z at every state, values stay equal, nothing is ever resampled. A particle
-that stops keeps its value w. The mean (of all particles at t, which psi may read) bounds the harm where stopping now
-tells little about stopping later: a prefix keeps at least half of the copies that it would have without twists.
+that stops keeps its value w. The mean, weighed by c, is over the particles whose w or weight of stopping is known; psi
+may read all that is written at t. It bounds the harm where stopping now tells little about stopping later: a live
+particle keeps at least a third of the copies that c alone would give it, half where none has stopped.
 
 Where log_w[t] says nothing - before min_tokens, for a target that only judges finished text, or where R = 0 at a
 prefix that may still come right - psi is the mean alone, of what is known at t, or 1 if nothing is. Zero
@@ -113,7 +114,7 @@ def smc(
     t = 1
     # At max_tokens nothing is left to draw: resampling there would only add noise.
     while ess_threshold > 0 and t < policy.support.max_tokens and bool((paths.lengths >= t).any()):
-        log_twist = twists(log_w, paths.lengths, t, twisted)
+        log_twist = twists(log_w, log_c, paths.lengths, t, twisted)
         history.append(_ess(log_c + log_twist))
         # The margin keeps rounding from resampling equal values at a threshold of 1.
         if history[-1] < ess_threshold * num_particles * (1 - 1e-9):
@@ -159,8 +160,8 @@ def state_log_weights(
     return log_w
 
 
-def twists(log_w: Tensor, lengths: Tensor, t: int, every_state: bool = True) -> Tensor:
-    """[N] log psi after t tokens, or log w of particles that stopped before t. log_w [N, T+1], lengths [N].
+def twists(log_w: Tensor, log_c: Tensor, lengths: Tensor, t: int, every_state: bool = True) -> Tensor:
+    """[N] log psi after t tokens, or log w of particles that stopped before t. log_w [N, T+1], log_c, lengths [N].
 
     A particle of length t is live: its stop is not drawn yet. Where log_w is that of finished completions alone (not
     every_state), a live one has none: an entry at t would tell that it is going to stop there.
@@ -171,7 +172,7 @@ def twists(log_w: Tensor, lengths: Tensor, t: int, every_state: bool = True) -> 
     known = stopped | ~torch.isneginf(log_known)
     if not (log_known > -torch.inf).any():
         return torch.where(known, log_known, 0.0)
-    log_mean = _log_mean(log_known[known])
+    log_mean = (log_c + log_known)[known].logsumexp(0) - log_c[known].logsumexp(0)
     log_twist = torch.where(known, torch.logaddexp(log_known, log_mean) - math.log(2), log_mean)
     return torch.where(stopped, log_known, log_twist)
 

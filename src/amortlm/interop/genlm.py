@@ -70,9 +70,9 @@ def proposal(policy: Policy, row: Row) -> Potential:
 def critic(target: Target, policy: Policy, row: Row) -> Potential:
     """R / q of one row as a potential: `SMC(direct_token_sampler(proposal(policy, row)), critic(...))` samples R.
 
-    complete(z) = log w(z) = log R(z) - log q(z). prefix(z) is the weight of stopping at z (the twist of
-    `inference.smc`), with the terms of the target that `to_potential` keeps at a prefix; 0 where there are none, so
-    for a target that only judges finished text run SMC with `ess_threshold=0`. Raises ConfigError for a tool.
+    complete(z) = log w(z) = log R(z) - log q(z). prefix(z) is the weight of stopping at z (half of the
+    twist of `inference.smc`), with the terms of the target that `to_potential` keeps at a prefix; 0 where there are
+    none, so for a target that only judges finished text run SMC with `ess_threshold=0`. Raises ConfigError for a tool.
     """
     return CriticPotential(policy, row, target)
 

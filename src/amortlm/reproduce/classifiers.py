@@ -13,6 +13,8 @@ from amortlm.predictive import predict
 from amortlm.tasks.subjectivity import ANSWERS
 from amortlm.types import Row
 
+BATCH = 64
+
 
 @dataclass(frozen=True)
 class Direct:
@@ -20,11 +22,11 @@ class Direct:
 
     policy: Policy
 
-    def probabilities(self, rows: Sequence[Row], batch: int = 64) -> list[list[float]]:
-        """p of each answer, normalised among them, for each row."""
+    def probabilities(self, rows: Sequence[Row], seed: object) -> list[list[float]]:
+        """p of each answer, normalised among them, for each row; nothing is drawn."""
         out = []
-        for start in range(0, len(rows), batch):
-            part = rows[start : start + batch]
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
             rollouts = self.policy.rollouts(part, [[f" {a}" for a in ANSWERS]] * len(part))
             with torch.no_grad():
                 log_q = self.policy.evaluate(rollouts).final(rollouts.lengths)
@@ -39,5 +41,5 @@ class Latent:
     posterior: Posterior
     samples: int
 
-    def probabilities(self, rows: Sequence[Row], seed: object = 0) -> list[list[float]]:
+    def probabilities(self, rows: Sequence[Row], seed: object) -> list[list[float]]:
         return [p.probs for p in predict(self.posterior, rows, ANSWERS, self.samples, seed=seed)]

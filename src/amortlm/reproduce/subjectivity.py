@@ -261,7 +261,7 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
     from amortlm.metrics.calibration import calibration
 
     rows = context.data.test
-    probabilities = trained.sampler.probabilities(rows)
+    probabilities = trained.sampler.probabilities(rows, seed)
     best = [max(range(len(ANSWERS)), key=p.__getitem__) for p in probabilities]
     right = [ANSWERS[i] == row["y"] for i, row in zip(best, rows, strict=True)]
     found = calibration([p[i] for p, i in zip(probabilities, best, strict=True)], right)

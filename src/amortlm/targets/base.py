@@ -186,4 +186,5 @@ class Softened(Target):
         return self.target.to_spec()
 
     def __repr__(self) -> str:
-        return repr(self.target)
+        prior = f" or {self.prior!r}" if self._needs_prior else ""
+        return f"softened({self.target!r}{prior}, penalty {self.penalty:g})"

@@ -172,6 +172,9 @@ class Predicate(_TextConstraint):
     def settings(self) -> tuple[str, Any]:
         return "predicate", require_path(self.path, self.fn)
 
+    def __repr__(self) -> str:
+        return f"predicate({self.path or _name(self.fn)})"
+
 
 class AllowedTokens(Constraint):
     """Every token of the completion is one of `tokens` (strings or ids)."""
@@ -244,7 +247,7 @@ class Verifier(_TextTerm):
         self.every_prefix = every_prefix
 
     def __repr__(self) -> str:
-        return f"verifier({self.path or self.fn!r})"
+        return f"verifier({self.path or _name(self.fn)})"
 
     def to_spec(self) -> list[dict[str, Any]]:
         path = require_path(self.path, self.fn)
@@ -284,6 +287,11 @@ def resolve_function(fn: Callable[..., Any] | str) -> tuple[Callable[..., Any], 
 def takes_row(fn: Callable[..., Any]) -> bool:
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional for p in inspect.signature(fn).parameters.values()) >= 2
+
+
+def _name(fn: Callable[..., Any]) -> str:
+    """The same in every process, unlike repr(fn)."""
+    return getattr(fn, "__qualname__", type(fn).__name__)
 
 
 def require_path(path: str | None, fn: Callable[..., Any]) -> str:

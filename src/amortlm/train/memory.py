@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from amortlm.errors import CheckpointError
 from amortlm.targets.base import Scoring, Target
 from amortlm.types import Rollouts, row_key
 
+logger = logging.getLogger(__name__)
 MAX_STATES = 2**20  # about 200 MB
 
 
@@ -51,15 +52,25 @@ class RewardMemory(Target):
         if len(self) > MAX_STATES:
             self.clear()
         states = self._states(rollouts)
-        missing = self._log_rewards(states, rollouts).isnan() & rollouts.stop_mask
-        index = missing.any(1).nonzero().squeeze(1)
-        if len(index) > 0:
-            asked = rollouts.select(index)
-            asked = replace(asked, stop_mask=missing[index, : asked.stop_mask.shape[1]])
-            found, asking = self.target.score(asked)[asked.stop_mask].tolist(), index.tolist()
-            for (b, t), log_r in zip(asked.stop_mask.nonzero().tolist(), found, strict=True):
-                self._log_r[states[asking[b]][t]] = log_r
-        return self._log_rewards(states, rollouts).nan_to_num(0.0, math.inf, -math.inf)
+        first = self._unknown(states, rollouts.stop_mask)
+        if first:
+            rows = sorted({b for b, _ in first.values()})
+            asked = rollouts.select(torch.tensor(rows, device=rollouts.tokens.device))
+            mask = torch.zeros(rollouts.stop_mask.shape, dtype=torch.bool)
+            mask[tuple(zip(*first.values(), strict=True))] = True
+            mask = mask[rows, : asked.stop_mask.shape[1]]
+            found = self.target.score(replace(asked, stop_mask=mask.to(asked.stop_mask.device))).cpu()
+            for (b, t), log_r in zip(mask.nonzero().tolist(), found[mask].tolist(), strict=True):
+                self._log_r[states[rows[b]][t]] = log_r
+        return self._log_rewards(states, rollouts)
+
+    def _unknown(self, states: list[list[int]], stop_mask: Tensor) -> dict[int, tuple[int, int]]:
+        """The states that were never judged, each with the first (trajectory, length) that it is met at."""
+        found: dict[int, tuple[int, int]] = {}
+        for b, t in stop_mask.nonzero().tolist():
+            if math.isnan(self._log_r[states[b][t]]):
+                found.setdefault(states[b][t], (b, t))
+        return found
 
     def _states(self, rollouts: Rollouts) -> list[list[int]]:
         """The states of each trajectory, the empty completion first."""
@@ -79,13 +90,13 @@ class RewardMemory(Target):
         return known[key]
 
     def _log_rewards(self, states: list[list[int]], rollouts: Rollouts) -> Tensor:
-        """[B, T+1], nan where not judged."""
+        """[B, T+1], 0 where not judged."""
         width = rollouts.stop_mask.shape[1]
-        lines = [[self._log_r[s] for s in path] + [math.nan] * (width - len(path)) for path in states]
-        return torch.tensor(lines, device=rollouts.tokens.device)
+        lines = [[self._log_r[s] for s in path] + [0.0] * (width - len(path)) for path in states]
+        return torch.tensor(lines, device=rollouts.tokens.device).nan_to_num(0.0, math.inf, -math.inf)
 
     def save(self, folder: str | Path) -> None:
-        """Write `memory.json` (row keys) and `memory.safetensors` into `folder`."""
+        """Write `memory.json` (target, row keys) and `memory.safetensors` into `folder`."""
         folder = Path(folder)
         steps = [(parent, token, child) for (parent, token), child in self._children.items()]
         tensors = {
@@ -93,21 +104,24 @@ class RewardMemory(Target):
             "log_reward": torch.tensor(self._log_r, dtype=torch.float32),
         }
         save_file(tensors, str(folder / "memory.safetensors"))
-        (folder / "memory.json").write_text(json.dumps(self._roots))
+        (folder / "memory.json").write_text(json.dumps({"target": repr(self), "roots": self._roots}))
 
     def load(self, folder: str | Path) -> None:
-        """Replace the content by what `save` wrote. Raises CheckpointError if it is incomplete."""
-        folder = Path(folder)
+        """Replace the content by what `save` wrote for the same target. What cannot be used is left with a warning:
+        it costs passes to find again, and nothing else."""
+        self.clear()
         try:
-            roots = json.loads((folder / "memory.json").read_text())
-            data = load_file(str(folder / "memory.safetensors"))
-            children = {(parent, token): child for parent, token, child in data["steps"].tolist()}
-            log_r = data["log_reward"].tolist()
-            if len(roots) + len(children) != len(log_r):
-                raise ValueError(f"{len(roots)} rows and {len(children)} steps, but {len(log_r)} rewards")
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-            raise CheckpointError(
-                f"{folder}: the rewards seen so far are incomplete ({type(e).__name__}: {e}); resume from an earlier "
-                "checkpoint"
-            ) from e
+            self._load(Path(folder))
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
+            logger.warning("%s: rewards are asked for again (%s: %s)", folder, type(e).__name__, e)
+
+    def _load(self, folder: Path) -> None:
+        about = json.loads((folder / "memory.json").read_text())
+        data = load_file(str(folder / "memory.safetensors"))
+        if about["target"] != repr(self):
+            raise ValueError(f"they are those of {about['target']}, not of {self!r}")
+        roots, log_r = about["roots"], data["log_reward"].tolist()
+        children = {(parent, token): child for parent, token, child in data["steps"].tolist()}
+        if len(roots) + len(children) != len(log_r):
+            raise ValueError(f"{len(roots)} rows and {len(children)} steps, but {len(log_r)} rewards")
         self._roots, self._children, self._log_r = roots, children, log_r
