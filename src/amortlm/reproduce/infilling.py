@@ -39,7 +39,7 @@ SMALL: Settings = {
     "sft": {"max_steps": 50, "learning_rate": 5e-4, "batch_size": 32},
     "gflownet": {
         "objective": "vargrad",
-        "max_steps": 200,
+        "max_steps": 400,
         "num_samples": 8,
         "per_device_train_batch_size": 16,
         "learning_rate": 1e-3,
