@@ -96,10 +96,10 @@ def introduction(targets: list[str], settings: dict[str, Any]) -> str:
 
 def reasons() -> str:
     return (
-        "- SMC resamples by the weight of stopping now. Where likely completions go on from a prefix at which stopping "
-        "is far less likely than elsewhere (an ending that fits `very excited` does not fit `very`), it loses the "
-        "prefixes that matter, and needs more particles than plain SIR. So it does with a policy that is right only "
-        "where completions end (VarGrad, TB).\n"
+        "- SMC resamples by the weight of stopping now, tempered by the mean over the particles. Where likely "
+        "completions go on from a prefix at which stopping is far less likely than elsewhere (an ending that fits "
+        "`very excited` does not fit `very`), it thins out the prefixes that matter, and needs more particles than "
+        "plain SIR. So it does with a policy that is right only where completions end (VarGrad, TB).\n"
         "- A constraint that the prompted model meets once in 10^3 to 10^6 draws: training sees few or no completions "
         "with R > 0. What it learns from the others, the model's own law on this support, can make them rarer "
         "(accepted, trained); then q is a worse proposal than the prompted model."
