@@ -27,12 +27,21 @@ def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_lists_of_numbers_stand_on_one_line(tmp_path: Path) -> None:
-    value = {"a": [1, 2.5, None, True], "text": "[\n1,\n2\n]", "mixed": ["[\n", 1], "deep": [[1], []]}
+def test_numbers_stand_on_one_line(tmp_path: Path) -> None:
+    value = {
+        "a": [1, 2.5, -1e-9, None, True],
+        "point": {"passes": 2, "a  b": -0.5, "fail": None},
+        "text": "[\n1,\n2\n]",
+        "mixed": ["[\n", 1],
+        "words": {"x": "two  spaces", "y": 1},
+        "deep": [[1], [], {}],
+    }
     storage.write_json(tmp_path / "x.json", value)
     text = (tmp_path / "x.json").read_text()
     assert json.loads(text) == value
-    assert "[ 1, 2.5, null, true ]" in text
+    assert "[ 1, 2.5, -1e-09, null, true ]" in text
+    assert '{ "passes": 2, "a  b": -0.5, "fail": null }' in text
+    assert '"x": "two  spaces",\n' in text, "words keep their lines"
 
 
 def test_spread_leaves_out_what_is_not_finite() -> None:

@@ -123,6 +123,24 @@ def test_the_frozen_model_is_untouched(one_lm: LanguageModel, tmp_path: Path) ->
     assert all(torch.equal(v, before[k]) for k, v in one_lm.model.state_dict().items())
 
 
+def test_whatever_is_scored_for_training_is_remembered(one_lm: LanguageModel, tmp_path: Path) -> None:
+    """By updates and by the correction of samples: a second run over the same completions asks for nothing."""
+    trainer = make_trainer(one_lm, tmp_path, corrected_ratio=0.5, corrected_particles=8)
+    assert trainer.source.target is trainer.training_target
+    batch = {"rows": ROWS}
+    trainer._next_micro_step = lambda: (0, 0)  # type: ignore[method-assign]
+    trainer.compute_loss(trainer.policy, batch)
+    asked: list[int] = []
+    score = trainer.training_target.target.score
+    trainer.training_target.target.score = lambda r: asked.append(1) or score(r)  # type: ignore
+    trainer.buffer._entries.clear()
+    trainer.compute_loss(trainer.policy, batch)
+    assert asked == []
+    trainer.training_target.clear()
+    trainer.compute_loss(trainer.policy, batch)
+    assert asked, "the control"
+
+
 @pytest.mark.parametrize(("objective", "log_z"), [("subtb", "group"), ("tb", "learned")])
 def test_interrupted_and_resumed_equals_uninterrupted(
     one_lm: LanguageModel, tmp_path: Path, objective: str, log_z: str

@@ -12,7 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-FLAT = re.compile(r'\[\n[^][{}"]*\]')  # a list without strings in it; strings hold no raw line break
+NUMBER = r"(?:-?\d[^\s,]*|null|true|false)"
+# A list or a mapping of numbers alone. Strings hold no raw line break, so only structure begins with one.
+FLAT = re.compile(rf'\[(?:\n *{NUMBER},?)+\n *\]|\{{(?:\n *"[^"\\\n]*": {NUMBER},?)+\n *\}}')
 PACKAGES = ("amortlm", "torch", "transformers", "peft", "trl", "numpy")
 
 
@@ -26,9 +28,9 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented, with lists of numbers on one line."""
+    """Indented, with numbers that stand together on one line."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text(path, FLAT.sub(lambda found: re.sub(r"\s+", " ", found[0]), text) + "\n")
+    write_text(path, FLAT.sub(lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

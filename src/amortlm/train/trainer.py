@@ -81,6 +81,7 @@ class GFNTrainer(Trainer):
         self.training_target = RewardMemory(softened)
         self.posterior = Posterior(policy, target)
         self.buffer = ReplayBuffer(args.buffer_size, args.buffer_prioritized)
+        self._stores = (self.buffer, self.training_target)
         self.source = TrajectorySource(policy, self.training_target, self.buffer, args)
         self._row_number = {row_key(row): i for i, row in enumerate(rows)}
         self._metrics: dict[str, list[float]] = defaultdict(list)
@@ -242,14 +243,13 @@ class GFNTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         # trainer_state.json is written last: a checkpoint without it was cut short.
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        stores = (self.buffer, self.training_target)
-        checkpoints.save_state(folder, self.args.process_index, stores, self._log_z())
+        checkpoints.save_state(folder, self.args.process_index, self._stores, self._log_z())
         super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.policy.load_adapter(resume_from_checkpoint)
-        stores = (self.buffer, self.training_target)
-        checkpoints.load_state(Path(resume_from_checkpoint), self.args.process_index, stores, self._log_z())
+        folder = Path(resume_from_checkpoint)
+        checkpoints.load_state(folder, self.args.process_index, self._stores, self._log_z())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         try:
