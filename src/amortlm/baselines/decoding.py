@@ -106,7 +106,7 @@ def support_log_probs(support: BoundSupport, logits: Tensor, tokens: Tensor, mer
     merge_stops: the first stop symbol stands for all of them.
     """
     stops = torch.tensor(support.stop_ids, device=logits.device)
-    legal = support.legal(tokens.shape[1], tokens, torch.arange(len(tokens), device=tokens.device))
+    legal = support.legal(tokens.shape[1], support.positions(tokens)[:, -1])
     log_q = logits.float().masked_fill(~legal, -torch.inf).log_softmax(-1)
     if merge_stops and len(stops) > 1:
         log_stop = log_q[:, stops].logsumexp(-1)

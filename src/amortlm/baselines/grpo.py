@@ -121,9 +121,10 @@ def _check(
         raise ConfigError("GRPO and RLOO compare samples of one row: num_samples must be at least 2")
     if not 1 <= rows_per_step <= len(rows):
         raise DataError(f"rows_per_step={rows_per_step} needs at least so many rows, got {len(rows)}")
-    if method == "rloo" and policy.support.lists is not None:
+    if method == "rloo" and policy.support.automaton is not None:
         raise ConfigError(
-            "RLOO cannot draw lists of statements in TRL: use GRPO, or a support without separator"
+            "RLOO cannot draw lists of statements or a pattern in TRL: use GRPO, or a support without separator and "
+            "pattern"
         )
     if policy.is_full and beta > 0:
         raise ConfigError(

@@ -145,6 +145,7 @@ def redraw(policy: Policy, prefix: Prefix, paths: Paths, keep: Tensor, generator
     model.eval()
     cache, mask, ids = _encode_kept(policy, prefix, tokens, keep)
     alive, state = torch.arange(len(keep), device=keep.device), keep
+    at = support.positions(tokens)[alive, keep]
     while len(alive) > 0:
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
         logits = model(
@@ -154,7 +155,7 @@ def redraw(policy: Policy, prefix: Prefix, paths: Paths, keep: Tensor, generator
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-        legal = support.legal(state, tokens, alive)
+        legal = support.legal(state, at)
         log_q, log_pterm[alive, state] = _state_log_probs(logits, state, support, legal)
         token = _inverse_cdf(log_q, u[alive, state])
         done = torch.isin(token, torch.tensor(support.stop_ids, device=token.device))
@@ -163,7 +164,7 @@ def redraw(policy: Policy, prefix: Prefix, paths: Paths, keep: Tensor, generator
         alive, state, ids = alive[going], state[going], token[going]
         tokens[alive, state] = ids
         log_pf[alive, state] = log_q[going, ids]
-        state = state + 1
+        state, at = state + 1, support.advance(at[going], ids)
         if done.any():
             cache.batch_select_indices(going)
             mask = mask[going]

@@ -125,11 +125,7 @@ class CompletionPotential(Potential):
         """May the policy have written this, and go on from it (or stop)?"""
         if len(ids) > self.support.max_tokens or not self._written.issuperset(ids):
             return False
-        if self.support.lists is None:
-            return True
-        word, separator, _ = self.support.lists.moves(torch.tensor([ids], dtype=torch.long))
-        is_separator = [t == self.support.lists.separator for t in ids]
-        return all(bool((separator if s else word)[0, t]) for t, s in enumerate(is_separator))
+        return self.support.automaton is None or self.support.automaton.has_prefix(ids)
 
     def _scores(
         self,
@@ -235,7 +231,8 @@ class PolicyPotential(CompletionPotential):
         prefix = encode_prompts(self.policy.model, self.policy.encode_rows(rollouts.rows))
         logits, _ = state_logits(self.policy.model, prefix, rollouts.row_index, rollouts.tokens)
         batch = torch.arange(len(rollouts), device=logits.device)
-        legal = self.support.legal(rollouts.lengths, rollouts.tokens, batch)
+        position = self.support.positions(rollouts.tokens)[batch, rollouts.lengths]
+        legal = self.support.legal(rollouts.lengths, position)
         log_q = logits[batch, rollouts.lengths].float().masked_fill(~legal, -torch.inf).log_softmax(-1)
         log_stop = log_q[:, list(self.support.stop_ids)].logsumexp(-1, keepdim=True)
         return torch.cat([log_q[:, [t.token_id for t in self.vocab]], log_stop], dim=1).double().cpu().numpy()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from amortlm.policy.automaton import Automaton
+
 # Logits in float32 at a time: what fits a CPU's cache; on a GPU few kernels count more.
 CPU_CHUNK, GPU_CHUNK = 2**19, 2**26
 
@@ -21,24 +23,22 @@ class Legal(NamedTuple):
     """What may come next at the states of B completions.
 
     allowed [V] may be written at all, stop_ids [s] long; go, stop [B, S] bool: may anything be written, may it stop.
-    word, separator [B, S] bool and separator_id: of lists (None without), what of `allowed` is legal at a state.
+    automaton, and state, position [B, S]: where what may be written depends on what is (None otherwise).
     """
 
     allowed: Tensor
     stop_ids: Tensor
     go: Tensor
     stop: Tensor
-    word: Tensor | None = None
-    separator: Tensor | None = None
-    separator_id: int = -1
+    automaton: Automaton | None = None
+    state: Tensor | None = None
+    position: Tensor | None = None
 
     def written(self, rows: slice) -> Tensor:
         """[n, V] (or [1, V]): tokens that may be written at these states (flattened over B and S)."""
-        if self.word is None or self.separator is None:
+        if self.automaton is None or self.state is None or self.position is None:
             return self.allowed[None]
-        legal = self.allowed & self.word.flatten()[rows, None]
-        legal[:, self.separator_id] = self.separator.flatten()[rows]
-        return legal
+        return self.automaton.legal_tokens(self.state.flatten()[rows], self.position.flatten()[rows])
 
 
 class SupportLogProbs(torch.autograd.Function):

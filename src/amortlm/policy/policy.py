@@ -135,9 +135,15 @@ class Policy(nn.Module):
         if not self.support.contains(tokens):
             lists = self.support.lists
             counts = "" if lists is None else f", not {lists.minimum} to {lists.maximum} non-empty statements"
+            text = (
+                ""
+                if self.support.pattern is None
+                else f", a text that does not match {self.support.pattern!r}"
+            )
             raise DataError(
                 f"completion {completion!r} is outside the support: {len(tokens)} tokens where "
-                f"{self.support.min_tokens} to {self.support.max_tokens} are allowed{counts}, or a banned token inside"
+                f"{self.support.min_tokens} to {self.support.max_tokens} are allowed{counts}{text}, or a banned token "
+                "inside"
             )
         return tokens, stop
 

@@ -75,6 +75,7 @@ def draw(
     log_pterm = torch.full((batch, width + 1), -torch.inf, device=device)
 
     tools = ToolRun(support.tool, batch) if support.tool is not None else None
+    position = torch.zeros_like(lengths)
     alive = torch.arange(batch, device=device)
     cache = select_cache(prefix.cache, index) or DynamicCache()
     mask, ids = prefix.mask[index], prefix.last[index]
@@ -89,7 +90,7 @@ def draw(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-        step = _step(logits, t, support, uniforms[alive, t], exploration, tokens, alive)
+        step = _step(logits, t, support, uniforms[alive, t], exploration, position[alive], alive)
         if tools is not None and t < width:
             step = step.forced(tools.forced(alive))
         log_pterm[alive, t] = step.log_stop
@@ -100,6 +101,7 @@ def draw(
             break
         ids = step.token[going]
         tokens[alive, t], log_pf[alive, t] = ids, step.log_p[going]
+        position[alive] = support.advance(position[alive], ids)
         if tools is not None:
             tools.advance(alive, tokens, t)
         if done.any():
@@ -135,12 +137,12 @@ def _step(
     support: BoundSupport,
     u: Tensor,
     exploration: Exploration,
-    tokens: Tensor,
+    position: Tensor,
     alive: Tensor,
 ) -> _Step:
-    """Draw the next token (or the stop) at state t for the b rows still alive. logits [b, V], tokens [B, T]."""
+    """Draw the next token (or the stop) at state t for the b rows still alive. logits [b, V], position [b]."""
     stop_ids = torch.tensor(support.stop_ids, device=logits.device)
-    legal = support.legal(t, tokens, alive)
+    legal = support.legal(t, position)
     logits = logits.float().masked_fill(~legal, -torch.inf)
     log_q = logits.log_softmax(-1)
     behaviour = log_q

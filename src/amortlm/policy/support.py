@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from amortlm.errors import SupportError
+from amortlm.policy.automaton import Automaton
 from amortlm.policy.lists import Lists
 from amortlm.policy.log_probs import Legal, SupportLogProbs
+from amortlm.policy.patterns import pattern_automaton
 from amortlm.policy.tools import BoundTool, Tool, tool_from_spec
 from amortlm.targets.lists import split_statements
 from amortlm.types import Rollouts, Row
@@ -37,6 +39,7 @@ class Support:
     min_statements   stopping is impossible before so many statements
     max_statements   no separator after so many statements (default: as many as fit); equal to min_statements for
                      latents in sequence, "{z1}{z2}" in a target
+    pattern          the whole text, outer white space removed, matches this regular expression (extra `patterns`)
 
     Stop tokens and the tokenizer's special tokens are never written inside a completion. The separator is one token,
     allowed whatever allowed_tokens says, and counts as a token of the completion.
@@ -51,6 +54,7 @@ class Support:
     separator: str | int | None = None
     min_statements: int = 1
     max_statements: int | None = None
+    pattern: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
@@ -71,6 +75,11 @@ class Support:
                 f"min_statements={low}, max_statements={high}, max_tokens={self.max_tokens} allows nothing; need "
                 "1 <= min_statements <= max_statements, and max_tokens >= 2 * min_statements - 1 for a token each "
                 "and the separators"
+            )
+        if self.pattern is not None and (self.tool is not None or self.separator is not None):
+            raise SupportError(
+                "a pattern decides about every token of a completion: take out tool or separator (a pattern can spell "
+                "what divides statements), or put constraint.matches(pattern) into the target"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -101,7 +110,14 @@ class Support:
                 "support allows nothing: no token is left after banned, special and stop tokens; widen allowed_tokens"
             )
         tool = None if self.tool is None else BoundTool(tool_from_spec(self.tool), lm, stop_ids)
-        return BoundSupport(stop_ids, self.min_tokens, self.max_tokens, allowed, tool, lists)
+        automaton = None
+        if lists is not None:
+            automaton = lists.automaton(allowed, self.min_tokens, self.max_tokens)
+        elif self.pattern is not None:
+            automaton = pattern_automaton(self.pattern, lm, allowed, self.min_tokens, self.max_tokens)
+        return BoundSupport(
+            stop_ids, self.min_tokens, self.max_tokens, allowed, tool, lists, self.pattern, automaton
+        )
 
     def _lists(self, lm: LanguageModel, stop_ids: Sequence[int]) -> Lists:
         assert self.separator is not None
@@ -109,14 +125,15 @@ class Support:
         if separator in stop_ids:
             raise SupportError(f"separator {self.separator!r} is a stop token too; use another of the two")
         maximum = fits if self.max_statements is None else min(self.max_statements, fits)
-        return Lists(separator, self.min_statements, maximum, self.max_tokens)
+        return Lists(separator, self.min_statements, maximum)
 
 
 @dataclass(frozen=True)
 class BoundSupport:
     """A support resolved for one model.
 
-    allowed [V] bool: what may be written inside a completion; with `lists`, inside a statement.
+    allowed [V] bool: what may be written inside a completion; with `lists`, inside a statement. With lists or a
+    pattern an automaton says which tokens may follow which.
     """
 
     stop_ids: tuple[int, ...]
@@ -125,19 +142,21 @@ class BoundSupport:
     allowed: Tensor
     tool: BoundTool | None = None
     lists: Lists | None = None
+    pattern: str | None = None
+    automaton: Automaton | None = None
 
     def size(self) -> int:
         """Number of completions in the support (with a tool: at most so many)."""
         n = int(self.allowed.sum())
         lengths = range(self.min_tokens, self.max_tokens + 1)
-        return sum(n**t if self.lists is None else self.lists.size(n, t) for t in lengths)
+        return sum(n**t if self.automaton is None else self.automaton.size(t) for t in lengths)
 
     def completions(self, length: int) -> Iterator[list[int]]:
         """Every completion of so many tokens, in a fixed order."""
-        choices = self.allowed.nonzero().squeeze(1).tolist()
-        if self.lists is not None:
-            yield from self.lists.completions(choices, length)
+        if self.automaton is not None:
+            yield from self.automaton.completions(length)
             return
+        choices = self.allowed.nonzero().squeeze(1).tolist()
         if self.tool is None:
             yield from map(list, product(choices, repeat=length))
             return
@@ -158,9 +177,8 @@ class BoundSupport:
         known = all(0 <= t < len(self.allowed) for t in tokens)
         if not known or not self.min_tokens <= len(tokens) <= self.max_tokens:
             return False
-        if self.lists is not None:
-            words = [t for t in tokens if t != self.lists.separator]
-            return bool(self.allowed[words].all()) and self.lists.contains(tokens)
+        if self.automaton is not None:
+            return self.automaton.contains(tokens)
         if self.tool is None:
             return bool(self.allowed[list(tokens)].all())
         forced = self.tool.forced(tokens)
@@ -172,23 +190,31 @@ class BoundSupport:
         """The statements of a completion, without their separators; without a separator, the completion."""
         return [list(tokens)] if self.lists is None else split_statements(tokens, self.lists.separator)
 
-    def legal(self, state: int | Tensor, tokens: Tensor, index: Tensor) -> Tensor:
-        """What may come next, stop symbols included, for the b completions tokens[index] of `state` tokens so far.
+    def positions(self, tokens: Tensor) -> Tensor:
+        """[B, T+1] where the automaton is after each prefix of tokens [B, T]; without one, 0 everywhere."""
+        if self.automaton is None:
+            return tokens.new_zeros(len(tokens), tokens.shape[1] + 1)
+        return self.automaton.to(tokens.device).states(tokens)
 
-        state: an int or [b]; tokens [B, T], of which the first `state` are read. Returns bool [b, V], or [V] where
-        it is the same for all.
+    def advance(self, position: Tensor, token: Tensor) -> Tensor:
+        """[b] the positions after one token more."""
+        return (
+            position if self.automaton is None else self.automaton.to(token.device).advance(position, token)
+        )
+
+    def legal(self, state: int | Tensor, position: Tensor) -> Tensor:
+        """What may come next, stop symbols included, after `state` tokens (an int or [b]) at `position` [b].
+
+        Returns bool [b, V], or [V] where it is the same for all.
         """
-        state = torch.as_tensor(state, device=tokens.device)
-        legal = self.allowed.to(tokens.device) & (state < self.max_tokens)[..., None]
-        stop_ids = list(self.stop_ids)
-        legal[..., stop_ids] = (state >= self.min_tokens)[..., None]
-        if self.lists is None:
+        state, stop_ids = torch.as_tensor(state, device=position.device), list(self.stop_ids)
+        if self.automaton is None:
+            legal = self.allowed.to(position.device) & (state < self.max_tokens)[..., None]
+            legal[..., stop_ids] = (state >= self.min_tokens)[..., None]
             return legal
-        where = state.expand(len(index))[:, None]
-        word, separator, stop = (x.gather(1, where) for x in self.lists.moves(tokens[index]))
-        ends = legal[..., stop_ids] & stop
-        legal = legal & word
-        legal[:, stop_ids], legal[:, self.lists.separator] = ends, separator.squeeze(1)
+        automaton, state = self.automaton.to(position.device), state.expand(len(position))
+        legal = automaton.legal_tokens(state, position)
+        legal[:, stop_ids] = automaton.ends[state, position][:, None]
         return legal
 
     def log_probs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,13 +223,14 @@ class BoundSupport:
         log_pf [B, T], -inf for a token that is never written, log_pterm [B, S]; float32, differentiable.
         """
         shape = logits.shape[:2]
-        state = torch.arange(shape[1], device=logits.device)
-        go, stop = (x.expand(shape) for x in (state < self.max_tokens, state >= self.min_tokens))
+        state = torch.arange(shape[1], device=logits.device).expand(shape)
         allowed, symbols = self.allowed.to(logits.device), torch.tensor(self.stop_ids, device=logits.device)
-        legal = Legal(allowed, symbols, go, stop)
-        if self.lists is not None:
-            word, separator, may_stop = (x[:, : shape[1]] for x in self.lists.moves(tokens))
-            legal = Legal(allowed, symbols, go, stop & may_stop, word, separator, self.lists.separator)
+        if self.automaton is None:
+            legal = Legal(allowed, symbols, state < self.max_tokens, state >= self.min_tokens)
+        else:
+            automaton, position = self.automaton.to(logits.device), self.positions(tokens)[:, : shape[1]]
+            goes, ends = automaton.goes[state, position], automaton.ends[state, position]
+            legal = Legal(allowed, symbols, goes, ends, automaton, state, position)
         after = torch.nn.functional.pad(tokens, (0, shape[1] - tokens.shape[1]))
         log_p, log_pterm = SupportLogProbs.apply(logits, after, legal)
         return log_p[:, : tokens.shape[1]], log_pterm
@@ -216,14 +243,16 @@ class BoundSupport:
         lengths: Tensor,
         stops: Tensor | None = None,
     ) -> Rollouts:
-        """Rollouts on this support: masks follow from the lengths (and, for lists, from the separators)."""
+        """Rollouts on this support: masks follow from the lengths (with an automaton, from the tokens too)."""
         states = torch.arange(tokens.shape[1] + 1, device=tokens.device)
         if stops is None:
             stops = torch.full_like(lengths, self.stop_ids[0])
         stop_mask = (states <= lengths[:, None]) & (states >= self.min_tokens) & (states <= self.max_tokens)
         action_mask = states[:-1] < lengths[:, None]
-        if self.lists is not None:
-            stop_mask &= self.lists.moves(tokens)[2]
+        if self.automaton is not None:
+            stop_mask &= self.automaton.to(tokens.device).ends[
+                states.clamp(max=self.max_tokens), self.positions(tokens)
+            ]
         if self.tool is not None:
             forced = self._forced(tokens, lengths)
             action_mask = action_mask & ~forced

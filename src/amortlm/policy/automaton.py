@@ -1,0 +1,105 @@
+"""Automata over tokens: supports in which what may come next depends on what is written (lists, patterns)."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Automaton:
+    """Completions of min_tokens to max_tokens tokens that lead from the first of S states to an accepting one.
+
+    step [S, C]      the state after a token of class c; S itself, the dead end, where there is none
+    token_class [V]  in 0..C-1; tokens of one class lead to the same states (to the dead end where never written)
+    accepts [S] bool
+
+    Nothing is begun that cannot be finished: a token is legal at a state where some completion goes on with it.
+    """
+
+    def __init__(self, step: Tensor, token_class: Tensor, accepts: Tensor, min_tokens: int, max_tokens: int):
+        states, classes = step.shape
+        self.token_class = token_class
+        self.step = torch.cat([step, torch.full((1, classes), states)])
+        # reach[k, s]: do some k tokens lead from s to an accepting state?
+        reach = [torch.cat([accepts, torch.tensor([False])])]
+        for _ in range(max_tokens):
+            reach.append(reach[-1][self.step].any(1))
+        self.reach = torch.stack(reach)
+        # can[t, s]: does a completion lie ahead of s after t tokens? goes, ends: by writing on, by stopping now.
+        self.can = torch.stack(
+            [self.reach[max(0, min_tokens - t) : max_tokens - t + 1].any(0) for t in range(max_tokens + 2)]
+        )
+        self.goes = torch.stack([self.can[t + 1][self.step].any(1) for t in range(max_tokens + 1)])
+        # Where nothing is possible, as in the padding beyond the end, the stop is: a law needs an outcome.
+        self.ends = self.reach[0] & (torch.arange(max_tokens + 1)[:, None] >= min_tokens) | ~self.goes
+        self._on: dict[torch.device, Automaton] = {}
+
+    def to(self, device: torch.device) -> Automaton:
+        """The same with its tables on the device, copied once."""
+        if device == self.step.device:
+            return self
+        if device not in self._on:
+            self._on[device] = copy.copy(self)
+            tables = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+            vars(self._on[device]).update(tables)
+        return self._on[device]
+
+    def advance(self, state: Tensor, token: Tensor) -> Tensor:
+        """The states after one token more, whether or not it is legal there."""
+        return self.step[state, self.token_class[token]]
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """[B, T+1] the states of every prefix of tokens [B, T]."""
+        out = [tokens.new_zeros(len(tokens))]
+        for token in self.token_class[tokens].unbind(1):
+            out.append(self.step[out[-1], token])
+        return torch.stack(out, 1)
+
+    def legal_tokens(self, t: Tensor, state: Tensor) -> Tensor:
+        """[n, V] bool: what may be written at states [n] after t [n] tokens."""
+        return self.can[t[:, None] + 1, self.step[state]][:, self.token_class]
+
+    def contains(self, tokens: Sequence[int]) -> bool:
+        """Is this a completion? Its tokens are in the vocabulary, their number is right."""
+        return bool(self.reach[0, self._after(tokens)])
+
+    def has_prefix(self, tokens: Sequence[int]) -> bool:
+        """Does some completion begin so?"""
+        return bool(self.can[len(tokens), self._after(tokens)])
+
+    def _after(self, tokens: Sequence[int]) -> Tensor:
+        return self.states(torch.tensor([tokens], dtype=torch.long, device=self.step.device))[0, -1]
+
+    def size(self, length: int) -> int:
+        """Number of completions of so many tokens."""
+        tokens = torch.bincount(self.token_class, minlength=self.step.shape[1]).tolist()
+        moves: list[Counter[int]] = []
+        for row in self.step.tolist():
+            moves.append(Counter())
+            for state, n in zip(row, tokens, strict=True):
+                moves[-1][state] += n
+        ways = self.reach[0].int().tolist()
+        for _ in range(length):
+            ways = [sum(n * ways[state] for state, n in move.items() if ways[state]) for move in moves]
+        return ways[0]
+
+    def completions(self, length: int) -> Iterator[list[int]]:
+        """Every completion of so many tokens, in the order of their ids."""
+        choices: dict[tuple[int, int], list[int]] = {}
+        partial: list[tuple[list[int], int]] = [([], 0)] if self.reach[length, 0] else []
+        while partial:
+            tokens, state = partial.pop()
+            left = length - len(tokens)
+            if left == 0:
+                yield tokens
+                continue
+            if (state, left) not in choices:
+                legal = self.reach[left - 1][self.step[state]][self.token_class]
+                choices[state, left] = legal.nonzero().squeeze(1).tolist()[::-1]
+            classes = self.token_class[choices[state, left]]
+            after = self.step[state, classes].tolist()
+            partial += [([*tokens, token], s) for token, s in zip(choices[state, left], after, strict=True)]

@@ -1,0 +1,170 @@
+"""Supports whose completions match a regular expression, against every string that does."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import pytest
+import torch
+
+from amortlm import LanguageModel, Posterior, Support, constraint, exact
+from amortlm.errors import DataError, SupportError
+from amortlm.inference.mcmc import metropolis_hastings
+from amortlm.inference.smc import smc
+from amortlm.policy import Exploration, automaton
+from amortlm.policy.laws import check_policy, support_completions
+from amortlm.types import Rollouts
+from reference import tiny_lm, tiny_policy, tiny_tokenizer
+from stats import LEVEL, g_test
+from structured_cases import ROW, ROWS, log_q, p_value
+
+FEW = ("a", "t", " a", " cat", " ", "c")
+SUPPORTS = {
+    "a choice": Support(stop=".", max_tokens=3, pattern="(a|the) (cat|dog)"),
+    "no bound": Support(stop=(".", "!"), min_tokens=2, max_tokens=4, allowed_tokens=FEW, pattern="(a|cat)( cat)*"),
+    "may be empty": Support(stop=".", min_tokens=0, max_tokens=3, allowed_tokens=FEW, pattern="a?t*"),
+    "longer than its start": Support(stop=".", min_tokens=4, max_tokens=4, allowed_tokens=FEW, pattern="[act]+|a"),
+    "without a letter": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern="[^c]*"),
+}  # fmt: skip
+
+
+def matching(support: Support, lm: LanguageModel) -> list[list[int]]:
+    """The completions from the definition: all strings of allowed tokens whose text matches."""
+    words = support.allowed_tokens or [i for i in range(2, len(lm.tokenizer)) if i != lm.token_id(".")]
+    ids = [lm.token_id(w) for w in words]
+    strings = (z for n in range(support.min_tokens, support.max_tokens + 1) for z in product(ids, repeat=n))
+    return [list(z) for z in strings if re.fullmatch(support.pattern, lm.decode(z).strip())]
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_the_support_holds_what_matches_and_nothing_else(family_lm: LanguageModel, name: str) -> None:
+    support = SUPPORTS[name]
+    bound, expected = support.bind(family_lm), matching(support, family_lm)
+    found = [z for n in range(bound.min_tokens, bound.max_tokens + 1) for z in bound.completions(n)]
+    assert len(found) == len(expected) == bound.size() > 0
+    assert set(map(tuple, found)) == set(map(tuple, expected))
+    ids = [family_lm.token_id(w) for w in support.allowed_tokens or FEW]
+    strings = [z for n in range(bound.max_tokens + 2) for z in product(ids, repeat=n)]
+    expected = set(map(tuple, expected))
+    assert [bound.contains(z) for z in strings] == [z in expected for z in strings]
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_texts_are_those_of_the_tokenizer(metaspace: bool) -> None:
+    """A space at the start of a token counts, as GPT-2 writes it and as Llama does; white space around the text not."""
+    lm = tiny_lm("gpt2", tiny_tokenizer(metaspace=metaspace), tied=True)
+    bound = Support(stop=".", max_tokens=3, pattern="(a|the) cat").bind(lm)
+    texts = {lm.decode(z) for n in range(1, 4) for z in bound.completions(n)}
+    assert {"a cat", " a cat", " the cat", " a cat ", "\n\n"} - texts == {"\n\n"}
+    assert {text.strip() for text in texts} == {"a cat", "the cat"}
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+def test_q_on_a_pattern_obeys_the_laws(family_lm: LanguageModel, name: str) -> None:
+    policy = tiny_policy(family_lm, "{x}", SUPPORTS[name])
+    assert policy.support.size() <= 20_000, "the sum is checked"
+    check_policy(policy, ROWS)
+
+
+def test_the_law_notices_a_dead_end(one_lm: LanguageModel) -> None:
+    """Negative control: the automaton says of every state that it can be finished."""
+    policy = tiny_policy(one_lm, "{x}", SUPPORTS["a choice"])
+    policy.support.automaton.can[:, :-1] = True
+    with pytest.raises(AssertionError, match="q sums to 0"):
+        check_policy(policy, ROWS)
+
+
+def test_samples_follow_q(one_lm: LanguageModel) -> None:
+    policy = tiny_policy(one_lm, "{x}", SUPPORTS["no bound"])
+    log_p = log_q(policy, support_completions(policy))
+    drawn, _ = policy.sample([ROW], 8_000, seed=1)
+    assert p_value(policy, drawn, log_p) > LEVEL
+    uniform, _ = policy.sample([ROW], 8_000, seed=1, exploration=Exploration(epsilon=0.3))
+    assert p_value(policy, uniform, log_p) < LEVEL
+    assert all(map(policy.support.contains, uniform.completions()))
+
+
+def test_the_posterior_is_that_of_the_constraint(one_lm: LanguageModel) -> None:
+    """The pattern in the support or in the target: the same posterior, one with every q(z) > 0 inside it."""
+    free = Support(stop=".", max_tokens=4, allowed_tokens=FEW)
+    inside = Support(stop=".", max_tokens=4, allowed_tokens=FEW, pattern="a( cat)*")
+    p = one_lm.log_prob("{z}{y}", given="{x}")
+    in_target = exact.enumerate_posterior(
+        (p + constraint.matches("a( cat)*")).bind(one_lm), free.bind(one_lm), ROW
+    )
+    in_support = exact.enumerate_posterior(p, inside.bind(one_lm), ROW)
+    held = {
+        tuple(z): lp
+        for z, lp in zip(in_target.completions, in_target.log_p.tolist(), strict=True)
+        if lp > -1e9
+    }
+    assert in_support.log_z == pytest.approx(in_target.log_z, abs=1e-5)
+    assert held == pytest.approx(
+        dict(zip(map(tuple, in_support.completions), in_support.log_p.tolist(), strict=True)), abs=1e-5
+    )
+
+
+def test_correction_inside_a_pattern_is_exact(one_lm: LanguageModel) -> None:
+    policy = tiny_policy(one_lm, "{x}", SUPPORTS["no bound"])
+    target = one_lm.log_prob("{z}{y}", given="{x}") / 3
+    truth = exact.enumerate_posterior(target, policy.support, ROW)
+    number = {tuple(z): i for i, z in enumerate(truth.completions)}
+
+    def fits(drawn: Rollouts) -> float:
+        index = torch.tensor([number[tuple(z)] for z in drawn.completions()])
+        return g_test(torch.bincount(index, minlength=len(number)), truth.log_p.exp())
+
+    particles = smc(policy, target, ROW, num_particles=4_000, seed=3)
+    assert fits(particles.resample(1_500, seed=3)) > LEVEL
+    assert fits(policy.sample([ROW], 1_500, seed=3)[0]) < LEVEL
+    # Chains that start at the truth stay there, and leave it for another one.
+    start = torch.multinomial(
+        truth.log_p.exp(), 1_500, True, generator=torch.Generator().manual_seed(3)
+    ).tolist()
+    initial = policy.rollouts([ROW], [[truth.completions[i] for i in start]])
+    settings = {"num_chains": 1_500, "num_steps": 6, "seed": 3, "initial": initial}
+    assert fits(metropolis_hastings(policy, target, ROW, **settings).rollouts) > LEVEL
+    assert fits(metropolis_hastings(policy, 2 * target, ROW, **settings).rollouts) < LEVEL
+
+
+def test_a_pattern_is_saved(one_lm: LanguageModel, tmp_path) -> None:
+    posterior = Posterior(
+        tiny_policy(one_lm, "{x}", SUPPORTS["a choice"]), one_lm.log_prob("{z}{y}", given="{x}")
+    )
+    posterior.save_pretrained(tmp_path)
+    again = Posterior.from_pretrained(tmp_path, lm=one_lm)
+    assert again.policy.support.pattern == "(a|the) (cat|dog)"
+    assert again.sample(ROW, 6, seed=1) == posterior.sample(ROW, 6, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pattern": "(a"}, r"pattern '\(a'.*without look-around"),
+        ({"pattern": r"a(?=c)"}, "without look-around"),
+        (
+            {"pattern": "a{9}", "max_tokens": 3, "allowed_tokens": FEW},
+            "no text of 1 to 3 allowed tokens matches",
+        ),
+        ({"pattern": "x", "allowed_tokens": FEW}, "no text of 1 to 25 allowed tokens matches 'x'; widen"),
+        ({"pattern": "a", "separator": ","}, "take out tool or separator"),
+        ({"pattern": "1", "tool": "calculator"}, "take out tool or separator"),
+    ],
+)
+def test_patterns_that_cannot_be_are_refused(one_lm: LanguageModel, settings: dict, message: str) -> None:
+    with pytest.raises(SupportError, match=message):
+        Support(stop=".", **settings).bind(one_lm)
+
+
+def test_what_does_not_match_is_refused_as_data(one_lm: LanguageModel) -> None:
+    policy = tiny_policy(one_lm, "{x}", SUPPORTS["a choice"])
+    assert policy.parse(" the cat.")[0] == [one_lm.token_id(" the"), one_lm.token_id(" cat")]
+    with pytest.raises(DataError, match=r"a text that does not match '\(a\|the\) \(cat\|dog\)'"):
+        policy.parse(" the ran")
+
+
+def test_counts_do_not_overflow() -> None:
+    step, classes = torch.tensor([[0, 1]]), torch.zeros(50_000, dtype=torch.long)
+    anything = automaton.Automaton(step, classes, torch.tensor([True]), 0, 40)
+    assert anything.size(40) == 50_000**40
