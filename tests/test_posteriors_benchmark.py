@@ -29,6 +29,7 @@ WORDS = "a the cat dog"
 CASE = Case("tiny", "the cat", [model("the cat", temperature=0.4)], WORDS, 2)
 RUNS = 300  # of the library's sampler
 HARD = Case("hard", "the cat", [model("the dog"), {"contains": ["cat"]}], WORDS, 3)
+TOLD = Case("told", "the cat", [model("the dog"), {"contains": ["cat"]}], WORDS, 3, pattern="(.* )?cat( .*)?")
 VERIFIED = Case("verified", "the cat", [model("the cat"), cases.VERIFIER], WORDS, 3)
 
 
@@ -49,7 +50,7 @@ def counts(truth, completions):
     return torch.bincount(torch.tensor([number[tuple(z)] for z in completions]), minlength=len(number))
 
 
-@pytest.mark.parametrize("case", [CASE, HARD, VERIFIED], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [CASE, HARD, TOLD, VERIFIED], ids=lambda c: c.name)
 def test_truth_and_the_law_of_the_policy(case, lm):
     policy, _, truth, log_q = make(case, lm)
     with torch.no_grad():
@@ -57,7 +58,11 @@ def test_truth_and_the_law_of_the_policy(case, lm):
             if p.requires_grad:
                 p.normal_(0, 0.1)
     log_q = policy_law(policy)
-    exact = policy_log_probs(policy, {})
+    held = np.array([policy.support.contains(z) for z in truth.completions])
+    assert not np.exp(log_q[~held]).any()
+    assert not truth.p[~held].any()
+    exact = torch.full((len(held),), -torch.inf, dtype=torch.float64)
+    exact[torch.tensor(held)] = policy_log_probs(policy, {})
     np.testing.assert_allclose(log_q, exact.numpy(), atol=1e-4)
     space, choices = truth.space, policy.support.allowed.nonzero().squeeze(1).tolist()
     for i, z in enumerate(truth.completions):  # the tree's numbers are those of the enumeration
@@ -69,6 +74,13 @@ def test_truth_and_the_law_of_the_policy(case, lm):
     d = distance(exact, torch.tensor(truth.p).log())
     assert law.total_variation(truth.p) == pytest.approx(d.total_variation, abs=1e-4)
     assert law.kl(truth.p) == pytest.approx((d.kl_qp, d.kl_pq), abs=1e-3)
+
+
+def test_a_constraint_told_to_the_support_leaves_the_posterior_as_it_is(lm):
+    (_, _, hard, _), (_, _, told, log_q) = make(HARD, lm), make(TOLD, lm)
+    np.testing.assert_allclose(told.p, hard.p, atol=1e-6)
+    assert told.log_z == pytest.approx(hard.log_z, abs=1e-5)
+    assert np.array_equal(np.isneginf(log_q), hard.p == 0)
 
 
 def test_what_ends_with_nothing_counts_as_wrong():
@@ -111,7 +123,7 @@ def test_sir_law_by_hand():
     np.testing.assert_allclose(law.mass, two, atol=0.01)
 
 
-@pytest.mark.parametrize("case", [CASE, HARD], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [CASE, HARD, TOLD], ids=lambda c: c.name)
 def test_metropolis_hastings_law_is_that_of_the_library(case, lm):
     policy, target, truth, log_q = make(case, lm)
     chains = metropolis_hastings(policy, target, {}, num_chains=2000, num_steps=3, seed=1)
@@ -125,7 +137,7 @@ def test_metropolis_hastings_law_is_that_of_the_library(case, lm):
     np.testing.assert_allclose(end, truth.p, atol=1e-6)
 
 
-@pytest.mark.parametrize("case", [CASE, HARD, VERIFIED], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [CASE, HARD, TOLD, VERIFIED], ids=lambda c: c.name)
 def test_smc_law_is_that_of_the_library(case, lm):
     policy, target, truth, log_q = make(case, lm)
     law = smc_law(

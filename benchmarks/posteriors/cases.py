@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -38,13 +38,15 @@ FEW = "very so sad happy sick tired scared excited nervous hungry afraid bad sor
 
 @dataclass(frozen=True)
 class Case:
-    """One posterior. words: what the support may write, each with a space before it and one token long."""
+    """One posterior. words: what the support may write, each with a space before it and one token long; pattern: what
+    the support knows of the target's constraint."""
 
     name: str
     prompt: str
     target: Sequence[dict[str, Any]]
     words: str = PEOPLE
     max_tokens: int = 3
+    pattern: str | None = None
 
     @property
     def finished_only(self) -> bool:
@@ -53,7 +55,9 @@ class Case:
 
     def support(self) -> Support:
         words = [f" {word}" for word in self.words.split()]
-        return Support(stop=".", min_tokens=1, max_tokens=self.max_tokens, allowed_tokens=words)
+        return Support(
+            stop=".", min_tokens=1, max_tokens=self.max_tokens, allowed_tokens=words, pattern=self.pattern
+        )
 
     def build(self, lm: LanguageModel) -> Target:
         # A copy: building takes the function out of a verifier's mapping.
@@ -75,6 +79,8 @@ def _neighbours(text: str) -> list[tuple[str, str]]:
 
 
 VERIFIER = {"verifier": {"function": "benchmarks.posteriors.cases:alliteration"}}
+BOTH = r"(.* )?(farmer( .*)? boy|boy( .*)? farmer)( .*)?"
+BEASTS = r"(bear|bird) (sad|old|proud) .*"
 CASES = [
     Case("tempered-0.5", STORY, [model(STORY, temperature=0.5)]),
     Case("tempered-0.8", STORY, [model(STORY, temperature=0.8)]),
@@ -83,8 +89,10 @@ CASES = [
     Case("infill-long", COLD, [model(COLD, "{z}" + LONG)], FEW),
     Case("contains-common", STORY, [model(STORY), {"contains": ["brave"]}]),
     Case("contains-rare", STORY, [model(STORY), {"contains": ["farmer", "boy"]}]),
+    Case("contains-rare-told", STORY, [model(STORY), {"contains": ["farmer", "boy"]}], pattern=BOTH),
     Case("regex-common", STORY, [model(STORY), {"matches": r"(big|small|tall) .*"}]),
-    Case("regex-rare", STORY, [model(STORY), {"matches": r"(bear|bird) (sad|old|proud) .*"}]),
+    Case("regex-rare", STORY, [model(STORY), {"matches": BEASTS}]),
+    Case("regex-rare-told", STORY, [model(STORY), {"matches": BEASTS}], pattern=BEASTS),
     Case("contrastive", DOG, [model(DOG, weight=2.0), model(TOM, weight=-1.0)], FEELINGS),
     Case("two-mode", STORY, [model(STORY), {"matches": r"(lonely|old) .*"}]),
     Case("verifier", STORY, [model(STORY), VERIFIER]),
@@ -94,7 +102,7 @@ BY_NAME = {case.name: case for case in CASES}
 
 @dataclass(frozen=True)
 class Truth:
-    """Every completion of a case: log R and p [M], log Z; the space they are the strings of."""
+    """Every string of a case's words: log R and p [M] (R = 0 outside a pattern), log Z; the space they fill."""
 
     space: Space
     completions: list[list[int]]
@@ -105,22 +113,28 @@ class Truth:
 
 def truth_of(target: Target, policy: Policy, row: Row = ROW) -> Truth:
     """By enumeration: one score for each completion."""
-    exact = enumerate_posterior(target, policy.support, row)
-    support = policy.support
+    exact, support = enumerate_posterior(target, policy.support, row), policy.support
     space = Space(int(support.allowed.sum()), support.min_tokens, support.max_tokens)
-    log_p = exact.log_p.numpy()
-    return Truth(space, exact.completions, log_p + exact.log_z, np.exp(log_p), exact.log_z)
+    strings = [z for n in range(space.min_tokens, space.max_tokens + 1) for z in words_of(policy, n)]
+    held = dict(zip(map(tuple, exact.completions), exact.log_p.tolist(), strict=True))
+    log_p = np.array([held.get(z, -np.inf) for z in strings])
+    return Truth(space, [list(z) for z in strings], log_p + exact.log_z, np.exp(log_p), exact.log_z)
+
+
+def words_of(policy: Policy, length: int) -> list[tuple[int, ...]]:
+    """All strings of so many allowed tokens, inside a pattern or not, in the order of a `Space`."""
+    return list(product(policy.support.allowed.nonzero().squeeze(1).tolist(), repeat=length))
 
 
 @torch.no_grad()
 def policy_law(policy: Policy, row: Row = ROW) -> Array:
-    """[M] log q of every completion, as `policy_log_probs`, from one pass over the strings that have a next token.
+    """[M] log q of every string, as `policy_log_probs`, from one pass over those that have a next token.
 
     All prefixes of a string of max_tokens - 1 tokens get their next-token probabilities at once.
     """
     support, model = policy.support, policy.model
     choices = support.allowed.nonzero().squeeze(1)
-    longest = list(support.completions(support.max_tokens - 1))
+    longest = words_of(policy, support.max_tokens - 1)
     tokens = torch.tensor(longest, dtype=torch.long).reshape(len(longest), -1)
     prefix = encode_prompts(model, policy.encode_rows([row]))
     width = len(choices)
@@ -128,12 +142,12 @@ def policy_law(policy: Policy, row: Row = ROW) -> Array:
     for start in range(0, len(tokens), 512):
         part = tokens[start : start + 512]
         logits, _ = state_logits(model, prefix, torch.zeros(len(part), dtype=torch.long), part)
-        go, end = logits[..., choices].double(), logits[..., list(support.stop_ids)].double().logsumexp(-1)
-        end[:, : support.min_tokens] = -torch.inf
-        log_norm = torch.logaddexp(go.logsumexp(-1), end)
+        position = support.positions(part)
         for depth in range(support.max_tokens):
-            norm = log_norm[:, depth]
-            levels.setdefault(depth, []).append((go[:, depth] - norm[:, None], end[:, depth] - norm))
+            legal = support.legal(depth, position[:, depth])
+            log_q = logits[:, depth].double().masked_fill(~legal, -torch.inf).log_softmax(-1)
+            end = log_q[:, list(support.stop_ids)].logsumexp(-1)
+            levels.setdefault(depth, []).append((log_q[:, choices], end))
     log_prefix, out = torch.zeros(1, dtype=torch.float64), []
     for depth in range(support.max_tokens + 1):
         if depth < support.max_tokens:

@@ -108,18 +108,23 @@ class Space:
         rows = [self.level(mass, n + 1).reshape(-1, self.width) for n in range(self.max_tokens)]
         inner = self.offset[self.max_tokens]
         table = np.concatenate([np.concatenate(rows), self.nodes(q, 0.0)[:inner, None]], axis=1)
-        return table.cumsum(1) / table.sum(1, keepdims=True)
+        return table.cumsum(1) / np.maximum(table.sum(1, keepdims=True), 1e-300)
+
+
+def log_weights(log_q: Array, log_r: Array) -> Array:
+    """log w = log R - log q; -inf for what is never drawn."""
+    return log_r - np.where(np.isneginf(log_q), np.inf, log_q)
 
 
 def weights(log_q: Array, log_r: Array) -> Array:
     """w = R / q, the largest scaled to 1."""
-    log_w = log_r - log_q
+    log_w = log_weights(log_q, log_r)
     return np.exp(log_w - log_w.max())
 
 
 def rejection(q: Array, p: Array, n: int) -> Law:
     """At most n draws of q, each kept with probability w / max w: exact where it ends (the bound is an oracle's)."""
-    acceptance = 1.0 / float((p / q).max())
+    acceptance = 1.0 / float((p[q > 0] / q[q > 0]).max())
     fail = (1 - acceptance) ** n
     return Law((1 - fail) * p, fail, (1 - fail) / acceptance)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .laws import Array, Law, Space
+from .laws import Array, Law, Space, log_weights
 
 SIMULATED = 2**18  # particles simulated at once
 
@@ -27,7 +27,7 @@ def smc_law(
     """
     cdf = space.next_cdf(q)
     with np.errstate(divide="ignore"):
-        log_w = space.nodes(log_r - np.log(q), -np.inf)
+        log_w = space.nodes(log_weights(np.log(q), log_r), -np.inf)
     mass, fail, passes, done = np.zeros(len(log_w)), 0.0, 0.0, 0
     while done < runs:
         part = min(runs - done, max(1, SIMULATED // n))
