@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from amortlm.buffer import Entry, ReplayBuffer
+from amortlm.buffer import Entry, ReplayBuffer, near_duplicates
 from amortlm.errors import CheckpointError
 from amortlm.passes import pad_right
 from amortlm.types import Rollouts, Row, row_key
@@ -135,8 +135,8 @@ def test_near_duplicates_are_below_a_quarter_of_the_summed_lengths(
     a: list[int], b: list[int], near: bool, why: str
 ) -> None:
     one, two = Entry(0.0, tuple(a), STOP), Entry(-1.0, tuple(b), STOP)
-    assert one.near(two) is near
-    assert two.near(one) is near
+    assert near_duplicates(one, [two]) == [two] * near
+    assert near_duplicates(two, [one]) == [one] * near
     for order in ([(a, -1.0), (b, -2.0)], [(b, -2.0), (a, -1.0)]):
         buffer = ReplayBuffer()
         offer(buffer, *order)

@@ -6,10 +6,12 @@ import json
 from bisect import insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cdist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -31,13 +33,23 @@ class Entry:
     tokens: tuple[int, ...]
     stop: int
 
-    def near(self, other: Entry) -> bool:
-        if self.tokens == other.tokens or min(len(self.tokens), len(other.tokens)) < SHORT:
-            return self.tokens == other.tokens
-        limit = NEAR * (len(self.tokens) + len(other.tokens))
-        # Token ids as code points: rapidfuzz compares strings in C.
-        text, other_text = "".join(map(chr, self.tokens)), "".join(map(chr, other.tokens))
-        return Levenshtein.distance(text, other_text, score_cutoff=int(limit) + 1) < limit
+    @cached_property
+    def text(self) -> str:
+        """Token ids as code points: rapidfuzz compares strings in C."""
+        return "".join(map(chr, self.tokens))
+
+
+def near_duplicates(entry: Entry, stored: Sequence[Entry]) -> list[Entry]:
+    """Those of `stored` that are near-duplicates of the entry; the edit distances to all of them in one batch."""
+    n = len(entry.tokens)
+    if n < SHORT:
+        return [e for e in stored if e.tokens == entry.tokens]
+    distances = cdist([entry.text], [e.text for e in stored], scorer=Levenshtein.distance)[0].tolist()
+    return [
+        e
+        for e, distance in zip(stored, distances, strict=True)
+        if distance == 0 or (len(e.tokens) >= SHORT and distance < NEAR * (n + len(e.tokens)))
+    ]
 
 
 class ReplayBuffer:
@@ -74,7 +86,7 @@ class ReplayBuffer:
         stored = self._entries.setdefault(key, [])
         if len(stored) >= self.capacity and entry.log_reward <= stored[0].log_reward:
             return
-        near = [e for e in stored if e.near(entry)]
+        near = near_duplicates(entry, stored)
         if any(e.log_reward >= entry.log_reward for e in near):
             return
         for e in near:
