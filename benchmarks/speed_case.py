@@ -42,13 +42,15 @@ BRANCH_WIDTH = 64  # tokens of a bare pass over branches
 
 @dataclass(frozen=True)
 class Case:
-    """One update to measure. suffix: tokens of y (None: as the stories have it); states: stopping states trained on."""
+    """One update to measure. context, suffix: tokens of x and y (None: as the stories have them); states: stopping
+    states trained on."""
 
     task: str = "continuation"
     model: str = "embedded"
     prompts: int = 4
     samples: int = 8
     tokens: int = 20
+    context: int | None = None
     suffix: int | None = None
     states: int | None = None
     full_length: bool = False  # a stop symbol that models do not write: every completion has `tokens` tokens
@@ -112,10 +114,11 @@ def build(case: Case, folder: str) -> GFNTrainer:
 def _rows(case: Case, lm: LanguageModel, count: int) -> list[dict[str, str]]:
     rows = [{"x": r["x"], "y": r["y"]} for r in STORIES[:count]]
     assert len(rows) == count, f"at most {len(STORIES)} prompts"
-    if case.suffix is not None:
-        for row in rows:
-            ids = lm.encode_continuation(" ".join(r["x"] for r in STORIES[:8]))
-            row["y"] = lm.decode(ids[: case.suffix])
+    text = lm.encode_continuation(" ".join(r["x"] for r in STORIES[:8]))
+    for i, row in enumerate(rows):
+        for column, tokens in (("x", case.context), ("y", case.suffix)):
+            if tokens is not None:
+                row[column] = lm.decode(text[i : i + tokens])
     return rows
 
 

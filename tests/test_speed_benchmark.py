@@ -75,7 +75,9 @@ def test_growth_has_the_exponent_of_the_cost(monkeypatch):
 
 
 def test_every_mode_writes_its_table_and_json(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "SIZES", {"tokens": (3, 4), "buffer": (3, 6), "suffix": (2, 3)})
+    monkeypatch.setattr(
+        speed, "SIZES", {"tokens": (3, 4), "buffer": (3, 6), "context": (2, 3), "suffix": (2, 3)}
+    )
     peaks = iter([{"loaded": 100.0, "peak": 130.0}, {"loaded": 100.0, "peak": 220.0}])
     monkeypatch.setattr(speed, "_peak_of_process", lambda *_: next(peaks))
     sizes = [
