@@ -91,6 +91,7 @@ class EM:
         self.q_adapter, self.is_full = peft_config, adapter == FULL
         copied = trainable_copy(lm, adapter)
         self._trained = [p for p in copied.parameters() if p.requires_grad]
+        self._start = [p.detach().clone() for p in self._trained]
         # p as it stands; so far it is `lm` in another module tree.
         self.model = LanguageModel(copied, lm.tokenizer, lm.name, lm.score_memory_mb)
 
@@ -121,9 +122,11 @@ class EM:
         return LogProb(self.model, self.term.of.text, self.term.given.source) / self.temperature
 
     def _e_step(self, folder: Path, q: Any, number: int) -> Posterior:
-        """Train q from adapter `q`, on the p of the round before."""
+        """Train q from adapter `q`, on the p of the round before (of an M-step that was cut short nothing stays)."""
         if number:
             load_weights(self.model.model, self.is_full, folder.parents[1] / f"round-{number - 1}" / "p")
+        else:
+            torch._foreach_copy_([p.data for p in self._trained], self._start)
         args = copy.copy(self.args)
         args.output_dir, args.seed = str(folder), self.args.seed + number
         trainer = GFNTrainer(

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig
 
 from amortlm import EM, GFNConfig, LanguageModel, Lookup, MStep, Support
+from amortlm import em as em_module
 from amortlm.diagnostics.exact import enumerate_posterior
 from amortlm.em import joint_log_prob, posterior_weights
 from amortlm.errors import ConfigError
@@ -116,6 +117,34 @@ def test_rounds_raise_the_evidence_and_resume(one_lm: LanguageModel, tmp_path: P
     again = em(one_lm, tmp_path)
     again.run()
     assert log_evidence(again.model) == pytest.approx(log_evidence(second.model), abs=1e-4)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_an_m_step_that_was_cut_short_leaves_nothing_behind(
+    one_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    """Run again, the same object fits the same p as without the interruption, in the first round and in the second."""
+    short = {"rounds": rounds, "m_step": MStep(steps=4, learning_rate=5e-3, batch_size=2, num_samples=4)}
+    runs = []
+    for name in ("smooth", "broken"):
+        torch.manual_seed(0)  # adapters start at random
+        runs.append(em(one_lm, tmp_path / name, **short))
+        runs[-1].args.max_steps = 3
+    smooth, broken = runs
+    smooth.run()
+    calls, true = [], em_module.joint_log_prob
+
+    def breaks(*args: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4 * rounds - 1:
+            raise KeyboardInterrupt
+        return true(*args)
+
+    monkeypatch.setattr(em_module, "joint_log_prob", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run()
+    broken.run()
+    assert log_evidence(broken.model) == pytest.approx(log_evidence(smooth.model), abs=1e-5)
 
 
 def test_errors_name_the_remedy(one_lm: LanguageModel, tmp_path: Path) -> None:
