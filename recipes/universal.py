@@ -19,7 +19,7 @@ from amortlm.types import Row
 
 # A row brings its own prompt and the texts around z, so that both tasks are one target on one support.
 PROMPT, OF, GIVEN = "{prompt}", "{z}{after}", "{before}"
-SUPPORT = Support(stop=".", min_tokens=1, max_tokens=24, tool="calculator")  # which stories never call
+SUPPORT = Support(stop=".", min_tokens=1, max_tokens=25, tool="calculator")  # which stories never call
 CONFIG: dict[str, Any] = {
     "objective": "vargrad",
     "num_samples": 8,

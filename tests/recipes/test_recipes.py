@@ -104,7 +104,7 @@ def test_contrastive_refuses_powers_that_are_no_contrast(tmp_path):
 
 
 def test_the_universal_rows_hide_the_answer_of_a_sum(embedded: LanguageModel):
-    for row in universal.sum_rows(5):
+    for row in universal.sum_rows(1000):
         assert row["prompt"] == row["before"]
         assert row["after"] == f" The answer is {row['y']}."
         assert len(embedded.encode_continuation(row["gold"])) <= universal.SUPPORT.max_tokens
