@@ -22,7 +22,7 @@ from amortlm.tasks.infilling import STORIES
 from amortlm.types import Row
 
 HINTED = "{words}.</s><s>{x}"  # the words as a document of their own, then the story
-SUPPORT = Support(stop=".", min_tokens=3, max_tokens=20)
+SUPPORT = Support(stop=".", min_tokens=3, max_tokens=21)
 CONFIG = {
     "objective": "subtb",
     "num_samples": 12,

@@ -77,9 +77,11 @@ def test_words_are_whole_and_belong_to_the_row():
     assert constraint.predicate(constrained.has_words).accepts(" the cat ran", row)
 
 
-def test_the_gold_sentence_has_the_words_and_the_beginning_does_not():
+def test_the_gold_sentence_has_the_words_and_the_beginning_does_not(embedded: LanguageModel):
     for row in constrained.stories(72):
         assert constrained.has_words(row["gold"], row)
+        gold = embedded.encode_continuation(row["gold"].rstrip("."))
+        assert len(gold) <= constrained.SUPPORT.max_tokens
         assert not any(constrained.has_words(row["x"], {"words": w}) for w in row["words"].split())
 
 
