@@ -87,7 +87,7 @@ def readme(runs: Runs, targets: list[str], settings: dict[str, Any], command: st
 def introduction(targets: list[str], settings: dict[str, Any]) -> str:
     updates, samples = settings["updates"], settings["samples"]
     return (
-        f"{len(targets)} posteriors on the {settings['model']} model, each with every completion scored. The law of "
+        f"{len(targets)} targets on the {settings['model']} model, each with every completion scored. The law of "
         "one output of each method is exact (of SMC: simulated on the enumerated tree), so that the distances need no "
         "samples and have no floor. A pass is a completion drawn and judged; passes are for one output. Trained "
         f"methods saw {updates * samples:,} completions each ({updates} updates of {samples})."
@@ -102,7 +102,10 @@ def reasons() -> str:
         "plain SIR. So it does with a policy that is right only where completions end (VarGrad, TB).\n"
         "- A constraint that the prompted model meets once in 10^3 to 10^6 draws: training sees few or no completions "
         "with R > 0. What it learns from the others, the model's own law on this support, can make them rarer "
-        "(accepted, trained); then q is a worse proposal than the prompted model."
+        "(accepted, trained); then q is a worse proposal than the prompted model.\n"
+        "- Told: the same posterior, and the support has the constraint as a pattern (`Support(pattern=...)`). Every "
+        "draw counts, and training sees nothing else. What stays hard is what the pattern says nothing of: that the "
+        "model hardly ever begins as the posterior does (`farmer ...`)."
     )
 
 
