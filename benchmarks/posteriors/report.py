@@ -104,8 +104,9 @@ def reasons() -> str:
         "with R > 0. What it learns from the others, the model's own law on this support, can make them rarer "
         "(accepted, trained); then q is a worse proposal than the prompted model.\n"
         "- Told: the same posterior, and the support has the constraint as a pattern (`Support(pattern=...)`). Every "
-        "draw counts, and training sees nothing else. What stays hard is what the pattern says nothing of: that the "
-        "model hardly ever begins as the posterior does (`farmer ...`)."
+        "draw counts, and training sees nothing else. What stays hard is what the pattern says nothing of: of "
+        "contains-rare, `boy farmer` and `farmer boy` are .08, and the masked model writes either once in 10^7 draws, "
+        "for it would rather put a likely word in between and be forced to end with the missing one."
     )
 
 
