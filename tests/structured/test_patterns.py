@@ -60,6 +60,26 @@ def test_texts_are_those_of_the_tokenizer(metaspace: bool) -> None:
     assert {text.strip() for text in texts} == {"a cat", "the cat"}
 
 
+def test_tokens_of_one_text_are_all_written(one_lm: LanguageModel, monkeypatch) -> None:
+    """As a byte and a piece may be: here "t" reads as "a"."""
+    a, t = one_lm.token_id("a"), one_lm.token_id("t")
+    true = one_lm.decode
+    monkeypatch.setattr(one_lm, "decode", lambda z: true([a if i == t else i for i in z]))
+    bound = Support(stop=".", max_tokens=1, pattern="a").bind(one_lm)
+    assert list(bound.completions(1)) == [[a], [t], [one_lm.token_id(" a")]]
+
+
+def test_half_characters_and_texts_that_do_not_add_up(one_lm: LanguageModel, monkeypatch) -> None:
+    true, a = one_lm.decode, one_lm.token_id("a")
+    monkeypatch.setattr(one_lm, "decode", lambda z: "".join("\ufffd" if i == a else true([i]) for i in z))
+    bound = Support(stop=".", max_tokens=1, pattern=r"(?s:.)").bind(one_lm)
+    assert bound.contains([one_lm.token_id("t")])
+    assert not bound.contains([a])
+    monkeypatch.setattr(one_lm, "decode", lambda z: true(z).strip())
+    with pytest.raises(SupportError, match="changes the text of a token by what stands beside it"):
+        Support(stop=".", max_tokens=2, pattern="a").bind(one_lm)
+
+
 @pytest.mark.parametrize("name", SUPPORTS)
 def test_q_on_a_pattern_obeys_the_laws(family_lm: LanguageModel, name: str) -> None:
     policy = tiny_policy(family_lm, "{x}", SUPPORTS[name])
