@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from itertools import product
 
@@ -25,6 +26,8 @@ SUPPORTS = {
     "no bound": Support(stop=(".", "!"), min_tokens=2, max_tokens=4, allowed_tokens=FEW, pattern="(a|cat)( cat)*"),
     "may be empty": Support(stop=".", min_tokens=0, max_tokens=3, allowed_tokens=FEW, pattern="a?t*"),
     "longer than its start": Support(stop=".", min_tokens=4, max_tokens=4, allowed_tokens=FEW, pattern="[act]+|a"),
+    "first alternative too short": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern="a|a+t|(c|ca)t? cat"),
+    "alternatives that nothing writes": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern="ax|at|1+|c9*"),
     "without a letter": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern="[^c]*"),
 }  # fmt: skip
 
@@ -48,6 +51,39 @@ def test_the_support_holds_what_matches_and_nothing_else(family_lm: LanguageMode
     strings = [z for n in range(bound.max_tokens + 2) for z in product(ids, repeat=n)]
     expected = set(map(tuple, expected))
     assert [bound.contains(z) for z in strings] == [z in expected for z in strings]
+
+
+def random_pattern(rng: random.Random, depth: int) -> str:
+    choice = rng.random()
+    if depth == 0 or choice < 0.3:
+        return rng.choice(["a", "t", "c", " ", ".", "[^a]", "[ac]", r"\s", r"\S", r"\w", ""])
+    part = f"(?:{random_pattern(rng, depth - 1)})"
+    if choice < 0.6:
+        return part + random_pattern(rng, depth - 1)
+    if choice < 0.8:
+        return f"(?:{part}|{random_pattern(rng, depth - 1)})"
+    return part + rng.choice(["*", "?", "+", "{2}", "{1,2}"])
+
+
+def test_random_patterns_are_those_of_re(one_lm: LanguageModel) -> None:
+    rng, sizes = random.Random(0), []
+    for _ in range(150):
+        pattern = random_pattern(rng, 3)
+        words = rng.sample(["a", "t", " a", " cat", " ", "c", "\n"], rng.randint(1, 4))
+        ids = sorted(one_lm.token_id(w) for w in words)
+        whole = re.compile(rf"\s*(?:{pattern})\s*")
+        strings = [z for n in range(4) for z in product(ids, repeat=n)]
+        expected = [list(z) for z in strings if whole.fullmatch(one_lm.decode(z))]
+        sizes.append(len(expected))
+        support = Support(stop=".", min_tokens=0, max_tokens=3, allowed_tokens=words, pattern=pattern)
+        if not expected:
+            with pytest.raises(SupportError, match="no text of 0 to 3 allowed tokens"):
+                support.bind(one_lm)
+            continue
+        bound = support.bind(one_lm)
+        assert [z for n in range(4) for z in bound.completions(n)] == expected, pattern
+        assert bound.size() == len(expected)
+    assert sum(n > 0 for n in sizes) > 75
 
 
 @pytest.mark.parametrize("metaspace", [False, True])

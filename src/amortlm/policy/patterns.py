@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from amortlm.language_model import LanguageModel
 
 BROKEN = "\ufffd"  # what part of a character decodes to
+# Ends a text: without it the library takes the first alternative that matches a beginning ("a" of "a|ab").
+END = "\U0010ffff"
 
 
 def pattern_automaton(
@@ -24,35 +26,7 @@ def pattern_automaton(
     Tokens that are a part of a character are never written. Raises MissingExtraError, and SupportError for a pattern
     that is not regular or matches nothing of min_tokens to max_tokens such tokens.
     """
-    try:
-        from outlines_core import Index, Vocabulary
-    except ImportError as e:
-        raise MissingExtraError(
-            "a support's pattern needs outlines-core: pip install 'amortlm[patterns]'"
-        ) from e
-    texts = _texts(lm, allowed)
-    ids: dict[str, list[int]] = {}
-    for token, text in texts.items():
-        ids.setdefault(text, []).append(token)
-    # The library wants an end symbol that is no token of the text.
-    vocabulary = Vocabulary(len(allowed), ids)
-    try:
-        found = Index(rf"\s*(?:{pattern})\s*", vocabulary)
-    except ValueError as e:
-        raise SupportError(
-            f"pattern {pattern!r}: {e}. A pattern is a regular expression without look-around and back-references"
-        ) from None
-    transitions = found.get_transitions()
-    start, finals = found.get_initial_state(), found.get_final_states()
-    number = {start: 0}
-    for state in transitions | dict.fromkeys(finals):
-        number.setdefault(state, len(number))
-    step = torch.full((len(number), len(allowed)), len(number))
-    for state, moves in transitions.items():
-        moves = {token: number[after] for token, after in moves.items() if token < len(allowed)}
-        step[number[state], list(moves)] = torch.tensor(list(moves.values()), dtype=torch.long)
-    accepts = torch.zeros(len(number), dtype=torch.bool)
-    accepts[[number[state] for state in finals]] = True
+    step, accepts = _tables(pattern, _texts(lm, allowed), len(allowed))
     classes, token_class = step.unique(dim=1, return_inverse=True)
     automaton = Automaton(classes, token_class, accepts, min_tokens, max_tokens)
     if not automaton.can[0, 0]:
@@ -63,10 +37,48 @@ def pattern_automaton(
     return automaton
 
 
+def _tables(pattern: str, texts: dict[int, str], size: int) -> tuple[Tensor, Tensor]:
+    """(state after each token [S, size], S where there is none; may a text end here [S]) of texts by token."""
+    transitions, finals, start = _index(pattern, texts, size)
+    states, number = [start], {start: 0}
+    for state in states:  # grows: those that tokens lead to
+        for token, after in transitions.get(state, {}).items():
+            if token < size and after not in number:
+                number[after] = len(states)
+                states.append(after)
+    step = torch.full((len(states), size), len(states))
+    for state in states:
+        moves = {token: number[after] for token, after in transitions.get(state, {}).items() if token < size}
+        step[number[state], list(moves)] = torch.tensor(list(moves.values()), dtype=torch.long)
+    return step, torch.tensor([transitions.get(state, {}).get(size) in finals for state in states])
+
+
+def _index(pattern: str, texts: dict[int, str], size: int) -> tuple[dict[int, dict[int, int]], set[int], int]:
+    """(transitions, final states, first state) as outlines-core has them; token `size` writes END."""
+    try:
+        from outlines_core import Index, Vocabulary
+    except ImportError as e:
+        raise MissingExtraError(
+            "a support's pattern needs outlines-core: pip install 'amortlm[patterns]'"
+        ) from e
+    ids = {END.encode(): [size]}
+    for token, text in texts.items():
+        ids.setdefault(text.encode(), []).append(token)
+    for byte in range(256):  # a vocabulary with which some state has no way on is refused
+        ids.setdefault(bytes([byte]), []).append(size + 1)
+    try:
+        found = Index(rf"\s*(?:{pattern})\s*{END}", Vocabulary(size + 2, ids))
+    except ValueError as e:
+        raise SupportError(
+            f"pattern {pattern!r}: {e}. A pattern is a regular expression without look-around and back-references"
+        ) from None
+    return found.get_transitions(), found.get_final_states(), found.get_initial_state()
+
+
 def _texts(lm: LanguageModel, allowed: Tensor) -> dict[int, str]:
     """The text of each allowed token. Raises SupportError where they do not add up to the text of a completion."""
     texts = {token: lm.decode([token]) for token in allowed.nonzero().squeeze(1).tolist()}
-    texts = {token: text for token, text in texts.items() if text and BROKEN not in text}
+    texts = {token: x for token, x in texts.items() if x and BROKEN not in x and END not in x}
     if lm.decode(list(texts)) != "".join(texts.values()):
         raise SupportError(
             f"{lm.name}: its tokenizer changes the text of a token by what stands beside it, so a pattern cannot be "
