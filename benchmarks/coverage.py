@@ -85,7 +85,8 @@ def main() -> None:
         problem = Problem.of(case, lm)
         truth, prompted = problem.truth, np.exp(problem.log_q)
         for name, q in (("prompted", prompted), ("half-trained", (prompted + truth.p) / 2)):
-            log_w = log_weights(np.log(q), truth.log_r)
+            with np.errstate(divide="ignore"):
+                log_w = log_weights(np.log(q), truth.log_r)
             found = intervals(q, log_w, truth.p, args, number)
             inside = sum(truth.log_z in i for i in found)
             caught = sum(truth.log_z - BIAS not in i for i in found)

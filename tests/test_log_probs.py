@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from amortlm import Support, passes
-from amortlm.passes import length_groups
+from amortlm.passes import length_groups, pad_right
 from amortlm.policy import log_probs
 from amortlm.policy.support import BoundSupport
 from reference import random_rollouts, tiny_policy
@@ -17,6 +17,7 @@ SUPPORTS = {
     "two stops": Support(stop=[".", "!"], min_tokens=2, max_tokens=5),
     "few tokens": Support(stop=".", min_tokens=0, max_tokens=5, allowed_tokens=["a", "b"]),
     "list": Support(stop=".", max_tokens=5, separator=",", min_statements=2),
+    "pattern": Support(stop=[".", "!"], min_tokens=0, max_tokens=5, pattern="(a|b|cat)*( ?t(t|a)?)?"),
 }
 
 
@@ -46,6 +47,10 @@ def test_values_and_gradient_are_those_of_autograd(one_lm, monkeypatch, name, ch
         tokens[1, 4] = 11
         lengths = torch.tensor([4, 5, 5])
         rollouts = support.rollouts([{}], torch.zeros(3, dtype=torch.long), tokens, lengths)
+    elif name == "pattern":
+        found = [z for n in range(6) for z in support.completions(n)]
+        tokens, lengths = pad_right(found[:: max(1, len(found) // 12)], "cpu")
+        rollouts = support.rollouts([{}], torch.zeros_like(lengths), tokens, lengths)
     else:
         rollouts = random_rollouts(one_lm, SUPPORTS[name], [{}], per_row=12)
     batch, width = rollouts.tokens.shape

@@ -13,6 +13,7 @@ from amortlm import LanguageModel, Posterior, Support, constraint, exact
 from amortlm.errors import DataError, SupportError
 from amortlm.inference.mcmc import metropolis_hastings
 from amortlm.inference.smc import smc
+from amortlm.passes import pad_right
 from amortlm.policy import Exploration, automaton
 from amortlm.policy.laws import check_policy, support_completions
 from amortlm.types import Rollouts
@@ -27,6 +28,7 @@ SUPPORTS = {
     "may be empty": Support(stop=".", min_tokens=0, max_tokens=3, allowed_tokens=FEW, pattern="a?t*"),
     "longer than its start": Support(stop=".", min_tokens=4, max_tokens=4, allowed_tokens=FEW, pattern="[act]+|a"),
     "first alternative too short": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern="a|a+t|(c|ca)t? cat"),
+    "tokens end between matches": Support(stop=".", max_tokens=4, allowed_tokens=FEW, pattern="(ca)*|a(ta)*|cat( cat)*"),
     "alternatives that nothing writes": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern="ax|at|1+|c9*"),
     "without a letter": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern="[^c]*"),
 }  # fmt: skip
@@ -51,6 +53,10 @@ def test_the_support_holds_what_matches_and_nothing_else(family_lm: LanguageMode
     strings = [z for n in range(bound.max_tokens + 2) for z in product(ids, repeat=n)]
     expected = set(map(tuple, expected))
     assert [bound.contains(z) for z in strings] == [z in expected for z in strings]
+    tokens, lengths = pad_right(found, "cpu")
+    rollouts = bound.rollouts([ROW], torch.zeros_like(lengths), tokens, lengths)
+    for z, mask in zip(found, rollouts.stop_mask.tolist(), strict=True):
+        assert mask[: len(z) + 1] == [tuple(z[:t]) in expected for t in range(len(z) + 1)]
 
 
 def random_pattern(rng: random.Random, depth: int) -> str:
@@ -92,7 +98,7 @@ def test_texts_are_those_of_the_tokenizer(metaspace: bool) -> None:
     lm = tiny_lm("gpt2", tiny_tokenizer(metaspace=metaspace), tied=True)
     bound = Support(stop=".", max_tokens=3, pattern="(a|the) cat").bind(lm)
     texts = {lm.decode(z) for n in range(1, 4) for z in bound.completions(n)}
-    assert {"a cat", " a cat", " the cat", " a cat ", "\n\n"} - texts == {"\n\n"}
+    assert {"a cat", " a cat", " the cat", " a cat "} <= texts
     assert {text.strip() for text in texts} == {"a cat", "the cat"}
 
 
@@ -111,9 +117,11 @@ def test_half_characters_and_texts_that_do_not_add_up(one_lm: LanguageModel, mon
     bound = Support(stop=".", max_tokens=1, pattern=r"(?s:.)").bind(one_lm)
     assert bound.contains([one_lm.token_id("t")])
     assert not bound.contains([a])
-    monkeypatch.setattr(one_lm, "decode", lambda z: true(z).strip())
+    monkeypatch.setattr(
+        one_lm, "decode", lambda z: " ".join(true([i]) for i in z)
+    )  # as WordPiece joins words
     with pytest.raises(SupportError, match="changes the text of a token by what stands beside it"):
-        Support(stop=".", max_tokens=2, pattern="a").bind(one_lm)
+        Support(stop=".", max_tokens=2, allowed_tokens=["a"], pattern="a+").bind(one_lm)
 
 
 @pytest.mark.parametrize("name", SUPPORTS)
@@ -199,6 +207,8 @@ def test_a_pattern_is_saved(one_lm: LanguageModel, tmp_path) -> None:
     [
         ({"pattern": "(a"}, r"pattern '\(a'.*without look-around"),
         ({"pattern": r"a(?=c)"}, "without look-around"),
+        ({"pattern": "a)|(t"}, "unbalanced parenthesis"),
+        ({"pattern": r"\bcat"}, "without .*: the whole text is matched anyway"),
         (
             {"pattern": "a{9}", "max_tokens": 3, "allowed_tokens": FEW},
             "no text of 1 to 3 allowed tokens matches",
@@ -223,4 +233,4 @@ def test_what_does_not_match_is_refused_as_data(one_lm: LanguageModel) -> None:
 def test_counts_do_not_overflow() -> None:
     step, classes = torch.tensor([[0, 1]]), torch.zeros(50_000, dtype=torch.long)
     anything = automaton.Automaton(step, classes, torch.tensor([True]), 0, 40)
-    assert anything.size(40) == 50_000**40
+    assert anything.size == sum(50_000**n for n in range(41))

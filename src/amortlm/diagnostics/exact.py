@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -53,9 +54,10 @@ def enumerate_posterior(
     """Score every completion of the support. Raises SupportError if there are more than `limit`, or if the target's
     latents are not the statements of the support."""
     check_statements(target, support)
-    if support.size() > limit:
+    if (size := support.size()) > limit:
+        count = str(size) if size < 10**6 else f"10^{math.log10(size):.1f}"  # too large for a float, maybe
         raise SupportError(
-            f"the support has {support.size():.3g} completions, more than the limit of {limit} for enumeration; "
+            f"the support has {count} completions, more than the limit of {limit} for enumeration; "
             "narrow it (allowed_tokens, max_tokens), raise `limit`, or use importance diagnostics"
         )
     completions, scores = [], []

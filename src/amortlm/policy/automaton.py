@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class Automaton:
 
     def __init__(self, step: Tensor, token_class: Tensor, accepts: Tensor, min_tokens: int, max_tokens: int):
         states, classes = step.shape
-        self.token_class = token_class
+        self.token_class, self.min_tokens = token_class, min_tokens
         self.step = torch.cat([step, torch.full((1, classes), states)])
         # reach[k, s]: do some k tokens lead from s to an accepting state?
         reach = [torch.cat([accepts, torch.tensor([False])])]
@@ -74,18 +75,20 @@ class Automaton:
     def _after(self, tokens: Sequence[int]) -> Tensor:
         return self.states(torch.tensor([tokens], dtype=torch.long, device=self.step.device))[0, -1]
 
-    def size(self, length: int) -> int:
-        """Number of completions of so many tokens."""
+    @cached_property
+    def size(self) -> int:
+        """Number of completions."""
         tokens = torch.bincount(self.token_class, minlength=self.step.shape[1]).tolist()
         moves: list[Counter[int]] = []
         for row in self.step.tolist():
             moves.append(Counter())
             for state, n in zip(row, tokens, strict=True):
                 moves[-1][state] += n
-        ways = self.reach[0].int().tolist()
-        for _ in range(length):
+        ways, total = self.reach[0].int().tolist(), 0
+        for length in range(len(self.reach)):
+            total += ways[0] if length >= self.min_tokens else 0
             ways = [sum(n * ways[state] for state, n in move.items() if ways[state]) for move in moves]
-        return ways[0]
+        return total
 
     def completions(self, length: int) -> Iterator[list[int]]:
         """Every completion of so many tokens, in the order of their ids."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
     from amortlm.language_model import LanguageModel
 
 BROKEN = "\ufffd"  # what part of a character decodes to
-# Ends a text: without it the library takes the first alternative that matches a beginning ("a" of "a|ab").
+# Ends a text: without it the library takes the first alternative that matches a beginning ("a" of "a|ab"), and no token
+# that ends between two matches ("(ab)*").
 END = "\U0010ffff"
 
 
@@ -67,10 +69,12 @@ def _index(pattern: str, texts: dict[int, str], size: int) -> tuple[dict[int, di
     for byte in range(256):  # a vocabulary with which some state has no way on is refused
         ids.setdefault(bytes([byte]), []).append(size + 1)
     try:
+        re.compile(pattern)  # a part of it alone is none: "a)|(b"
         found = Index(rf"\s*(?:{pattern})\s*{END}", Vocabulary(size + 2, ids))
-    except ValueError as e:
+    except (ValueError, re.error) as e:
         raise SupportError(
-            f"pattern {pattern!r}: {e}. A pattern is a regular expression without look-around and back-references"
+            f"pattern {pattern!r}: {e}. A pattern is a regular expression without look-around and back-references, and "
+            "without ^, $ and \\b: the whole text is matched anyway"
         ) from None
     return found.get_transitions(), found.get_final_states(), found.get_initial_state()
 
@@ -79,7 +83,8 @@ def _texts(lm: LanguageModel, allowed: Tensor) -> dict[int, str]:
     """The text of each allowed token. Raises SupportError where they do not add up to the text of a completion."""
     texts = {token: lm.decode([token]) for token in allowed.nonzero().squeeze(1).tolist()}
     texts = {token: x for token, x in texts.items() if x and BROKEN not in x and END not in x}
-    if lm.decode(list(texts)) != "".join(texts.values()):
+    twice = [*texts, *reversed(texts)]
+    if lm.decode(twice) != "".join(texts[token] for token in twice):
         raise SupportError(
             f"{lm.name}: its tokenizer changes the text of a token by what stands beside it, so a pattern cannot be "
             "read token by token; put constraint.matches(pattern) into the target"

@@ -147,9 +147,10 @@ class BoundSupport:
 
     def size(self) -> int:
         """Number of completions in the support (with a tool: at most so many)."""
+        if self.automaton is not None:
+            return self.automaton.size
         n = int(self.allowed.sum())
-        lengths = range(self.min_tokens, self.max_tokens + 1)
-        return sum(n**t if self.automaton is None else self.automaton.size(t) for t in lengths)
+        return sum(n**t for t in range(self.min_tokens, self.max_tokens + 1))
 
     def completions(self, length: int) -> Iterator[list[int]]:
         """Every completion of so many tokens, in a fixed order."""
