@@ -76,7 +76,10 @@ def main() -> None:
     hf_logging.disable_progress_bar()
     lm = LanguageModel.from_pretrained("embedded")
     if args.sampled:
-        rows = [sampled(lm, name, args) for name in args.sampled]
+        rows = []
+        for name in args.sampled:
+            rows.append(sampled(lm, name, args))
+            print(rows[-1], flush=True)
         headers = ["target", "truth", f"inside, of {args.runs}", "median width, nats"]
         print(tabulate(rows, headers, "github", floatfmt=".3f"))
         return
