@@ -112,3 +112,11 @@ def test_every_mode_writes_its_table_and_json(tiny, tmp_path, capsys, monkeypatc
         if what == "memory":
             assert result["update / paper"] == 0.25
     assert 0 < result["judged"] < 1
+
+
+def test_texts_have_the_asked_lengths(tiny):
+    lm = speed_case.load("tiny", "cpu", "float32")
+    rows = speed_case._rows(speed_case.Case(task="infilling", model="tiny", context=7, suffix=4), lm, 2)
+    lengths = [[len(lm.encode_continuation(row[c])) for c in ("x", "y")] for row in rows]
+    assert lengths == [[7, 4]] * 2
+    assert len({row["x"] for row in rows}) == 2

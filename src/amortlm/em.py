@@ -126,7 +126,8 @@ class EM:
         if number:
             load_weights(self.model.model, self.is_full, folder.parents[1] / f"round-{number - 1}" / "p")
         else:
-            torch._foreach_copy_([p.data for p in self._trained], self._start)
+            for p, start in zip(self._trained, self._start, strict=True):
+                p.data.copy_(start)
         args = copy.copy(self.args)
         args.output_dir, args.seed = str(folder), self.args.seed + number
         trainer = GFNTrainer(
