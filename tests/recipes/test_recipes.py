@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from amortlm.errors import ConfigError, DataError
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import constrained
+import review_model
 import universal
 from _common import Results
 from amortlm import LanguageModel, Posterior, constraint
@@ -127,3 +129,48 @@ def test_the_joint_target_is_each_task_s_own(embedded: LanguageModel):
         assert isinstance(Posterior(policy, target).target, type(joint))
         scores.append(target.score_final(policy.rollouts([data], [[row["gold"]]])).item())
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A folder of data with one opinion and one account of its own for the review model to read."""
+    files = {
+        "subj/train.jsonl": json.dumps({"text": "A film that is as dull as it is long ."}),
+        "subj/test.jsonl": json.dumps({"text": "she finds the letter and leaves for the coast ."}),
+        "sst2/train.txt": "0 a film that is as dull as dishwater .\n1 warm , funny and never too sweet .",
+        "rocstories/stories.tsv": "the dog\ttom had a dog . it ran away ! he found it .",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    return tmp_path
+
+
+def test_the_review_model_reads_no_sentence_of_the_experiment(texts):
+    assert review_model.opinions(texts) == ["warm , funny and never too sweet ."]
+    assert review_model.accounts(texts) == ["tom had a dog ."]
+
+
+def test_a_remark_leans_towards_the_kind_of_sentence():
+    rng = random.Random(0)
+    documents = [review_model.document(rng, {"subjective": ["S"], "objective": ["O"]}) for _ in range(4000)]
+    real = [d for d in documents if '"S"' in d or '"O"' in d]
+    agree = sum(d.endswith("so it is " + ("subjective." if '"S"' in d else "objective.")) for d in real)
+    assert len(real) / len(documents) == pytest.approx(1 - review_model.MADE_UP, abs=0.03)
+    follows = review_model.reviews.LABEL_FOLLOWS
+    own, neutral, _ = review_model.reviews.PHRASE_SHARES
+    share = (own + neutral) * follows + (1 - own - neutral) * (1 - follows)
+    assert agree / len(real) == pytest.approx(share, abs=0.03)  # five standard errors
+
+
+def test_the_review_model_names_data_that_is_missing(tmp_path):
+    with pytest.raises(DataError, match="subj, sst2 and rocstories"):
+        review_model.main(["--data", str(tmp_path), "--output", str(tmp_path / "out")])
+
+
+@pytest.mark.slow
+def test_the_review_model_is_a_model_folder(texts, tmp_path):
+    review_model.main(
+        ["--data", str(texts), "--steps", "1", "--batch", "2", "--output", str(tmp_path / "out")]
+    )
+    assert LanguageModel.from_pretrained(str(tmp_path / "out")).vocab_size > 0

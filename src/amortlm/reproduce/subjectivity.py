@@ -39,7 +39,7 @@ SMALL: Settings = {
     "support": {"stop": ",", "min_tokens": 1, "max_tokens": 5},
     "max_words": 50,
     "test_sentences": 2000,
-    "samples": 4,
+    "samples": 8,
     "lora": 16,
     "shots": 6,
     "shots_separator": "</s><s>",
@@ -55,7 +55,7 @@ SMALL: Settings = {
         "save_steps": 100,
     },
     "ppo": {"max_steps": 50, "rows_per_step": 8, "num_samples": 16, "learning_rate": 3e-4, "beta": 0.1},
-    "m_step": {"steps": 40, "learning_rate": 4e-4, "batch_size": 10, "num_samples": 4},
+    "m_step": {"steps": 60, "learning_rate": 5e-4, "batch_size": 10, "num_samples": 4},  # as long as SFT
     "rounds": 1,
 }
 PRESETS: dict[str, Settings] = {
