@@ -64,7 +64,8 @@ def draw(
 ) -> Drawn:
     """Draw one completion for each entry of `index` [B] (its prompt). uniforms [B, max_tokens + 1].
 
-    Rows that have stopped leave the batch.
+    The model sees each distinct prefix of a prompt once, however many completions share it; those that have stopped
+    leave the batch.
     """
     exploration = exploration or Exploration()
     batch, width, device = len(index), support.max_tokens, index.device
@@ -77,12 +78,14 @@ def draw(
     tools = ToolRun(support.tool, batch) if support.tool is not None else None
     position = torch.zeros_like(lengths)
     alive = torch.arange(batch, device=device)
-    cache = select_cache(prefix.cache, index) or DynamicCache()
-    mask, ids = prefix.mask[index], prefix.last[index]
+    # Distinct prefixes are nodes: ids [n] is the last token of each, node [b] that of each completion alive.
+    parent, node = index.unique(return_inverse=True)
+    cache = select_cache(prefix.cache, parent) or DynamicCache()
+    mask, ids = prefix.mask[parent], prefix.last[parent]
     # The stop at max_tokens is sure; only which symbol it is can take a pass to say.
     last = width if len(support.stop_ids) > 1 else width - 1
     for t in range(last + 1):
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
         logits = model(
             input_ids=ids[:, None],
             attention_mask=mask.long(),
@@ -90,7 +93,7 @@ def draw(
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]
-        step = _step(logits, t, support, uniforms[alive, t], exploration, position[alive], alive)
+        step = _step(logits[node], t, support, uniforms[alive, t], exploration, position[alive], alive)
         if tools is not None and t < width:
             step = step.forced(tools.forced(alive))
         log_pterm[alive, t] = step.log_stop
@@ -99,15 +102,16 @@ def draw(
         alive, going = alive[~done], ~done
         if len(alive) == 0:
             break
-        ids = step.token[going]
-        tokens[alive, t], log_pf[alive, t] = ids, step.log_p[going]
-        position[alive] = support.advance(position[alive], ids)
+        chosen = step.token[going]
+        tokens[alive, t], log_pf[alive, t] = chosen, step.log_p[going]
+        position[alive] = support.advance(position[alive], chosen)
         if tools is not None:
             tools.advance(alive, tokens, t)
-        if done.any():
-            keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            mask = mask[keep]
+        nodes, node = (node[going] * logits.shape[1] + chosen).unique(return_inverse=True)
+        parent, ids = nodes // logits.shape[1], nodes % logits.shape[1]
+        if not torch.equal(parent, torch.arange(len(mask), device=device)):
+            cache.batch_select_indices(parent)
+            mask = mask[parent]
     log_pterm[alive, width] = 0.0
     longest = max(int(lengths.max()), 1)
     return Drawn(tokens[:, :longest], lengths, stops, log_pf[:, :longest], log_pterm[:, : longest + 1])

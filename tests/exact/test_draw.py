@@ -1,0 +1,48 @@
+"""`draw` shares what completions have in common, and nothing of that shows in what is drawn."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from amortlm import Support
+from amortlm.passes import encode_prompts
+from amortlm.policy.sampling import Exploration, draw, uniform_streams
+from reference import tiny_policy
+
+SUPPORT = Support(stop=".", min_tokens=1, max_tokens=4)
+
+
+@pytest.mark.parametrize("temperature", (None, 0.3))
+def test_completions_of_one_prompt_are_those_of_copies_of_it(family_lm, temperature):
+    """One prompt for 40 completions against 40 prompts for one each: same uniforms, same tokens and log q."""
+    policy, n = tiny_policy(family_lm, "{x}", SUPPORT), 40
+    prompts = policy.encode_rows([{"x": "the cat sat"}, {"x": "a dog"}])
+    u = uniform_streams(["a"], [2 * n], policy.support.max_tokens + 1)
+    heat = Exploration(None if temperature is None else torch.full((2 * n,), temperature), epsilon=0.1)
+    index = torch.arange(2).repeat(n)
+    shared = draw(policy.model, encode_prompts(policy.model, prompts), index, policy.support, u, heat)
+    copies = encode_prompts(policy.model, [prompts[i] for i in index])
+    apart = draw(policy.model, copies, torch.arange(2 * n), policy.support, u, heat)
+    for name in ("tokens", "lengths", "stops"):
+        assert torch.equal(getattr(shared, name), getattr(apart, name)), name
+    for name in ("log_pf", "log_pterm"):
+        torch.testing.assert_close(getattr(shared, name), getattr(apart, name), atol=1e-5, rtol=0)
+    assert len(shared.tokens.unique(dim=0)) > 10  # they do differ
+
+
+def test_the_model_sees_each_prefix_once(one_lm):
+    """Rows of each pass against the distinct prefixes that go on, of 64 completions of two prompts."""
+    policy = tiny_policy(one_lm, "{x}", SUPPORT)
+    seen = []
+    policy.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    rollouts, _ = policy.sample([{"x": "the cat"}, {"x": "a dog"}], 64, seed=0)
+    rows = zip(rollouts.row_index.tolist(), rollouts.completions(), strict=True)
+    completions = [(i, *z) for i, z in rows]
+    width = max(map(len, completions))
+    prefixes = [len({c[:t] for c in completions if len(c) >= t}) for t in range(1, width + 1)]
+    assert seen[1:] == prefixes[: len(seen) - 1]  # the first pass encodes the prompts
+    assert seen[1] == 2
+    assert seen[2] < 128
