@@ -13,7 +13,7 @@ from reference import tiny_policy
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=4)
 
 
-@pytest.mark.parametrize("temperature", (None, 0.3))
+@pytest.mark.parametrize("temperature", [None, 0.3])
 def test_completions_of_one_prompt_are_those_of_copies_of_it(family_lm, temperature):
     """One prompt for 40 completions against 40 prompts for one each: same uniforms, same tokens and log q."""
     policy, n = tiny_policy(family_lm, "{x}", SUPPORT), 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,85 @@ def test_a_damaged_run_is_made_again(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "runs" / "two-seed0.json").write_text('{"metrics": ')
     run(toy, tmp_path, seeds=1)
     assert toy.calls[1:] == [("two", 0), ("two", 0)]
+
+
+def test_a_report_without_its_runs_goes_on(toy: Toy, tmp_path: Path) -> None:
+    """results.json holds all that runs/ does: what was committed or handed on is not made again."""
+    run(toy, tmp_path, seeds=1)
+    before = {p.name: p.read_text() for p in (tmp_path / "runs").iterdir()}
+    shutil.rmtree(tmp_path / "runs")
+    results, said = run(toy, tmp_path, seeds=2)
+    assert said[0] == f"2 of 4 runs are finished in {tmp_path}"
+    assert toy.calls == [("one", 0), ("two", 0), ("one", 1), ("two", 1)]
+    assert [r["seed"] for r in results["runs"]["two"]] == [0, 1]
+    assert before.items() <= {p.name: p.read_text() for p in (tmp_path / "runs").iterdir()}.items()
+
+
+@pytest.mark.parametrize("note", [True, False])
+def test_a_report_of_other_settings_is_kept(toy: Toy, tmp_path: Path, note: bool) -> None:
+    run(toy, tmp_path, seeds=1)
+    shutil.rmtree(tmp_path / "runs")
+    if not note:
+        (tmp_path / "settings.json").unlink()
+    with pytest.raises(ConfigError, match="other settings"):
+        run(toy, tmp_path, seeds=1, overrides={"steps": 9})
+    assert list(json.loads((tmp_path / "results.json").read_text())["runs"]) == ["one", "two"]
+
+
+def test_commands_are_those_of_the_runs(toy: Toy, tmp_path: Path) -> None:
+    for command, methods in (("first", ["one"]), ("second", ["two"]), ("third", None)):
+        plan = runner.make_plan(toy.experiment(), "smoke", tmp_path, methods=methods, command=command)
+        runner.execute(plan, lambda _: None)
+    assert "```bash\nfirst\nsecond\n```" in (tmp_path / "README.md").read_text()
+
+
+# Several processes
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(toy: Toy, tmp_path: Path) -> None:
+    """The other one finishes "one" while we are at "two"."""
+    plan = runner.make_plan(toy.experiment(), "smoke", tmp_path)
+    theirs = {"metrics": {"score": 9.0, "odd": None}, "method": "one", "seed": 0}
+    theirs |= {"key": plan.key, "seconds": {"training": 0, "evaluation": 0}, "resumed": False, "details": {}}
+    theirs |= {"reward_evaluations": 0, "command": "x", "environment": storage.environment()}
+    toy.before = lambda method, folder: storage.write_json(tmp_path / "runs" / "one-seed0.json", theirs)
+    runner.claim_folder(plan)
+    with runner.taken(plan, "one", 0) as ours:
+        assert ours
+        results, _ = run(toy, tmp_path, "smoke")
+    assert toy.calls == [("two", 0)]
+    assert results["summary"]["one"]["score"]["mean"] == 9.0
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_run_that_was_cut_short_is_free(toy: Toy, tmp_path: Path) -> None:
+    plan = runner.make_plan(toy.experiment(), "smoke", tmp_path)
+    for method in ("one", "two"):
+        with pytest.raises(KeyboardInterrupt), runner.taken(plan, method, 0):
+            raise KeyboardInterrupt
+    run(toy, tmp_path, "smoke")
+    assert toy.calls == [("one", 0), ("two", 0)]
+    with runner.taken(plan, "one", 0) as ours:
+        assert not ours, "it is finished"
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    methods = ["untrained", "gflownet-tb"]
+    argv = ["reproduce", "numbers", "--preset", "smoke", "--methods", *methods, "--seeds", "2", "--jobs", "2"]
+    assert main([*argv, "--output", str(tmp_path)]) == 0
+    out, err = capfd.readouterr()
+    made = [line for line in out.splitlines() if ", seed " in line]
+    assert sorted(line.split(":")[0] for line in made) == sorted(
+        f"{m}, seed {k}" for m in methods for k in (0, 1)
+    )
+    assert out.splitlines()[-1] == f"wrote {tmp_path / 'README.md'}"
+    assert err == ""
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [[r["seed"] for r in results["runs"][m]] for m in methods] == [[0, 1], [0, 1]]
+    assert (
+        main([*argv, "--output", str(tmp_path), "--set", "steps=4"]) == 2
+    )  # other settings: none of them runs
 
 
 @pytest.mark.parametrize(

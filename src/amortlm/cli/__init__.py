@@ -17,6 +17,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     line."""
     args = _parser().parse_args(argv)
     args.command_line = shlex.join(["amortlm", *(sys.argv[1:] if argv is None else argv)])
+    return run(args)
+
+
+def run(args: argparse.Namespace) -> int:
+    """A command whose arguments are parsed already."""
     from amortlm.cli import commands
     from amortlm.errors import AmortLMError
 
@@ -109,9 +114,13 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
         help="a setting of the preset, e.g. steps=50",
     )
     parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="processes that share the runs (default 1)"
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="build every method up to its first step; write nothing"
     )
     parser.add_argument("--output", help="output folder (default: runs/EXPERIMENT-PRESET)")
+    parser.set_defaults(is_helper=False)  # a process that --jobs started
 
 
 def _add_posterior(parser: argparse.ArgumentParser) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 import warnings
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import get_context
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
@@ -107,7 +112,7 @@ def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:
     return [[str(row[column])] for row in rows]
 
 
-def reproduce(args: Namespace) -> None:
+def reproduce(args: Namespace) -> int:
     experiment = load_experiment(args.experiment)
     output = Path(args.output or f"runs/{args.experiment}-{args.preset}")
     plan = runner.make_plan(
@@ -121,6 +126,8 @@ def reproduce(args: Namespace) -> None:
         overrides=_settings(args.set),
         command=args.command_line,
     )
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs must be at least 1, got {args.jobs}")
     if not sys.stderr.isatty():
         from datasets import disable_progress_bars  # slow to import, and of use here alone
 
@@ -129,11 +136,46 @@ def reproduce(args: Namespace) -> None:
         warnings.simplefilter("ignore", FutureWarning)  # libraries that warn each other
         if args.dry_run:
             runner.dry_run(plan)
-            return
-        results = runner.execute(plan, show_time_left=sys.stdout.isatty())
+            return 0
+        with processes(args) as helpers:
+            results = runner.execute(plan, processes=args.jobs if sys.stdout.isatty() else 0)
+    if args.is_helper:
+        return 0
+    if helpers:
+        results = runner.report(plan)
     print()
     print(table(experiment, results))
     print(f"wrote {output / 'README.md'}")
+    return max([abs(helper.exitcode or 0) for helper in helpers], default=0)
+
+
+@contextmanager
+def processes(args: Namespace) -> Iterator[list[SpawnProcess]]:
+    """Helpers that make the same runs in the same folder (`runner.taken`), waited for at the end."""
+    count = 0 if args.is_helper else args.jobs - 1
+    if count and "OMP_NUM_THREADS" not in os.environ:
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)  # the processes share the cores
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+    helper = Namespace(**{**vars(args), "is_helper": True})
+    helpers = [get_context("spawn").Process(target=_help, args=(helper,)) for _ in range(count)]
+    for each in helpers:
+        each.start()
+    try:
+        yield helpers
+    except BaseException:
+        for each in helpers:
+            each.terminate()  # its checkpoints stay
+        raise
+    finally:
+        for each in helpers:
+            each.join()
+
+
+def _help(args: Namespace) -> None:
+    from amortlm.cli import run
+
+    sys.exit(run(args))
 
 
 def _load(args: Namespace) -> Posterior:

@@ -66,7 +66,7 @@ def readme(experiment: Experiment, results: dict[str, Any], figures: Sequence[st
     parts = [
         f"# {experiment.name}, preset {results['preset']}",
         experiment.question,
-        f"```bash\n{results['command']}\n```",
+        "```bash\n" + "\n".join(commands(results)) + "\n```",
         f"Model: {results['model']}. "
         + (f"Data: {results['data']}. " if results["data"] else "")
         + (f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed."),
@@ -116,6 +116,12 @@ def paper_table(experiment: Experiment) -> str:
         for method, values in experiment.paper.items()
     ]
     return _tabulate(lines, ["method", *_headings(experiment)], "github")
+
+
+def commands(results: dict[str, Any]) -> list[str]:
+    """Those that made the runs."""
+    made = [run["command"] for found in results["runs"].values() for run in found]
+    return list(dict.fromkeys(made)) or [results["command"]]
 
 
 def columns(experiment: Experiment) -> list[str]:

@@ -2,8 +2,10 @@
 
 DIR/settings.json               what the runs in DIR share; other settings need another DIR
 DIR/runs/METHOD-seedK.json      a finished run
-DIR/work/METHOD-seedK/          of a run that is not finished
+DIR/work/METHOD-seedK/          of a run that is not finished, locked by the process that is at it
 DIR/results.json, README.md     everything finished so far (`amortlm.reproduce.report`)
+
+Several processes can work in one DIR: each takes the next run that nobody has.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from amortlm.errors import AmortLMError, ConfigError, nearest
 from amortlm.reproduce.experiment import Context, Experiment, Outcome, Settings
@@ -145,11 +149,12 @@ def dry_run(plan: Plan, say: Say = print) -> None:
         say(f"{method}: ok")
 
 
-def execute(plan: Plan, say: Say = print, show_time_left: bool = False) -> dict[str, Any]:
+def execute(plan: Plan, say: Say = print, processes: int = 0) -> dict[str, Any]:
     """Run what is not finished in the output folder, and return everything finished, as in results.json.
 
     A method that fails raises its AmortLMError: what is finished stays, and the same command goes on from there.
-    Raises ConfigError where the folder holds runs of other settings.
+    Raises ConfigError where the folder holds runs of other settings. processes: how many work in the folder, to say
+    what time is left (0: not said).
     """
     experiment, done = plan.experiment, finished_runs(plan)
     todo = [run for run in plan.runs() if run not in done]
@@ -159,21 +164,65 @@ def execute(plan: Plan, say: Say = print, show_time_left: bool = False) -> dict[
     claim_folder(plan)
     made_with = environment()  # now: the source tree may have moved on by the time that a run ends
     clock: dict[str, list[float]] = {}
-    for i, (method, seed) in enumerate(todo):
+    for method, seed in todo:
         assert context is not None
-        run = {**run_one(plan, context, method, seed), "environment": made_with}
-        write_json(_file(plan, method, seed), run)
-        shutil.rmtree(_work(plan, method, seed), ignore_errors=True)
-        done[method, seed] = run
-        write_report(experiment, collect(experiment, plan.identity, plan.command, done), plan.output)
+        with taken(plan, method, seed) as ours:
+            if not ours:
+                continue  # another process has made it, or is at it
+            run = {**run_one(plan, context, method, seed), "environment": made_with}
+            write_json(_file(plan, method, seed), run)
+            shutil.rmtree(_work(plan, method, seed), ignore_errors=True)
+        report(plan)
+        done = finished_runs(plan)
         clock.setdefault(method, []).append(sum(run["seconds"].values()))
-        left = _time_left(clock, [m for m, _ in todo[i + 1 :]]) if show_time_left else None
+        left = (
+            _time_left(clock, [m for m, k in todo if (m, k) not in done]) / processes if processes else None
+        )
         say(progress_line(experiment, run, left))
-    results = collect(experiment, plan.identity, plan.command, done)
-    write_report(experiment, results, plan.output)
+    results = report(plan)
     with contextlib.suppress(OSError):
         (plan.output / "work").rmdir()  # stays where runs of other methods or seeds are unfinished
     return results
+
+
+def report(plan: Plan) -> dict[str, Any]:
+    """Write results.json, README.md and figures of all runs that are finished in the folder, whoever made them."""
+    with _alone(plan):
+        results = collect(plan.experiment, plan.identity, plan.command, finished_runs(plan))
+        write_report(plan.experiment, results, plan.output)
+    return results
+
+
+@contextlib.contextmanager
+def taken(plan: Plan, method: str, seed: int) -> Iterator[bool]:
+    """Whether this run is ours to make. A lock dies with its process, so what was cut short is free again."""
+    lock = FileLock(_work(plan, method, seed).with_suffix(".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield _read(_file(plan, method, seed)) is None
+    finally:
+        _drop(lock)
+
+
+@contextlib.contextmanager
+def _alone(plan: Plan) -> Iterator[None]:
+    """One process at a time writes what all share."""
+    lock = FileLock(plan.output / ".lock")
+    lock.acquire()
+    try:
+        yield
+    finally:
+        _drop(lock)
+
+
+def _drop(lock: FileLock) -> None:
+    """Give a lock back, and its file away while it is still ours: who waits for it looks again at what was done."""
+    Path(lock.lock_file).unlink(missing_ok=True)
+    lock.release()
 
 
 def run_one(plan: Plan, context: Context, method: str, seed: int) -> Run:
@@ -223,13 +272,14 @@ def _check(experiment: Experiment, outcome: Outcome) -> None:
 def finished_runs(plan: Plan) -> dict[tuple[str, int], Run]:
     """What the output folder holds already. Raises ConfigError where that was made with other settings."""
     remedy = f"give another --output, or delete {plan.output}"
-    found, done = _read(plan.output / NOTE), {}
+    found, reported = _read(plan.output / NOTE), _reported(plan)
     begun = any(p.is_file() for part in ("runs", "work") for p in (plan.output / part).rglob("*"))
-    if begun and found is not None and found != plan.identity:
+    if (begun or reported) and found is not None and found != plan.identity:
         difference = _difference(found, plan.identity)
         raise ConfigError(f"{plan.output} holds runs of other settings ({difference}); {remedy}")
-    for file in sorted((plan.output / "runs").glob("*-seed*.json")):
-        run = _read(file)
+    done = {}
+    files = {file: _read(file) for file in sorted((plan.output / "runs").glob("*-seed*.json"))}
+    for file, run in (files | reported).items():
         if run is None:
             continue
         if run.get("key") != plan.key:
@@ -238,11 +288,32 @@ def finished_runs(plan: Plan) -> dict[tuple[str, int], Run]:
     return done
 
 
+def _reported(plan: Plan) -> dict[Path, Run]:
+    """The runs of results.json by the files that hold them; none where there is a folder of such files.
+
+    A report that somebody handed on, or committed, has no runs/: more methods and seeds can be added to it.
+    """
+    found = _read(plan.output / "results.json")
+    if found is None or (plan.output / "runs").exists():
+        return {}
+    same = all(found.get(name) == value for name, value in plan.identity.items())
+    return {
+        _file(plan, method, run["seed"]): {"key": plan.key if same else None, "method": method, **run}
+        for method, runs in found["runs"].items()
+        for run in runs
+    }
+
+
 def claim_folder(plan: Plan) -> None:
     """Note what the runs of the output folder share, before the first one."""
-    if _read(plan.output / NOTE) != plan.identity:
-        shutil.rmtree(plan.output / "work", ignore_errors=True)  # checkpoints of settings that nobody knows
-        write_json(plan.output / NOTE, plan.identity)
+    with _alone(plan):
+        if _read(plan.output / NOTE) != plan.identity:
+            shutil.rmtree(
+                plan.output / "work", ignore_errors=True
+            )  # checkpoints of settings that nobody knows
+            write_json(plan.output / NOTE, plan.identity)
+        for file, run in _reported(plan).items():
+            write_json(file, run)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
