@@ -38,7 +38,7 @@ SMALL: Settings = {
     "shots_separator": "</s><s>",
     "with_steps": 50,
     "questions": 1000,
-    "test_questions": 100,
+    "test_questions": 300,
     "votes": 10,
     "vote_temperature": 0.1,
     "lora": 16,
