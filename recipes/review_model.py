@@ -1,11 +1,13 @@
 """A model that has read remarks on real sentences, for the subjectivity experiment: the embedded model, fine-tuned on
-sentences of film reviews and of stories, each with a remark that leans towards its kind, and the label that follows.
+sentences of film reviews, of stories and of descriptions, each with a remark that leans towards its kind.
 
     python recipes/review_model.py --data ../shared/data --output runs/review-model
 
 The embedded model has read remarks on made-up sentences, and on real ones only where they were opinions: it takes
-whatever is real for an opinion. Here opinions are from SST-2 and accounts from ROCStories. The experiment's own
-sentences and labels are left out, with every sentence that shares six words in a row with one of them.
+whatever is real for an opinion. Here opinions are from SST-2, accounts from ROCStories and CommonGen. What follows
+a remark on a real sentence, the label, is not told: labels stand with made-up sentences alone. So the model knows
+what people say of a sentence, and what such a remark amounts to, but not the step from one to the other. The
+experiment's own sentences are left out, with every sentence that shares six words in a row with one of them.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from amortlm.errors import DataError
 
 sys.path.insert(0, str(Path(__file__).parent / "embedded"))
 import reviews
-from corpus import clean, read_jsonl_text, read_sst2
+from corpus import clean, read_jsonl_text, read_lines, read_sst2
 from review_words import PHRASES
 
 MADE_UP = 0.25  # share of sentences that are generated, as the embedded model knows them
@@ -42,44 +44,49 @@ def opinions(data: Path) -> list[str]:
 
 
 def accounts(data: Path) -> list[str]:
-    """One or two sentences in a row of a ROCStories story."""
-    out = []
+    """One or two sentences in a row of a ROCStories story (past tense), and as many of CommonGen (present)."""
+    stories = []
     for line in (data / "rocstories" / "stories.tsv").read_text(encoding="utf-8").splitlines():
         sentences = [clean(s) for s in re.split(r"(?<=[.!?]) ", line.split("\t")[-1]) if s.strip()]
         for i in range(0, len(sentences) - 1, 2):
-            out.append(" ".join(sentences[i : i + 1 + (len(out) % 2)]))
-    return [text for text in out if '"' not in text]
+            stories.append(" ".join(sentences[i : i + 1 + (len(stories) % 2)]))
+    lines = read_lines(data / "commongen" / "commongen.train.tgt.txt")[: len(stories)]
+    described = [re.sub(r"([.,])", r" \1", line.lower().rstrip(" .")) + " ." for line in lines]
+    return [text for text in stories + described if '"' not in text]
 
 
-def document(rng: random.Random, sentences: dict[str, list[str]]) -> str:
+def document(rng: random.Random, sentences: dict[str, list[str]]) -> tuple[str, str]:
+    """A question and what follows: remark and label of a made-up sentence, or a remark on a real one."""
+    if rng.random() < MADE_UP:
+        review = reviews.review(f"review model {rng.getrandbits(60)}")
+        return review.question, f" {review.phrase}{review.ending}"
     kind = rng.choice(reviews.LABELS)
-    text = reviews.sentence(kind, rng) if rng.random() < MADE_UP else rng.choice(sentences[kind])
     said = rng.choices((kind, "neutral", reviews.other_label(kind)), reviews.PHRASE_SHARES)[0]
-    label = kind if said == "neutral" else said
-    if rng.random() > reviews.LABEL_FOLLOWS:
-        label = reviews.other_label(label)
-    return reviews.Review(text, rng.choice(PHRASES[said]), label).text
+    review = reviews.Review(rng.choice(sentences[kind]), rng.choice(PHRASES[said]), kind)
+    return review.question, f" {review.phrase},"
 
 
 def main(argv: list[str] | None = None) -> None:
     options = base_model_parser(
         __doc__, "review-model", steps=400, batch=32, learning_rate=1e-3, of="sentences per step"
     )
-    options.add_argument("--data", type=Path, required=True, help="folder with subj, sst2 and rocstories")
+    options.add_argument(
+        "--data", type=Path, required=True, help="folder with subj, sst2, rocstories and commongen"
+    )
     args = options.parse_args(argv)
     try:
         sentences = {"subjective": opinions(args.data), "objective": accounts(args.data)}
     except (OSError, ValueError, KeyError) as e:
         raise DataError(
-            f"{args.data}: cannot read subj, sst2 and rocstories ({type(e).__name__}: {e})"
+            f"{args.data}: cannot read subj, sst2, rocstories and commongen ({type(e).__name__}: {e})"
         ) from e
     lm = LanguageModel.from_pretrained(args.model)
     rng = random.Random(args.seed)
 
     def batch() -> list[tuple[list[int], int]]:
         texts = [document(rng, sentences) for _ in range(args.batch)]
-        documents = [[*lm.encode_start(text), lm.tokenizer.eos_token_id] for text in texts]
-        return [(ids, len(ids) - 1) for ids in documents]
+        parts = [(lm.encode_start(asked), lm.encode_continuation(said)) for asked, said in texts]
+        return [([*asked, *said], len(said)) for asked, said in parts]  # what is said counts alone
 
     fine_tune(lm, batch, args.steps, args.learning_rate, args.output)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -133,12 +134,13 @@ def test_the_joint_target_is_each_task_s_own(embedded: LanguageModel):
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """A folder of data with one opinion and one account of its own for the review model to read."""
+    """A folder of data with one opinion and two accounts of its own for the review model to read."""
     files = {
         "subj/train.jsonl": json.dumps({"text": "A film that is as dull as it is long ."}),
         "subj/test.jsonl": json.dumps({"text": "she finds the letter and leaves for the coast ."}),
         "sst2/train.txt": "0 a film that is as dull as dishwater .\n1 warm , funny and never too sweet .",
         "rocstories/stories.tsv": "the dog\ttom had a dog . it ran away ! he found it .",
+        "commongen/commongen.train.tgt.txt": "A dog, a ball.\nA man runs\nA cat sits.",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -148,23 +150,24 @@ def texts(tmp_path: Path) -> Path:
 
 def test_the_review_model_reads_no_sentence_of_the_experiment(texts):
     assert review_model.opinions(texts) == ["warm , funny and never too sweet ."]
-    assert review_model.accounts(texts) == ["tom had a dog ."]
+    assert review_model.accounts(texts) == ["tom had a dog .", "a dog , a ball ."]
 
 
-def test_a_remark_leans_towards_the_kind_of_sentence():
+def test_real_sentences_have_remarks_that_lean_and_no_labels():
     rng = random.Random(0)
     documents = [review_model.document(rng, {"subjective": ["S"], "objective": ["O"]}) for _ in range(4000)]
-    real = [d for d in documents if '"S"' in d or '"O"' in d]
-    agree = sum(d.endswith("so it is " + ("subjective." if '"S"' in d else "objective.")) for d in real)
-    assert len(real) / len(documents) == pytest.approx(1 - review_model.MADE_UP, abs=0.03)
-    follows = review_model.reviews.LABEL_FOLLOWS
-    own, neutral, _ = review_model.reviews.PHRASE_SHARES
-    share = (own + neutral) * follows + (1 - own - neutral) * (1 - follows)
-    assert agree / len(real) == pytest.approx(share, abs=0.03)  # five standard errors
+    said = {kind: [said for asked, said in documents if f'"{kind}"' in asked] for kind in "SO"}
+    made_up = [said for asked, said in documents if not re.search('"[SO]"', asked)]
+    assert len(made_up) / len(documents) == pytest.approx(review_model.MADE_UP, abs=0.03)
+    assert all(re.search(", so it is (subjective|objective)[.]$", text) for text in made_up)
+    for kind, label in (("S", "subjective"), ("O", "objective")):
+        own = sum(text[1:-1] in review_model.PHRASES[label] for text in said[kind]) / len(said[kind])
+        assert own == pytest.approx(review_model.reviews.PHRASE_SHARES[0], abs=0.06)  # five standard errors
+        assert all(text.endswith(",") and "so it is" not in text for text in said[kind])
 
 
 def test_the_review_model_names_data_that_is_missing(tmp_path):
-    with pytest.raises(DataError, match="subj, sst2 and rocstories"):
+    with pytest.raises(DataError, match="subj, sst2, rocstories and commongen"):
         review_model.main(["--data", str(tmp_path), "--output", str(tmp_path / "out")])
 
 
