@@ -68,7 +68,7 @@ def document(rng: random.Random, sentences: dict[str, list[str]]) -> tuple[str, 
 
 def main(argv: list[str] | None = None) -> None:
     options = base_model_parser(
-        __doc__, "review-model", steps=400, batch=32, learning_rate=1e-3, of="sentences per step"
+        __doc__, "review-model", steps=600, batch=32, learning_rate=1e-3, of="sentences per step"
     )
     options.add_argument(
         "--data", type=Path, required=True, help="folder with subj, sst2, rocstories and commongen"
