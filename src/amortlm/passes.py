@@ -93,6 +93,25 @@ def encode_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> 
     return Prefix(out.past_key_values, mask, last, prompts)
 
 
+def extend(model: PreTrainedModel, prefix: Prefix, index: Tensor, texts: Sequence[Sequence[int]]) -> Prefix:
+    """B prompts: prompt index[b] of `prefix` and then the tokens texts[b] (at least one), which alone are passed."""
+    old = index.tolist()
+    written = [[int(prefix.last[i]), *text] for i, text in zip(old, texts, strict=True)]
+    ids, own = pad_left([w[:-1] for w in written], model.device)
+    mask = torch.cat([prefix.mask[index], own], dim=1)
+    out = model(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=_positions(mask)[:, -ids.shape[1] :],
+        past_key_values=select_cache(prefix.cache, index),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    last = torch.tensor([w[-1] for w in written], device=model.device)
+    prompts = [[*prefix.prompts[i], *text] for i, text in zip(old, texts, strict=True)]
+    return Prefix(out.past_key_values, mask, last, prompts)
+
+
 def state_logits(
     model: PreTrainedModel, prefix: Prefix, index: Tensor, tokens: Tensor, keep_cache: bool = False
 ) -> tuple[Tensor, DynamicCache | None]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from amortlm.errors import ConfigError, DataError
-from amortlm.passes import encode_prompts
+from amortlm.passes import encode_prompts, extend
 from amortlm.policy.sampling import Exploration, draw
 from amortlm.policy.support import Support
 from amortlm.targets.base import Scoring
@@ -109,6 +109,7 @@ def vote(
     """
     target, (lead, _, tail) = _answer(posterior)
     lm = target.lm
+    lead_ids = lm.encode_continuation(lead.rstrip(" "))  # the space belongs to the answer's first token
     tail_ids = lm.encode_continuation(tail)
     end = lm.tokenizer.eos_token_id if not tail_ids else tail_ids[0]
     support = Support(stop=end, min_tokens=1, max_tokens=max_tokens).bind(lm)
@@ -116,11 +117,13 @@ def vote(
     for start in range(0, len(rows), ROWS):
         part = rows[start : start + ROWS]
         rollouts = _sample(posterior, part, n, temperature, seed)
-        # Answers to equal texts are equal: each text is continued once.
-        texts = [tuple(t) for t in _questions(target, rollouts, lead)]
+        # Answers to equal texts are equal: each text is continued once, its prompt encoded once for all of them.
+        texts = _answered(rollouts, lead_ids)
         unique = list(dict.fromkeys(texts))
         with torch.no_grad():
-            prefix = encode_prompts(lm.model, unique)
+            asked = encode_prompts(lm.model, [_asked(target, row) for row in part])
+            of = torch.tensor([row for row, _ in unique], device=lm.device)
+            prefix = extend(lm.model, asked, of, [text for _, text in unique])
             index = torch.arange(len(unique), device=lm.device)
             uniforms = torch.full((len(unique), max_tokens + 1), 0.5, device=lm.device)
             greedy = Exploration(torch.full((len(unique),), GREEDY, device=lm.device))
@@ -224,18 +227,16 @@ def _prediction(answers: Sequence[str], log_p: Tensor) -> Prediction:
     return Prediction([*answers], probs.tolist(), errors.tolist(), mass.item(), n)
 
 
-def _questions(target: LogProb, rollouts: Rollouts, lead: str) -> list[list[int]]:
-    """Tokens up to where the answer starts, for each trajectory."""
-    lm = target.lm
-    lead_ids = lm.encode_continuation(lead.rstrip(" "))  # the space belongs to the answer's first token
-    out = []
-    for i, z, stop in zip(
-        rollouts.row_index.tolist(), rollouts.completions(), rollouts.stops.tolist(), strict=True
-    ):
-        given = lm.encode_prompt(target.given, rollouts.rows[i])
-        before = lm.encode_continuation(target.of.split({**rollouts.rows[i], **_blank(target)})[0])
-        out.append([*given, *before, *z, stop, *lead_ids])
-    return out
+def _asked(target: LogProb, row: Row) -> list[int]:
+    """Tokens before z."""
+    before = target.of.split({**row, **_blank(target)})[0]
+    return [*target.lm.encode_prompt(target.given, row), *target.lm.encode_continuation(before)]
+
+
+def _answered(rollouts: Rollouts, lead: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+    """The row of each trajectory, and its tokens from z up to where the answer starts."""
+    written = zip(rollouts.row_index.tolist(), rollouts.completions(), rollouts.stops.tolist(), strict=True)
+    return [(i, (*z, stop, *lead)) for i, z, stop in written]
 
 
 def _blank(target: LogProb) -> dict[str, str]:
