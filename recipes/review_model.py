@@ -35,12 +35,25 @@ def runs_of_words(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + SHARED]) for i in range(len(words) - SHARED + 1)}
 
 
+class Unseen:
+    """Sentences that SUBJ does not have, and that share no six words in a row with one of its own."""
+
+    def __init__(self, data: Path):
+        own = [
+            text for part in ("train", "test") for text in read_jsonl_text(data / "subj" / f"{part}.jsonl")
+        ]
+        self.whole, self.runs = {text.lower() for text in own}, set().union(*map(runs_of_words, own))
+
+    def of(self, texts: list[str]) -> list[str]:
+        new = [
+            text for text in texts if text.lower() not in self.whole and not runs_of_words(text) & self.runs
+        ]
+        return [text for text in new if '"' not in text]  # a question quotes its sentence
+
+
 def opinions(data: Path) -> list[str]:
-    """SST-2's sentences without those of SUBJ, which took them from the same reviews."""
-    own = [text for part in ("train", "test") for text in read_jsonl_text(data / "subj" / f"{part}.jsonl")]
-    known = set().union(*map(runs_of_words, own))
-    found = read_sst2(data / "sst2" / "train.txt")
-    return [text for text in found if '"' not in text and not runs_of_words(text) & known]
+    """SST-2's sentences, from the reviews that SUBJ took its own from."""
+    return Unseen(data).of(read_sst2(data / "sst2" / "train.txt"))
 
 
 def accounts(data: Path) -> list[str]:
@@ -52,7 +65,7 @@ def accounts(data: Path) -> list[str]:
             stories.append(" ".join(sentences[i : i + 1 + (len(stories) % 2)]))
     lines = read_lines(data / "commongen" / "commongen.train.tgt.txt")[: len(stories)]
     described = [re.sub(r"([.,])", r" \1", line.lower().rstrip(" .")) + " ." for line in lines]
-    return [text for text in stories + described if '"' not in text]
+    return Unseen(data).of(stories + described)
 
 
 def document(rng: random.Random, sentences: dict[str, list[str]]) -> tuple[str, str]:

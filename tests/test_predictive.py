@@ -74,31 +74,43 @@ def test_rows_at_once_equal_rows_alone(one_lm: LanguageModel) -> None:
         assert 0 < alone.mass < 1
 
 
+def greedy_answer(lm: LanguageModel, ids: list[int]) -> str:
+    """What the model writes after `ids` until "!", at most three tokens, by plain passes."""
+    stop, answer = plain_ids(lm, "!")[0], []
+    banned = [*lm.special_ids, *range(len(lm.tokenizer), lm.vocab_size)]
+    while len(answer) < 3:
+        logits = lm.model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
+        logits[banned] = -torch.inf
+        if not answer:
+            logits[stop] = -torch.inf
+        token = int(logits.argmax())
+        if token == stop:
+            break
+        answer.append(token)
+    return lm.decode(answer).strip()
+
+
 def test_votes_count_the_greedy_answers(one_lm: LanguageModel) -> None:
+    """Of two rows at once, whose prompts differ in length."""
     posterior = posterior_of(one_lm)
-    found = vote(posterior, ROWS[:1], 32, max_tokens=3, seed=4)[0]
-    rollouts, _ = posterior.policy.sample(ROWS[:1], 32, seed=4)
-    counts: dict[str, int] = {}
-    stop = plain_ids(one_lm, "!")[0]
-    banned = [*one_lm.special_ids, *range(len(one_lm.tokenizer), one_lm.vocab_size)]
-    for z in rollouts.completions():
-        ids = [*one_lm.encode_start(ROWS[0]["x"]), *z, *plain_ids(one_lm, "."), *plain_ids(one_lm, " the")]
-        answer: list[int] = []
-        while len(answer) < 3:
-            logits = one_lm.model(input_ids=torch.tensor([ids + answer])).logits[0, -1]
-            logits[banned] = -torch.inf
-            if not answer:
-                logits[stop] = -torch.inf
-            token = int(logits.argmax())
-            if token == stop:
-                break
-            answer.append(token)
-        text = one_lm.decode(answer).strip()
-        counts[text] = counts.get(text, 0) + 1
-    assert found.counts == counts
-    assert found.best == max(counts, key=counts.__getitem__)
-    assert found.share == counts[found.best] / 32
-    assert found.error == pytest.approx(math.sqrt(found.share * (1 - found.share) / 32))
+    votes = vote(posterior, ROWS, 32, max_tokens=3, seed=4)
+    rollouts, _ = posterior.policy.sample(ROWS, 32, seed=4)
+    counts: list[dict[str, int]] = [{}, {}]
+    for row, z in zip(rollouts.row_index.tolist(), rollouts.completions(), strict=True):
+        before = [
+            *one_lm.encode_start(ROWS[row]["x"]),
+            *z,
+            *plain_ids(one_lm, "."),
+            *plain_ids(one_lm, " the"),
+        ]
+        text = greedy_answer(one_lm, before)
+        counts[row][text] = counts[row].get(text, 0) + 1
+    assert [v.counts for v in votes] == counts
+    assert counts[0] != counts[1]
+    for found, counted in zip(votes, counts, strict=True):
+        assert found.best == max(counted, key=counted.__getitem__)
+        assert found.share == counted[found.best] / 32
+        assert found.error == pytest.approx(math.sqrt(found.share * (1 - found.share) / 32))
 
 
 def test_errors_name_the_remedy(one_lm: LanguageModel) -> None:

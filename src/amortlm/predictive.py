@@ -118,12 +118,12 @@ def vote(
         part = rows[start : start + ROWS]
         rollouts = _sample(posterior, part, n, temperature, seed)
         # Answers to equal texts are equal: each text is continued once, its prompt encoded once for all of them.
-        texts = _answered(rollouts, lead_ids)
+        texts = _up_to_answer(rollouts, lead_ids)
         unique = list(dict.fromkeys(texts))
         with torch.no_grad():
             asked = encode_prompts(lm.model, [_asked(target, row) for row in part])
-            of = torch.tensor([row for row, _ in unique], device=lm.device)
-            prefix = extend(lm.model, asked, of, [text for _, text in unique])
+            row_of = torch.tensor([row for row, _ in unique], device=lm.device)
+            prefix = extend(lm.model, asked, row_of, [text for _, text in unique])
             index = torch.arange(len(unique), device=lm.device)
             uniforms = torch.full((len(unique), max_tokens + 1), 0.5, device=lm.device)
             greedy = Exploration(torch.full((len(unique),), GREEDY, device=lm.device))
@@ -233,7 +233,7 @@ def _asked(target: LogProb, row: Row) -> list[int]:
     return [*target.lm.encode_prompt(target.given, row), *target.lm.encode_continuation(before)]
 
 
-def _answered(rollouts: Rollouts, lead: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+def _up_to_answer(rollouts: Rollouts, lead: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
     """The row of each trajectory, and its tokens from z up to where the answer starts."""
     written = zip(rollouts.row_index.tolist(), rollouts.completions(), rollouts.stops.tolist(), strict=True)
     return [(i, (*z, stop, *lead)) for i, z, stop in written]

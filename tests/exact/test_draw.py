@@ -13,13 +13,13 @@ from reference import tiny_policy
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=4)
 
 
-@pytest.mark.parametrize("temperature", [None, 0.3])
-def test_completions_of_one_prompt_are_those_of_copies_of_it(family_lm, temperature):
+@pytest.mark.parametrize("hot", [False, True])
+def test_completions_of_one_prompt_are_those_of_copies_of_it(family_lm, hot):
     """One prompt for 40 completions against 40 prompts for one each: same uniforms, same tokens and log q."""
     policy, n = tiny_policy(family_lm, "{x}", SUPPORT), 40
     prompts = policy.encode_rows([{"x": "the cat sat"}, {"x": "a dog"}])
     u = uniform_streams(["a"], [2 * n], policy.support.max_tokens + 1)
-    heat = Exploration(None if temperature is None else torch.full((2 * n,), temperature), epsilon=0.1)
+    heat = Exploration(torch.linspace(0.3, 2.0, 2 * n) if hot else None, epsilon=0.1)
     index = torch.arange(2).repeat(n)
     shared = draw(policy.model, encode_prompts(policy.model, prompts), index, policy.support, u, heat)
     copies = encode_prompts(policy.model, [prompts[i] for i in index])

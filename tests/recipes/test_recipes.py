@@ -137,10 +137,13 @@ def texts(tmp_path: Path) -> Path:
     """A folder of data with one opinion and two accounts of its own for the review model to read."""
     files = {
         "subj/train.jsonl": json.dumps({"text": "A film that is as dull as it is long ."}),
-        "subj/test.jsonl": json.dumps({"text": "she finds the letter and leaves for the coast ."}),
-        "sst2/train.txt": "0 a film that is as dull as dishwater .\n1 warm , funny and never too sweet .",
-        "rocstories/stories.tsv": "the dog\ttom had a dog . it ran away ! he found it .",
-        "commongen/commongen.train.tgt.txt": "A dog, a ball.\nA man runs\nA cat sits.",
+        "subj/test.jsonl": json.dumps({"text": "she finds the letter and leaves for the coast ."})
+        + "\n"
+        + json.dumps({"text": "too long ."}),
+        "sst2/train.txt": "0 a film that is as dull as dishwater .\n0 too long .\n1 warm , never too sweet .",
+        "rocstories/stories.tsv": "the dog\ttom had a dog . it ran ! he fell . he got up . they sat .\n"
+        "a letter\tthen she finds the letter and leaves for good . so it ends .",
+        "commongen/commongen.train.tgt.txt": "A dog, a ball.\nA man runs\nA cat sits.\nA cup.\nA hat.",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -149,8 +152,9 @@ def texts(tmp_path: Path) -> Path:
 
 
 def test_the_review_model_reads_no_sentence_of_the_experiment(texts):
-    assert review_model.opinions(texts) == ["warm , funny and never too sweet ."]
-    assert review_model.accounts(texts) == ["tom had a dog .", "a dog , a ball ."]
+    assert review_model.opinions(texts) == ["warm , never too sweet ."]
+    told = ["tom had a dog .", "he fell . he got up ."]  # the third one shares six words
+    assert review_model.accounts(texts) == [*told, "a dog , a ball .", "a man runs .", "a cat sits ."]
 
 
 def test_real_sentences_have_remarks_that_lean_and_no_labels():

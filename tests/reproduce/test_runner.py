@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from amortlm.cli import main
+from amortlm.cli import commands, main
 from amortlm.errors import ConfigError, MissingExtraError
-from amortlm.reproduce import report, runner, storage
+from amortlm.reproduce import EXPERIMENTS, load_experiment, report, runner, storage
 from amortlm.reproduce.experiment import Context, Experiment, Metric, Outcome, Trained
 
 
@@ -135,9 +137,40 @@ def test_a_report_of_other_settings_is_kept(toy: Toy, tmp_path: Path, note: bool
     shutil.rmtree(tmp_path / "runs")
     if not note:
         (tmp_path / "settings.json").unlink()
-    with pytest.raises(ConfigError, match="other settings"):
+    with pytest.raises(
+        ConfigError, match=r"results.json holds other results \(settings.steps: 5 there, 9 now"
+    ):
         run(toy, tmp_path, seeds=1, overrides={"steps": 9})
     assert list(json.loads((tmp_path / "results.json").read_text())["runs"]) == ["one", "two"]
+
+
+def test_results_of_something_else_are_kept(toy: Toy, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"settings": {"model": "m"}, "runs": [{"method": "GFlowNet"}]}')
+    with pytest.raises(ConfigError, match="holds other results"):
+        run(toy, tmp_path)
+
+
+def test_a_report_is_taken_over_whole_or_not_at_all(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(toy, tmp_path, seeds=1)
+    shutil.rmtree(tmp_path / "runs")
+    write, written = runner.write_json, []
+
+    def full_disk(path: Path, value: Any) -> None:
+        written.append(path.name)
+        if path.name.startswith("two-"):
+            raise OSError(28, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(runner, "write_json", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        run(toy, tmp_path, seeds=1)
+    assert written == ["one-seed0.json", "two-seed0.json"]
+    monkeypatch.undo()
+    results, _ = run(toy, tmp_path, seeds=1)
+    assert list(results["runs"]) == ["one", "two"]
+    assert len(toy.calls) == 2
 
 
 def test_commands_are_those_of_the_runs(toy: Toy, tmp_path: Path) -> None:
@@ -177,23 +210,72 @@ def test_a_run_that_was_cut_short_is_free(toy: Toy, tmp_path: Path) -> None:
         assert not ours, "it is finished"
 
 
+def test_who_begins_first_decides_the_settings(toy: Toy, tmp_path: Path) -> None:
+    """Two commands saw an empty folder; the second one claims it while the first one is at a run."""
+    ours, theirs = (
+        runner.make_plan(toy.experiment(), "smoke", tmp_path, overrides={"scale": k}) for k in (1.0, 2.0)
+    )
+    runner.claim_folder(theirs)
+    with runner.taken(theirs, "one", 0):
+        with pytest.raises(ConfigError, match="settings.scale: 2.0 there, 1.0 now"):
+            runner.claim_folder(ours)
+        with runner.taken(theirs, "one", 0) as again:
+            assert not again, "the lock is still there"
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_run_has_a_lock_and_files_of_its_own(name: str, tmp_path: Path) -> None:
+    plan = runner.make_plan(load_experiment(name), "small", tmp_path)
+    for place in (runner._lock, runner._work, runner._file):
+        assert len({place(plan, method, seed) for method, seed in plan.runs()}) == len(plan.runs())
+
+
+ARGV = ["reproduce", "numbers", "--preset", "smoke", "--methods", "untrained", "gflownet-tb", "--seeds", "2"]
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    methods = ["untrained", "gflownet-tb"]
-    argv = ["reproduce", "numbers", "--preset", "smoke", "--methods", *methods, "--seeds", "2", "--jobs", "2"]
-    assert main([*argv, "--output", str(tmp_path)]) == 0
+    argv = [*ARGV, "--jobs", "2", "--output", str(tmp_path)]
+    assert main(argv) == 0
     out, err = capfd.readouterr()
-    made = [line for line in out.splitlines() if ", seed " in line]
-    assert sorted(line.split(":")[0] for line in made) == sorted(
-        f"{m}, seed {k}" for m in methods for k in (0, 1)
-    )
+    made = [line.split(":")[0] for line in out.splitlines() if ", seed " in line]
+    assert sorted(made) == [f"{m}, seed {k}" for m in ("gflownet-tb", "untrained") for k in (0, 1)]
     assert out.splitlines()[-1] == f"wrote {tmp_path / 'README.md'}"
     assert err == ""
     results = json.loads((tmp_path / "results.json").read_text())
-    assert [[r["seed"] for r in results["runs"][m]] for m in methods] == [[0, 1], [0, 1]]
-    assert (
-        main([*argv, "--output", str(tmp_path), "--set", "steps=4"]) == 2
-    )  # other settings: none of them runs
+    assert [[r["seed"] for r in found] for found in results["runs"].values()] == [[0, 1], [0, 1]]
+    assert main([*argv, "--set", "steps=4"]) == 2  # other settings: nobody begins
+    assert "other settings" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_helper_makes_the_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of them, where we make none."""
+    monkeypatch.setattr(runner, "execute", lambda plan, processes: None)
+    assert main([*ARGV, "--jobs", "2", "--output", str(tmp_path)]) == 0
+    out, err = capfd.readouterr()
+    assert sum(", seed " in line for line in out.splitlines()) == 4
+    assert "not finished" not in out
+    assert err == ""
+    assert len(json.loads((tmp_path / "results.json").read_text())["runs"]) == 2
+
+
+def failing(args: Namespace, threads: int) -> None:
+    sys.exit(3)
+
+
+@pytest.mark.slow
+def test_a_helper_that_fails_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_help", failing)
+    monkeypatch.setattr(runner, "execute", lambda plan, processes: None)
+    assert main([*ARGV, "--jobs", "2", "--output", str(tmp_path)]) == 2
+    out, err = capfd.readouterr()
+    assert "4 of 4 runs are not finished" in out
+    assert "ended with exit status 3; the same command makes what is missing" in err
 
 
 @pytest.mark.parametrize(
@@ -385,8 +467,6 @@ def test_metrics_must_be_those_that_were_announced(toy: Toy, tmp_path: Path) -> 
 
 @pytest.fixture
 def toy_command(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
-    from amortlm.cli import commands
-
     monkeypatch.setattr(commands, "load_experiment", lambda name: toy.experiment())
     return toy
 

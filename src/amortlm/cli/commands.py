@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import signal
 import sys
 import textwrap
 import warnings
@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.certificate import finite
 from amortlm.diagnostics.diagnose import LEVEL, Gold
-from amortlm.errors import ConfigError, DataError
+from amortlm.errors import AmortLMError, ConfigError, DataError
 from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior, Samples
 from amortlm.reproduce import load_experiment, runner
@@ -112,7 +112,7 @@ def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:
     return [[str(row[column])] for row in rows]
 
 
-def reproduce(args: Namespace) -> int:
+def reproduce(args: Namespace) -> None:
     experiment = load_experiment(args.experiment)
     output = Path(args.output or f"runs/{args.experiment}-{args.preset}")
     plan = runner.make_plan(
@@ -136,45 +136,64 @@ def reproduce(args: Namespace) -> int:
         warnings.simplefilter("ignore", FutureWarning)  # libraries that warn each other
         if args.dry_run:
             runner.dry_run(plan)
-            return 0
-        with processes(args) as helpers:
+            return
+        with processes(args, plan) as helpers:
             results = runner.execute(plan, processes=args.jobs if sys.stdout.isatty() else 0)
     if args.is_helper:
-        return 0
+        return
     if helpers:
         results = runner.report(plan)
     print()
     print(table(experiment, results))
+    missing = set(plan.runs()) - runner.finished_runs(plan).keys()
+    if missing:
+        print(f"{len(missing)} of {len(plan.runs())} runs are not finished: other processes are at them")
     print(f"wrote {output / 'README.md'}")
-    return max([abs(helper.exitcode or 0) for helper in helpers], default=0)
+    failed = [helper.exitcode for helper in helpers if helper.exitcode]
+    if failed:
+        raise AmortLMError(
+            f"a process of --jobs ended with exit status {failed[0]}; the same command makes what is missing"
+        )
 
 
 @contextmanager
-def processes(args: Namespace) -> Iterator[list[SpawnProcess]]:
-    """Helpers that make the same runs in the same folder (`runner.taken`), waited for at the end."""
-    count = 0 if args.is_helper else args.jobs - 1
-    if count and "OMP_NUM_THREADS" not in os.environ:
-        threads = max(1, (os.cpu_count() or 1) // args.jobs)  # the processes share the cores
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
+def processes(args: Namespace, plan: runner.Plan) -> Iterator[list[SpawnProcess]]:
+    """Helpers that make the same runs in the same folder (`runner.taken`), waited for at the end.
+
+    None without --jobs. An error here ends them, too; their checkpoints stay.
+    """
+    todo = len(plan.runs()) - len(runner.finished_runs(plan).keys() & set(plan.runs()))
+    count = 0 if args.is_helper else min(args.jobs, todo) - 1
+    if count < 1:
+        yield []
+        return
+    threads = torch.get_num_threads()
+    share = max(1, threads // args.jobs)
     helper = Namespace(**{**vars(args), "is_helper": True})
-    helpers = [get_context("spawn").Process(target=_help, args=(helper,)) for _ in range(count)]
-    for each in helpers:
-        each.start()
+    helpers = [get_context("spawn").Process(target=_help, args=(helper, share)) for _ in range(count)]
+    torch.set_num_threads(share)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # helpers do not outlive us
     try:
+        for each in helpers:
+            each.start()
         yield helpers
     except BaseException:
         for each in helpers:
-            each.terminate()  # its checkpoints stay
+            if each.pid is not None:
+                each.terminate()
         raise
     finally:
         for each in helpers:
-            each.join()
+            if each.pid is not None:
+                each.join()
+        signal.signal(signal.SIGTERM, before)
+        torch.set_num_threads(threads)
 
 
-def _help(args: Namespace) -> None:
+def _help(args: Namespace, threads: int) -> None:
     from amortlm.cli import run
 
+    torch.set_num_threads(threads)
     sys.exit(run(args))
 
 

@@ -107,6 +107,8 @@ def draw(
         position[alive] = support.advance(position[alive], chosen)
         if tools is not None:
             tools.advance(alive, tokens, t)
+        if t == last:
+            break
         nodes, node = (node[going] * logits.shape[1] + chosen).unique(return_inverse=True)
         parent, ids = nodes // logits.shape[1], nodes % logits.shape[1]
         if not torch.equal(parent, torch.arange(len(mask), device=device)):

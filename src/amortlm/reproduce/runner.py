@@ -196,7 +196,7 @@ def report(plan: Plan) -> dict[str, Any]:
 @contextlib.contextmanager
 def taken(plan: Plan, method: str, seed: int) -> Iterator[bool]:
     """Whether this run is ours to make. A lock dies with its process, so what was cut short is free again."""
-    lock = FileLock(_work(plan, method, seed).with_suffix(".lock"))
+    lock = FileLock(_lock(plan, method, seed))
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -220,8 +220,9 @@ def _alone(plan: Plan) -> Iterator[None]:
 
 
 def _drop(lock: FileLock) -> None:
-    """Give a lock back, and its file away while it is still ours: who waits for it looks again at what was done."""
-    Path(lock.lock_file).unlink(missing_ok=True)
+    """Give a lock back and take its file away. Who waited for it finds that the file is gone, and makes a new one."""
+    with contextlib.suppress(OSError):  # Windows keeps a file that is open
+        Path(lock.lock_file).unlink()
     lock.release()
 
 
@@ -272,14 +273,14 @@ def _check(experiment: Experiment, outcome: Outcome) -> None:
 def finished_runs(plan: Plan) -> dict[tuple[str, int], Run]:
     """What the output folder holds already. Raises ConfigError where that was made with other settings."""
     remedy = f"give another --output, or delete {plan.output}"
-    found, reported = _read(plan.output / NOTE), _reported(plan)
+    found = _read(plan.output / NOTE)
     begun = any(p.is_file() for part in ("runs", "work") for p in (plan.output / part).rglob("*"))
-    if (begun or reported) and found is not None and found != plan.identity:
+    if begun and found is not None and found != plan.identity:
         difference = _difference(found, plan.identity)
         raise ConfigError(f"{plan.output} holds runs of other settings ({difference}); {remedy}")
-    done = {}
-    files = {file: _read(file) for file in sorted((plan.output / "runs").glob("*-seed*.json"))}
-    for file, run in (files | reported).items():
+    done = {(run["method"], run["seed"]): run for run in _reported(plan, remedy)}
+    for file in sorted((plan.output / "runs").glob("*-seed*.json")):
+        run = _read(file)
         if run is None:
             continue
         if run.get("key") != plan.key:
@@ -288,32 +289,46 @@ def finished_runs(plan: Plan) -> dict[tuple[str, int], Run]:
     return done
 
 
-def _reported(plan: Plan) -> dict[Path, Run]:
-    """The runs of results.json by the files that hold them; none where there is a folder of such files.
+def _reported(plan: Plan, remedy: str = "") -> list[Run]:
+    """The runs of a results.json that stands alone: of a report that was handed on, without runs/.
 
-    A report that somebody handed on, or committed, has no runs/: more methods and seeds can be added to it.
+    Raises ConfigError where it was made with other settings.
     """
-    found = _read(plan.output / "results.json")
+    file = plan.output / "results.json"
+    found = _read(file)
     if found is None or (plan.output / "runs").exists():
-        return {}
-    same = all(found.get(name) == value for name, value in plan.identity.items())
-    return {
-        _file(plan, method, run["seed"]): {"key": plan.key if same else None, "method": method, **run}
-        for method, runs in found["runs"].items()
-        for run in runs
-    }
+        return []
+    there = {name: found.get(name) for name in plan.identity}
+    if there != plan.identity:
+        raise ConfigError(f"{file} holds other results ({_difference(there, plan.identity)}); {remedy}")
+    return [
+        {"key": plan.key, "method": method, **run} for method, runs in found["runs"].items() for run in runs
+    ]
 
 
 def claim_folder(plan: Plan) -> None:
-    """Note what the runs of the output folder share, before the first one."""
+    """Note what the runs of the output folder share, before the first one.
+
+    Raises ConfigError where another process has just begun with other settings.
+    """
     with _alone(plan):
+        finished_runs(plan)
         if _read(plan.output / NOTE) != plan.identity:
-            shutil.rmtree(
-                plan.output / "work", ignore_errors=True
-            )  # checkpoints of settings that nobody knows
+            # Checkpoints of settings that nobody knows.
+            shutil.rmtree(plan.output / "work", ignore_errors=True)
             write_json(plan.output / NOTE, plan.identity)
-        for file, run in _reported(plan).items():
-            write_json(file, run)
+        _unpack(plan)
+
+
+def _unpack(plan: Plan) -> None:
+    """A file for each run of a results.json that stands alone; all of them or none."""
+    if not (runs := _reported(plan)):
+        return
+    part = plan.output / "runs.part"
+    shutil.rmtree(part, ignore_errors=True)
+    for run in runs:
+        write_json(part / _file(plan, run["method"], run["seed"]).name, run)
+    part.rename(plan.output / "runs")
 
 
 def _read(file: Path) -> dict[str, Any] | None:
@@ -353,3 +368,7 @@ def _file(plan: Plan, method: str, seed: int) -> Path:
 
 def _work(plan: Plan, method: str, seed: int) -> Path:
     return plan.output / "work" / f"{method}-seed{seed}"
+
+
+def _lock(plan: Plan, method: str, seed: int) -> Path:
+    return plan.output / "work" / f"{method}-seed{seed}.lock"
