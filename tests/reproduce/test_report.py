@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from amortlm.reproduce import report, storage
+from amortlm.reproduce import compare, report, storage
 
 
 def test_files_are_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +47,16 @@ def test_numbers_stand_on_one_line(tmp_path: Path) -> None:
 def test_spread_leaves_out_what_is_not_finite() -> None:
     assert report.spread([1.0, None, 3.0]) == {"mean": 2.0, "sd": pytest.approx(2**0.5)}
     assert report.spread([4.0]) == {"mean": 4.0, "sd": None}
+
+
+def test_pairs_are_compared_on_the_examples_they_share() -> None:
+    """Means over seeds first; a pair that is not finished, or saw other examples, has no line."""
+    seen = {"a": [[1.0, 2.0, 4.0], [3.0, 2.0, 4.0]], "b": [[1.0, 1.0, 1.0]], "c": [[0.0]]}
+    runs = {m: [{"details": {"per_example": {"s": v}}} for v in of] for m, of in seen.items()}
+    pairs = [("a", "b"), ("a", "c"), ("a", "missing"), ("b", "a")]
+    text = compare.paired_table({"runs": runs}, pairs=pairs, metrics={"s": "score"}, unit="rows")
+    lines = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+    assert lines[0] == ["difference", "metric", "mean", "95 % interval", "p (sign flips)", "rows"]
+    assert [line[:3] for line in lines[2:]] == [["a − b", "score", "+1.67"], ["b − a", "score", "-1.67"]]
+    assert lines[2][-1] == "3"
+    assert compare.paired_table({"runs": runs}, pairs=pairs[1:3], metrics={"s": "score"}, unit="rows") == ""

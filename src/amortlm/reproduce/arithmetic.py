@@ -266,9 +266,8 @@ def summary(results: dict[str, Any]) -> str:
         for method, runs in results["runs"].items()
         if "note" in runs[0]["details"]
     ]
-    table = paired_table(
-        results, methods=["gflownet"], against=["sft", "ppo", "grpo"], metrics=metrics, unit="questions"
-    )
+    pairs = [("gflownet", baseline) for baseline in ("sft", "ppo", "grpo")]
+    table = paired_table(results, pairs=pairs, metrics=metrics, unit="questions")
     return "\n\n".join([*notes, table])
 
 

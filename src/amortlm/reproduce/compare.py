@@ -20,28 +20,25 @@ def per_example(results: dict[str, Any], method: str, metric: str) -> list[float
 def paired_table(
     results: dict[str, Any],
     *,
-    methods: Sequence[str],
-    against: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
     metrics: Mapping[str, str],
     unit: str,
 ) -> str:
-    """Markdown: mean difference, its 95 % interval and the p-value of a sign-flip test, on the shared examples."""
+    """Markdown: mean difference of two methods, its 95 % interval and the p-value of a sign-flip test, on the
+    examples they share."""
     lines = []
-    for a in methods:
-        for b in against:
-            for metric, label in metrics.items():
-                if a not in results["runs"] or b not in results["runs"]:
-                    continue
-                x, y = (per_example(results, m, metric) for m in (a, b))
-                if not x or len(x) != len(y):
-                    continue
-                test = paired_test(x, y)
-                difference, low, high = (
-                    f"{round(x, 9) + 0.0:+.3g}" for x in (test.difference, test.low, test.high)
-                )
-                lines.append(
-                    [f"{a} − {b}", label, difference, f"{low} to {high}", f"{test.p_value:.2g}", test.n]
-                )
+    for a, b in pairs:
+        if a not in results["runs"] or b not in results["runs"]:
+            continue
+        for metric, label in metrics.items():
+            x, y = (per_example(results, m, metric) for m in (a, b))
+            if not x or len(x) != len(y):
+                continue
+            test = paired_test(x, y)
+            difference, low, high = (
+                f"{round(x, 9) + 0.0:+.3g}" for x in (test.difference, test.low, test.high)
+            )
+            lines.append([f"{a} − {b}", label, difference, f"{low} to {high}", f"{test.p_value:.2g}", test.n])
     if not lines:
         return ""
     headers = ["difference", "metric", "mean", "95 % interval", "p (sign flips)", unit]

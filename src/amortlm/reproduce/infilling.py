@@ -278,13 +278,8 @@ def summary(results: dict[str, Any]) -> str:
     every method on the stories that the slow ones saw."""
     from amortlm.reproduce.compare import paired_table, shared_table
 
-    paired = paired_table(
-        results,
-        methods=["gflownet", "sft-gflownet"],
-        against=["prompting", "sft"],
-        metrics=LABELS,
-        unit="stories",
-    )
+    pairs = [(a, b) for a in ("gflownet", "sft-gflownet") for b in ("prompting", "sft")]
+    paired = paired_table(results, pairs=pairs, metrics=LABELS, unit="stories")
     return "\n\n".join(t for t in (paired, shared_table(results, LABELS, "stories")) if t)
 
 

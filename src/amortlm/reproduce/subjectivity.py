@@ -285,17 +285,8 @@ def summary(results: dict[str, Any]) -> str:
     """Paired tests on the test sentences (each sentence's mean over seeds), for each number of labels."""
     from amortlm.reproduce.compare import paired_table
 
-    tables = [
-        paired_table(
-            results,
-            methods=[f"gflownet-em-{n}", f"gflownet-{n}"],
-            against=[f"sft-{n}"],
-            metrics={"accuracy": f"accuracy, {n} labels"},
-            unit="sentences",
-        )
-        for n in LABELS
-    ]
-    return "\n\n".join(t for t in tables if t)
+    pairs = [(f"{family}-{n}", f"sft-{n}") for n in LABELS for family in ("gflownet-em", "gflownet")]
+    return paired_table(results, pairs=pairs, metrics={"accuracy": "accuracy"}, unit="sentences")
 
 
 def figures(results: dict[str, Any], folder: Path) -> list[str]:
