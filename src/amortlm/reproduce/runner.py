@@ -173,12 +173,9 @@ def execute(plan: Plan, say: Say = print, processes: int = 0) -> dict[str, Any]:
             write_json(_file(plan, method, seed), run)
             shutil.rmtree(_work(plan, method, seed), ignore_errors=True)
         report(plan)
-        done = finished_runs(plan)
         clock.setdefault(method, []).append(sum(run["seconds"].values()))
-        left = (
-            _time_left(clock, [m for m, k in todo if (m, k) not in done]) / processes if processes else None
-        )
-        say(progress_line(experiment, run, left))
+        left = [m for m, k in todo if not _file(plan, m, k).exists()]
+        say(progress_line(experiment, run, _time_left(clock, left) / processes if processes else None))
     results = report(plan)
     with contextlib.suppress(OSError):
         (plan.output / "work").rmdir()  # stays where runs of other methods or seeds are unfinished
