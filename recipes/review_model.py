@@ -31,23 +31,22 @@ SHARED = 6  # words in a row
 
 
 def runs_of_words(text: str) -> set[tuple[str, ...]]:
+    """All runs of six words; of a shorter text the whole."""
     words = re.findall(r"[a-z']+", text.lower())
-    return {tuple(words[i : i + SHARED]) for i in range(len(words) - SHARED + 1)}
+    return {tuple(words[i : i + SHARED]) for i in range(max(1, len(words) - SHARED + 1))}
 
 
 class Unseen:
-    """Sentences that SUBJ does not have, and that share no six words in a row with one of its own."""
+    """Sentences that share no six words in a row with one of SUBJ, and are none of its shorter ones."""
 
     def __init__(self, data: Path):
         own = [
             text for part in ("train", "test") for text in read_jsonl_text(data / "subj" / f"{part}.jsonl")
         ]
-        self.whole, self.runs = {text.lower() for text in own}, set().union(*map(runs_of_words, own))
+        self.runs = set().union(*map(runs_of_words, own))
 
     def of(self, texts: list[str]) -> list[str]:
-        new = [
-            text for text in texts if text.lower() not in self.whole and not runs_of_words(text) & self.runs
-        ]
+        new = [text for text in texts if not runs_of_words(text) & self.runs]
         return [text for text in new if '"' not in text]  # a question quotes its sentence
 
 
