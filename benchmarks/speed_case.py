@@ -23,7 +23,7 @@ from transformers import (
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Rollouts, Support, default_lora
 from amortlm.language_model import EMBEDDED_PATH
-from amortlm.passes import encode_prompts, pad_left, select_cache, state_logits
+from amortlm.passes import pad_left, select_cache
 from amortlm.tasks.infilling import STORIES
 
 from . import paper_loop
@@ -219,7 +219,7 @@ class BarePasses:
     @torch.no_grad()
     def decode(self) -> None:
         model, rollouts = self.trainer.policy.model, self.rollouts
-        prefix = encode_prompts(model, self.prompts)
+        prefix = self.trainer.policy.passes.encode(self.prompts)
         alive = torch.arange(len(rollouts), device=rollouts.tokens.device)
         cache = select_cache(prefix.cache, rollouts.row_index) or DynamicCache()
         mask, ids = prefix.mask[rollouts.row_index].long(), prefix.last[rollouts.row_index, None]
@@ -244,10 +244,8 @@ class BarePasses:
     @torch.no_grad()
     def reference(self) -> None:
         model, rollouts = self.trainer.lm.model, self.rollouts
-        prefix = encode_prompts(model, self.before)
-        cache = state_logits(
-            model, prefix, rollouts.row_index, rollouts.tokens, keep_cache=bool(self.branch_tokens)
-        )[1]
+        passes = self.trainer.lm.passes
+        cache = passes.states(passes.encode(self.before), rollouts.row_index, rollouts.tokens)[1]
         left = -(-self.branch_tokens // BRANCH_WIDTH)  # rows of branches, at most 32 in a pass
         while left:
             assert cache is not None
@@ -258,9 +256,8 @@ class BarePasses:
             left -= rows
 
     def policy(self) -> None:
-        model, rollouts = self.trainer.policy.model, self.rollouts
-        prefix = encode_prompts(model, self.prompts)
-        logits, _ = state_logits(model, prefix, rollouts.row_index, rollouts.tokens)
+        passes, rollouts = self.trainer.policy.passes, self.rollouts
+        logits = passes.state_logits(passes.encode(self.prompts), rollouts.row_index, rollouts.tokens)
         logits.backward(torch.full_like(logits, 1e-6))
         self.trainer.policy.zero_grad()
 

@@ -5,27 +5,23 @@ from __future__ import annotations
 import pytest
 import torch
 
-from amortlm.passes import encode_prompts, extend, state_logits
-
-TEXTS = [[7], [3, 9, 4, 1], [2, 2]]
+TEXTS = [[7], [3, 9, 4, 1], []]
 TOKENS = torch.tensor([[5, 6], [1, 2], [8, 3]])
 
 
 @pytest.mark.parametrize("prompts", [[[4, 8, 15, 16], [2, 3]], [[4], [9]]], ids=["two lengths", "one token"])
 def test_an_extended_prompt_is_the_whole_prompt(family_lm, prompts):
-    model, index = family_lm.model.eval(), torch.tensor([1, 0, 0])
+    passes, index = family_lm.passes, torch.tensor([1, 0, 0])
     with torch.no_grad():
-        extended = extend(model, encode_prompts(model, prompts), index, TEXTS)
-        whole = encode_prompts(model, [[*prompts[i], *t] for i, t in zip(index.tolist(), TEXTS, strict=True)])
-        again = extend(model, extended, torch.tensor([2, 0]), [[1], [5, 5, 5]])
-        apart = encode_prompts(model, [[*whole.prompts[2], 1], [*whole.prompts[0], 5, 5, 5]])
+        extended = passes.extend(passes.encode(prompts), index, TEXTS)
+        whole = passes.encode([[*prompts[i], *t] for i, t in zip(index.tolist(), TEXTS, strict=True)])
+        again = passes.extend(extended, torch.tensor([2, 0]), [[1], [5, 5, 5]])
+        apart = passes.encode([[*whole.prompts[2], 1], [*whole.prompts[0], 5, 5, 5]])
         for found, expected in ((extended, whole), (again, apart)):
             assert found.prompts == expected.prompts
             count = len(found.prompts)
-            a, b = (state_logits(model, p, torch.arange(count), TOKENS[:count])[0] for p in (found, expected))
+            a, b = (passes.state_logits(p, torch.arange(count), TOKENS[:count]) for p in (found, expected))
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
-        other = encode_prompts(
-            model, [[*prompts[1 - i], *t] for i, t in zip(index.tolist(), TEXTS, strict=True)]
-        )
-        a, b = (state_logits(model, p, torch.arange(3), TOKENS)[0] for p in (extended, other))
+        other = passes.encode([[*prompts[1 - i], *t] for i, t in zip(index.tolist(), TEXTS, strict=True)])
+        a, b = (passes.state_logits(p, torch.arange(3), TOKENS) for p in (extended, other))
         assert (a - b).abs().max() > 1e-3  # the prompt does matter

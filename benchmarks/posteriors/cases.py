@@ -12,7 +12,6 @@ import torch
 
 from amortlm import LanguageModel, Policy, Support, Target
 from amortlm.diagnostics.exact import enumerate_posterior
-from amortlm.passes import encode_prompts, state_logits
 from amortlm.targets.spec import target_from_spec
 from amortlm.types import Row
 
@@ -132,16 +131,16 @@ def policy_law(policy: Policy, row: Row = ROW) -> Array:
 
     All prefixes of a string of max_tokens - 1 tokens get their next-token probabilities at once.
     """
-    support, model = policy.support, policy.model
+    support, passes = policy.support, policy.passes
     choices = support.allowed.nonzero().squeeze(1)
     longest = words_of(policy, support.max_tokens - 1)
     tokens = torch.tensor(longest, dtype=torch.long).reshape(len(longest), -1)
-    prefix = encode_prompts(model, policy.encode_rows([row]))
+    prefix = passes.encode(policy.encode_rows([row]))
     width = len(choices)
     levels: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for start in range(0, len(tokens), 512):
         part = tokens[start : start + 512]
-        logits, _ = state_logits(model, prefix, torch.zeros(len(part), dtype=torch.long), part)
+        logits = passes.state_logits(prefix, torch.zeros(len(part), dtype=torch.long), part)
         position = support.positions(part)
         for depth in range(support.max_tokens):
             legal = support.legal(depth, position[:, depth])

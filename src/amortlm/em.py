@@ -93,7 +93,7 @@ class EM:
         self._trained = [p for p in copied.parameters() if p.requires_grad]
         self._start = [p.detach().clone() for p in self._trained]
         # p as it stands; so far it is `lm` in another module tree.
-        self.model = LanguageModel(copied, lm.tokenizer, lm.name, lm.score_memory_mb)
+        self.model = lm.with_model(copied)
 
     def run(self) -> Posterior:
         """All rounds. The result samples from q and scores with the fitted p, which is `em.model`."""

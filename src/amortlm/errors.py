@@ -4,6 +4,7 @@ AmortLMError
 ├── DataError            rows are empty, a column is missing, a completion is outside the support
 ├── TemplateError        unknown placeholder, `{z}` missing or repeated, bad braces
 ├── PromptTooLongError   prompt + completion do not fit the model's context
+├── ModelError           a model whose log-probabilities cannot be computed exactly
 ├── SupportError         a stop string that is not one token, a support that allows nothing
 ├── RewardError          NaN or +inf reward, a target that cannot do what an objective needs
 ├── ConfigError          unknown task, YAML key or objective (with the nearest valid name)
@@ -29,6 +30,10 @@ class TemplateError(AmortLMError, ValueError):
 
 
 class PromptTooLongError(AmortLMError, ValueError):
+    pass
+
+
+class ModelError(AmortLMError, ValueError):
     pass
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from amortlm.errors import ConfigError, PromptTooLongError, SupportError
+from amortlm.exactness import Exactness, examine, rotary_limit, rotary_switch
+from amortlm.passes import Passes, Sharing
 from amortlm.targets.template import Messages, PromptTemplate
 from amortlm.types import Row
 
@@ -23,7 +27,9 @@ EMBEDDED_PATH = Path(__file__).parent / "models" / "embedded"
 class LanguageModel:
     """A causal LM and its tokenizer. Its weights are frozen: policies are trained on copies.
 
-    `score_memory_mb` bounds the logits and masks that scoring holds at once, in MiB.
+    `score_memory_mb` bounds the logits and masks that scoring holds at once, in MiB. `self_check`: at first use, find
+    out which ways through the model are exact (`amortlm.exactness`; a second or two); without it, it is taken for a
+    decoder with full attention, for which all are. Raises ModelError at first use for a model that is not causal.
     """
 
     def __init__(
@@ -32,7 +38,9 @@ class LanguageModel:
         tokenizer: PreTrainedTokenizerBase,
         name: str | None = None,
         score_memory_mb: int = 256,
+        self_check: bool = True,
     ):
+        self.self_check = self_check
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name or str(model.config.name_or_path)
@@ -46,7 +54,13 @@ class LanguageModel:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, score_memory_mb: int = 256, device: str | None = None, **kwargs: Any
+        cls,
+        name_or_path: str | Path,
+        *,
+        score_memory_mb: int = 256,
+        self_check: bool = True,
+        device: str | None = None,
+        **kwargs: Any,
     ) -> LanguageModel:
         """Load by hub name or local path through `transformers`; "embedded" is the model that ships.
 
@@ -67,11 +81,34 @@ class LanguageModel:
                 f"cannot load a causal LM from {str(name_or_path)!r}: {e}\nGive a hub name, a local folder with "
                 f"config.json, weights and tokenizer files, or {EMBEDDED!r}."
             ) from e
-        return cls(model, tokenizer, name=str(name_or_path), score_memory_mb=score_memory_mb)
+        return cls(model, tokenizer, str(name_or_path), score_memory_mb, self_check)
+
+    def with_model(self, model: Any) -> LanguageModel:
+        """The same with a copy of the model that has weights of its own; what is exact for one is for the other."""
+        other = copy.copy(self)
+        other.model = model.eval().requires_grad_(False)
+        return other
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @cached_property
+    def exactness(self) -> Exactness:
+        """What the self-check found. Raises ModelError."""
+        return examine(self.model, self.name)
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """How prompts are shared: by the self-check, or as full attention allows."""
+        if self.self_check:
+            return self.exactness.sharing
+        return Sharing(switch=rotary_switch(self.model.config))
+
+    @property
+    def passes(self) -> Passes:
+        """The forward passes of p."""
+        return Passes(self.model, self.sharing)
 
     @property
     def vocab_size(self) -> int:
@@ -81,7 +118,9 @@ class LanguageModel:
     @property
     def context(self) -> int | None:
         """The longest sequence the model was made for, in tokens."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        config = self.model.config.get_text_config(decoder=True)
+        known = [getattr(config, "max_position_embeddings", None), rotary_limit(config)]
+        return min((n for n in known if n is not None), default=None)
 
     def log_prob(self, of: str, given: str | Messages = "") -> LogProb:
         """The target log p(of | given): templates over data columns and the latent `{z}`.
@@ -156,10 +195,17 @@ class LanguageModel:
     def special_ids(self) -> set[int]:
         return self._special
 
-    def check_context(self, tokens: int, what: str) -> None:
-        """Raise PromptTooLongError when `tokens` do not fit the model's context."""
-        if self.context is not None and tokens > self.context:
+    def check_context(self, prompt: int, total: int, what: str) -> None:
+        """Raise PromptTooLongError when `total` tokens, the first `prompt` of which are given, do not fit the model."""
+        if self.context is not None and total > self.context:
             raise PromptTooLongError(
-                f"{what} needs {tokens} tokens, but {self.name} has a context of {self.context}; "
+                f"{what} needs {total} tokens, but {self.name} has a context of {self.context}; "
                 "shorten the prompt, lower max_tokens, or drop such rows"
+            )
+        switch = self.sharing.switch
+        if switch is not None and prompt - 1 <= switch < total:
+            raise PromptTooLongError(
+                f"{what} goes from {prompt} to {total} tokens, and at {switch} {self.name} changes the rotary "
+                "embedding of the whole text (LongRoPE): what is written before and after would be of two models. "
+                f"Keep texts below {switch} tokens, or give prompts that are longer, or drop such rows"
             )

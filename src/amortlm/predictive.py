@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from amortlm.errors import ConfigError, DataError
-from amortlm.passes import encode_prompts, extend
 from amortlm.policy.sampling import Exploration, draw
 from amortlm.policy.support import Support
 from amortlm.targets.base import Scoring
@@ -121,13 +120,13 @@ def vote(
         texts = _up_to_answer(rollouts, lead_ids)
         unique = list(dict.fromkeys(texts))
         with torch.no_grad():
-            asked = encode_prompts(lm.model, [_asked(target, row) for row in part])
+            asked = lm.passes.encode([_asked(target, row) for row in part])
             row_of = torch.tensor([row for row, _ in unique], device=lm.device)
-            prefix = extend(lm.model, asked, row_of, [text for _, text in unique])
+            prefix = lm.passes.extend(asked, row_of, [text for _, text in unique])
             index = torch.arange(len(unique), device=lm.device)
             uniforms = torch.full((len(unique), max_tokens + 1), 0.5, device=lm.device)
             greedy = Exploration(torch.full((len(unique),), GREEDY, device=lm.device))
-            drawn = draw(lm.model, prefix, index, support, uniforms, greedy)
+            drawn = draw(lm.passes, prefix, index, support, uniforms, greedy)
         written = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
         answers = {q: lm.decode(z[:k]).strip() for q, (z, k) in zip(unique, written, strict=True)}
         for i in range(len(part)):

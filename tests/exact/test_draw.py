@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from amortlm import Support
-from amortlm.passes import encode_prompts
 from amortlm.policy.sampling import Exploration, draw, uniform_streams
 from reference import tiny_policy
 
@@ -21,9 +20,9 @@ def test_completions_of_one_prompt_are_those_of_copies_of_it(family_lm, hot):
     u = uniform_streams(["a"], [2 * n], policy.support.max_tokens + 1)
     heat = Exploration(torch.linspace(0.3, 2.0, 2 * n) if hot else None, epsilon=0.1)
     index = torch.arange(2).repeat(n)
-    shared = draw(policy.model, encode_prompts(policy.model, prompts), index, policy.support, u, heat)
-    copies = encode_prompts(policy.model, [prompts[i] for i in index])
-    apart = draw(policy.model, copies, torch.arange(2 * n), policy.support, u, heat)
+    shared = draw(policy.passes, policy.passes.encode(prompts), index, policy.support, u, heat)
+    copies = policy.passes.encode([prompts[i] for i in index.tolist()])
+    apart = draw(policy.passes, copies, torch.arange(2 * n), policy.support, u, heat)
     for name in ("tokens", "lengths", "stops"):
         assert torch.equal(getattr(shared, name), getattr(apart, name)), name
     for name in ("log_pf", "log_pterm"):

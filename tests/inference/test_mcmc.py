@@ -114,7 +114,7 @@ def test_redraw_keeps_the_prefix_and_knows_its_log_q(lm: LanguageModel, x: str) 
     keep = torch.arange(64) % (paths.lengths + 1)
     assert set(keep.tolist()) == {0, 1, 2, 3, 4}
     new = redraw(policy, prefix, paths, keep, generator)
-    assert policy.model.training, "left as it was found"
+    assert policy.training, "left as it was found"
     rollouts = new.rollouts(policy, row)
     assert (new.lengths >= keep).all()
     for old, z, k in zip(

@@ -94,7 +94,7 @@ def test_activation_checkpointing_changes_neither_values_nor_gradients(
     again, log_probs = policy.sample(ROWS, 3)
     assert again.completions() == rollouts.completions()
     assert_same(rollouts, log_probs, sampled)
-    assert policy.model.training, "sampling leaves train mode as it found it"
+    assert policy.training, "sampling leaves train mode as it found it"
 
 
 def test_train_mode_has_no_dropout(family_lm: LanguageModel) -> None:

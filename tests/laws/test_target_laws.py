@@ -31,6 +31,7 @@ CHAT = [{"role": "user", "content": "{x}"}, {"role": "system", "content": "a {y}
 def passes(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """The arguments of every forward pass of the model from now on."""
     found: list[dict] = []
+    assert one_lm.sharing.packed  # the self-check is done
     forward = type(one_lm.model).forward
     monkeypatch.setattr(
         type(one_lm.model), "forward", lambda self, **k: found.append(k) or forward(self, **k)

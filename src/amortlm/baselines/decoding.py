@@ -14,10 +14,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from amortlm.errors import ConfigError, nearest
-from amortlm.passes import encode_prompts, pad_left, select_cache
+from amortlm.passes import pad_left
 from amortlm.policy import BoundSupport, Policy
 from amortlm.policy.sampling import seed_of
 from amortlm.targets.base import Target
@@ -85,19 +85,14 @@ def decode_counted(
     The searches treat "one of the stop symbols" as one event, and report the first symbol. Raises ConfigError.
     """
     settings = _settings(policy, method, num_samples, settings)
-    training = policy.model.training
-    policy.model.eval()
-    try:
-        with _seeded(policy.device, seed):
-            if method == "best_of_n":
-                return _best_of_n(policy, rows, num_samples, **settings)
-            if method == "resampling":
-                return _resampling(policy, rows, num_samples, **settings)
-            if method == "diverse_beam":
-                return _diverse_beams(policy, rows, num_samples, **settings)
-            return _generate(policy, rows, method, num_samples, settings)
-    finally:
-        policy.model.train(training)
+    with _seeded(policy.device, seed):
+        if method == "best_of_n":
+            return _best_of_n(policy, rows, num_samples, **settings)
+        if method == "resampling":
+            return _resampling(policy, rows, num_samples, **settings)
+        if method == "diverse_beam":
+            return _diverse_beams(policy, rows, num_samples, **settings)
+        return _generate(policy, rows, method, num_samples, settings)
 
 
 def support_log_probs(support: BoundSupport, logits: Tensor, tokens: Tensor, merge_stops: bool) -> Tensor:
@@ -136,6 +131,11 @@ def _settings(policy: Policy, method: str, num_samples: int, given: dict[str, An
     settings = METHODS[method] | given
     if policy.support.tool is not None:
         raise ConfigError("decoding methods run no tools: give a policy whose support has none")
+    if not policy.sharing.steps and method != "diverse_beam":
+        raise ConfigError(
+            f"{policy.lm.name} cannot go on from a padded, cached prompt exactly, which generate() does; "
+            "use policy.sample or 'diverse_beam'"
+        )
     if num_samples < 1 or (method == "greedy" and num_samples > 1):
         raise ConfigError(
             f"{method} cannot give {num_samples} completions per row: ask for 1 (or more, if not greedy)"
@@ -286,21 +286,20 @@ class _DiverseBeams:
         """The completions of each group, best first."""
         device, support = self.policy.device, self.policy.support
         index = torch.zeros(self.groups * self.size, dtype=torch.long, device=device)
-        prefix = encode_prompts(self.policy.model, [prompt])
-        cache, ids = select_cache(prefix.cache, index) or DynamicCache(), prefix.last[index]
+        passes = self.policy.passes
+        writer = passes.write(passes.encode([prompt]), index)
         # A group starts from one beam; copies of it would fill the group with equal completions.
         scores = torch.full((self.groups, self.size), -torch.inf, device=device)
         scores[:, 0] = 0.0
         tokens = torch.zeros(len(index), 0, dtype=torch.long, device=device)
         finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(self.groups)]
         for _ in range(support.max_tokens + 1):
-            logits = self.policy.model(input_ids=ids[:, None], past_key_values=cache, use_cache=True).logits
             self.token_passes += len(index)
-            log_q = support_log_probs(support, logits[:, -1], tokens, merge_stops=True)
+            log_q = support_log_probs(support, writer.logits(), tokens, merge_stops=True)
             parents, ids, scores = self._extend(log_q, scores, tokens, finished)
             if all(self._done(f, best) for f, best in zip(finished, scores.amax(1).tolist(), strict=True)):
                 break
-            cache.batch_select_indices(parents)
+            writer.append(parents, ids)
             tokens = torch.cat([tokens[parents], ids[:, None]], dim=1)
         return [[z for _, z in group] for group in finished]
 

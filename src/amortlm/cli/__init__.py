@@ -1,4 +1,4 @@
-"""The command line: `amortlm train | sample | evaluate | reproduce`. Heavy imports wait until a command runs."""
+"""The command line: `amortlm train | sample | evaluate | doctor | reproduce`. Heavy imports wait for a command."""
 
 from __future__ import annotations
 
@@ -90,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="is the certificate in the folder still true? Exit status 0: yes, 1: no, 2: could not be checked",
     )
+    doctor = commands.add_parser("doctor", help="which ways through a model are exact; see docs/models.md")
+    doctor.add_argument("model", help="hub name or local folder")
+    doctor.add_argument("--json", action="store_true", help="JSON instead of lines")
     _add_reproduce(commands.add_parser("reproduce", help="run one of the paper's experiments"))
     return parser
 

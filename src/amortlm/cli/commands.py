@@ -10,6 +10,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -24,6 +25,7 @@ from amortlm.diagnostics import certificate
 from amortlm.diagnostics.certificate import finite
 from amortlm.diagnostics.diagnose import LEVEL, Gold
 from amortlm.errors import AmortLMError, ConfigError, DataError
+from amortlm.exactness import examine_policy
 from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior, Samples
 from amortlm.reproduce import load_experiment, runner
@@ -103,6 +105,13 @@ def _check(posterior: Posterior, args: Namespace) -> int:
     )
     print(found.line if found.holds else f"amortlm: {found.line}", file=None if found.holds else sys.stderr)
     return 0 if found.holds else 1
+
+
+def doctor(args: Namespace) -> None:
+    lm = LanguageModel.from_pretrained(args.model)
+    found = lm.exactness
+    found = replace(found, findings=(*found.findings, *examine_policy(lm)))
+    print(json.dumps(finite(found.to_dict())) if args.json else found)
 
 
 def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from amortlm.errors import ConfigError, DataError
-from amortlm.passes import Prefix, encode_prompts, select_cache
+from amortlm.passes import Prefix
 from amortlm.policy.policy import Policy
 from amortlm.policy.support import BoundSupport
 from amortlm.targets.base import Target
@@ -76,7 +75,7 @@ def prepare(policy: Policy, target: Target, row: Row) -> tuple[Target, Prefix]:
     target = target.bind(policy.lm)
     check_statements(target, policy.support)
     with torch.no_grad():
-        prefix = encode_prompts(policy.model, policy.encode_rows([row]))
+        prefix = policy.passes.encode(policy.encode_rows([row]))
     return target, prefix
 
 
@@ -134,27 +133,21 @@ def redraw(policy: Policy, prefix: Prefix, paths: Paths, keep: Tensor, generator
     prefix: the one encoded prompt. One pass over the kept tokens, then one per new token; each path draws from its
     own state (keep of them differ), and those that have stopped leave the batch.
     """
-    support, model = policy.support, policy.model
+    support, passes = policy.support, policy.passes
     u = uniforms(generator, (len(keep), support.max_tokens + 1), policy)
     position = torch.arange(support.max_tokens + 1, device=keep.device)
     tokens = paths.tokens.masked_fill(position[:-1] >= keep[:, None], 0)
     log_pf = paths.log_pf.masked_fill(position[:-1] >= keep[:, None], 0.0)
     log_pterm = paths.log_pterm.masked_fill(position >= keep[:, None], -torch.inf)
     lengths, stops = keep.clone(), torch.zeros_like(keep)
-    training = model.training
-    model.eval()
-    cache, mask, ids = _encode_kept(policy, prefix, tokens, keep)
+    kept = [z[:n] for z, n in zip(tokens.tolist(), keep.tolist(), strict=True)]
+    writer = passes.write(
+        passes.extend(prefix, torch.zeros_like(keep), kept), torch.arange(len(keep)).to(keep.device)
+    )
     alive, state = torch.arange(len(keep), device=keep.device), keep
     at = support.positions(tokens)[alive, keep]
     while len(alive) > 0:
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
-        logits = model(
-            input_ids=ids[:, None],
-            attention_mask=mask.long(),
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        logits = writer.logits()
         legal = support.legal(state, at)
         log_q, log_pterm[alive, state] = _state_log_probs(logits, state, support, legal)
         token = _inverse_cdf(log_q, u[alive, state])
@@ -165,40 +158,9 @@ def redraw(policy: Policy, prefix: Prefix, paths: Paths, keep: Tensor, generator
         tokens[alive, state] = ids
         log_pf[alive, state] = log_q[going, ids]
         state, at = state + 1, support.advance(at[going], ids)
-        if done.any():
-            cache.batch_select_indices(going)
-            mask = mask[going]
-    model.train(training)
+        if len(alive) > 0:
+            writer.append(going, ids)
     return Paths(tokens, lengths, stops, log_pf, log_pterm)
-
-
-def _encode_kept(
-    policy: Policy, prefix: Prefix, tokens: Tensor, keep: Tensor
-) -> tuple[DynamicCache, Tensor, Tensor]:
-    """(cache, mask, ids) that continue `prompt z_1:keep`: all but its last token cached, the last one in ids [B].
-
-    All of `last prompt token, z_1, ..` up to the longest prefix goes through in one pass; the mask then hides from
-    each path what it does not keep.
-    """
-    zero = torch.zeros_like(keep)
-    text = torch.cat([prefix.last[zero, None], tokens], dim=1)
-    past, cache, longest = (
-        prefix.mask[zero],
-        select_cache(prefix.cache, zero) or DynamicCache(),
-        int(keep.max()),
-    )
-    if longest > 0:
-        position = torch.arange(longest, device=keep.device)
-        policy.model(
-            input_ids=text[:, :longest],
-            attention_mask=torch.cat([past, past.new_ones(len(keep), longest)], dim=1).long(),
-            position_ids=past.sum(1, keepdim=True) + position,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        past = torch.cat([past, position < keep[:, None]], dim=1)
-    return cache, past, text.gather(1, keep[:, None]).squeeze(1)
 
 
 def _state_log_probs(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from amortlm.errors import ConfigError, MissingExtraError
-from amortlm.passes import encode_prompts, pad_right, state_logits
+from amortlm.passes import pad_right
 from amortlm.policy.policy import Policy
 from amortlm.policy.support import BoundSupport, Support
 from amortlm.targets.base import LinearCombination, Scoring, Softened, Target
@@ -228,8 +228,9 @@ class PolicyPotential(CompletionPotential):
     @torch.no_grad()  # not on the coroutine above: its body runs after the decorator is done
     def _log_q_next(self, rollouts: Rollouts) -> np.ndarray:
         """[B, V+1] after each completion, EOS last."""
-        prefix = encode_prompts(self.policy.model, self.policy.encode_rows(rollouts.rows))
-        logits, _ = state_logits(self.policy.model, prefix, rollouts.row_index, rollouts.tokens)
+        passes = self.policy.passes
+        prefix = passes.encode(self.policy.encode_rows(rollouts.rows))
+        logits = passes.state_logits(prefix, rollouts.row_index, rollouts.tokens)
         batch = torch.arange(len(rollouts), device=logits.device)
         position = self.support.positions(rollouts.tokens)[batch, rollouts.lengths]
         legal = self.support.legal(rollouts.lengths, position)

@@ -65,7 +65,7 @@ def lm_judge(lm: LanguageModel, given: str = "{context}") -> Judge:
         tokens = lm.encode_continuation(text)
         if not tokens:
             raise DataError("the judge got an empty text")
-        lm.check_context(len(before) + len(tokens), "the judged text with its context")
+        lm.check_context(len(before), len(before) + len(tokens), "the judged text with its context")
         ids = torch.tensor([[*before, *tokens]], device=lm.device)
         logits = lm.model(input_ids=ids).logits[:, -len(tokens) - 1 : -1]
         return gather_log_probs(logits, ids[:, -len(tokens) :]).mean().item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from amortlm.errors import DataError, TemplateError
-from amortlm.passes import encode_prompts, length_groups, pad_right, state_logits
+from amortlm.passes import Passes, length_groups, pad_right
 from amortlm.policy.adapter import FULL, load_weights, trainable_copy
 from amortlm.policy.sampling import Exploration, draw, uniform_streams
 from amortlm.policy.support import BoundSupport, Support
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from amortlm.language_model import LanguageModel
+
+DROPOUT = re.compile("drop|jitter")  # numbers by which layers act at random in training
 
 
 class Policy(nn.Module):
@@ -53,16 +56,30 @@ class Policy(nn.Module):
         if isinstance(adapter, str | Path) and not self.is_full:
             self.load_adapter(adapter)
         _zero_dropout(self.model)
+        self.sharing = lm.sharing
+        self.train()
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def passes(self) -> Passes:
+        """The forward passes of q, which shares prompts as p does."""
+        return Passes(self.model, self.sharing)
+
+    def train(self, mode: bool = True) -> Policy:
+        """As for any module, but the model always computes as in evaluation, with gradients: what samples and what is
+        trained are one distribution, whatever an architecture does at random in training."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
     def encode_rows(self, rows: Sequence[Row]) -> list[list[int]]:
         """Prompt tokens of each row. Raises PromptTooLongError if prompt and completion exceed the context."""
         prompts = [self.lm.encode_prompt(self.prompt, row) for row in rows]
-        longest = max(map(len, prompts))
-        self.lm.check_context(longest + self.support.max_tokens + 1, "the longest prompt with its completion")
+        for n in {len(prompt) for prompt in prompts}:
+            self.lm.check_context(n, n + self.support.max_tokens + 1, "a prompt with its completion")
         return prompts
 
     def sample(
@@ -79,15 +96,12 @@ class Policy(nn.Module):
         what is drawn, not the log q that is returned.
         """
         counts = [num_samples] * len(rows) if isinstance(num_samples, int) else list(num_samples)
-        training = self.model.training
-        self.model.eval()
         with torch.no_grad():
-            prefix = encode_prompts(self.model, self.encode_rows(rows))
+            prefix = self.passes.encode(self.encode_rows(rows))
             index = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(self.device)
             keys = [(seed, row_key(r)) for r in rows]
             streams = uniform_streams(keys, counts, self.support.max_tokens + 1)
-            drawn = draw(self.model, prefix, index, self.support, streams.to(self.device), exploration)
-        self.model.train(training)
+            drawn = draw(self.passes, prefix, index, self.support, streams.to(self.device), exploration)
         rollouts = self.support.rollouts(rows, index, drawn.tokens, drawn.lengths, drawn.stops)
         return rollouts, PolicyLogProbs(drawn.log_pf, drawn.log_pterm)
 
@@ -95,14 +109,15 @@ class Policy(nn.Module):
         """log q of any rollouts, on the support: a teacher-forced pass, differentiable (on a CPU, one for each
         group of completions of similar length)."""
         rollouts = rollouts.to(self.device)
-        prefix = encode_prompts(self.model, self.encode_rows(rollouts.rows))
+        passes = self.passes
+        prefix = passes.encode(self.encode_rows(rollouts.rows))
         groups = length_groups(rollouts.lengths)
         parts = []
         for group in groups:
             tokens = rollouts.tokens[group, : max(1, int(rollouts.lengths[group].max()))]
             # The stop at max_tokens is sure: the last of so many tokens need not be read.
             seen = tokens[:, : self.support.max_tokens - 1]
-            logits, _ = state_logits(self.model, prefix, rollouts.row_index[group], seen)
+            logits = passes.state_logits(prefix, rollouts.row_index[group], seen)
             parts.append(self.support.log_probs(logits, tokens))
         width = rollouts.tokens.shape[1]
         log_pf = _joined([x for x, _ in parts], groups, width)
@@ -165,8 +180,10 @@ def _joined(parts: Sequence[Tensor], groups: Sequence[Tensor], width: int) -> Te
 
 
 def _zero_dropout(model: nn.Module) -> None:
+    """No dropout, be it a module or a number in one: activation checkpointing runs layers in training mode."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if isinstance(value, float) and DROPOUT.search(name):
+                setattr(module, name, 0.0)

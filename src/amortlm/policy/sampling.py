@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
-from amortlm.passes import Prefix, select_cache
+from amortlm.passes import Passes, Prefix
 from amortlm.policy.support import BoundSupport
 from amortlm.policy.tools import ToolRun
 
@@ -55,7 +54,7 @@ def seed_of(key: object) -> int:
 
 @torch.no_grad()
 def draw(
-    model: PreTrainedModel,
+    passes: Passes,
     prefix: Prefix,
     index: Tensor,
     support: BoundSupport,
@@ -78,21 +77,13 @@ def draw(
     tools = ToolRun(support.tool, batch) if support.tool is not None else None
     position = torch.zeros_like(lengths)
     alive = torch.arange(batch, device=device)
-    # Distinct prefixes are nodes: ids [n] is the last token of each, node [b] that of each completion alive.
+    # Distinct prefixes are nodes: node [b] that of each completion alive.
     parent, node = index.unique(return_inverse=True)
-    cache = select_cache(prefix.cache, parent) or DynamicCache()
-    mask, ids = prefix.mask[parent], prefix.last[parent]
+    writer = passes.write(prefix, parent)
     # The stop at max_tokens is sure; only which symbol it is can take a pass to say.
     last = width if len(support.stop_ids) > 1 else width - 1
     for t in range(last + 1):
-        mask = torch.cat([mask, mask.new_ones(len(ids), 1)], dim=1)
-        logits = model(
-            input_ids=ids[:, None],
-            attention_mask=mask.long(),
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]
+        logits = writer.logits()
         step = _step(logits[node], t, support, uniforms[alive, t], exploration, position[alive], alive)
         if tools is not None and t < width:
             step = step.forced(tools.forced(alive))
@@ -110,10 +101,7 @@ def draw(
         if t == last:
             break
         nodes, node = (node[going] * logits.shape[1] + chosen).unique(return_inverse=True)
-        parent, ids = nodes // logits.shape[1], nodes % logits.shape[1]
-        if not torch.equal(parent, torch.arange(len(mask), device=device)):
-            cache.batch_select_indices(parent)
-            mask = mask[parent]
+        writer.append(nodes // logits.shape[1], nodes % logits.shape[1])
     log_pterm[alive, width] = 0.0
     longest = max(int(lengths.max()), 1)
     return Drawn(tokens[:, :longest], lengths, stops, log_pf[:, :longest], log_pterm[:, : longest + 1])

@@ -12,18 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers.cache_utils import Cache
 
 from amortlm.errors import TemplateError
-from amortlm.passes import (
-    Prefix,
-    encode_prompts,
-    gather_log_probs,
-    length_groups,
-    pad_right,
-    select_cache,
-    state_logits,
-)
+from amortlm.exactness import branch_mask
+from amortlm.passes import Prefix, gather_log_probs, length_groups, pad_right, select_cache
 from amortlm.targets.base import Scoring, Target
 from amortlm.targets.template import Messages, PromptTemplate, Template
 from amortlm.types import Rollouts, Row
@@ -52,7 +45,7 @@ class CompletionPass:
     """
 
     prefix: Prefix
-    cache: DynamicCache | None
+    cache: Cache | None
     log_tok: Tensor
     log_stop: Tensor
 
@@ -121,9 +114,9 @@ class LogProb(Target):
         return log_r + (log_stop + after).logsumexp(1)
 
     def _check_lengths(self, contexts: list[Context], rollouts: Rollouts) -> None:
-        longest = max(len(c.before) + len(c.after) for c in contexts)
-        total = longest + rollouts.tokens.shape[1] + 1
-        self.lm.check_context(total, f"{self!r} with its completion")
+        for before, after in {(len(c.before), len(c.after)) for c in contexts}:
+            total = before + rollouts.tokens.shape[1] + 1 + after
+            self.lm.check_context(before, total, f"{self!r} with its completion")
 
     def _log_before(self, contexts: list[Context]) -> Tensor:
         """[N] log-probability of the part of `of` that stands before z: constant, but part of log Z."""
@@ -139,8 +132,9 @@ class LogProb(Target):
 def completion_pass(
     lm: LanguageModel, prompts: tuple[tuple[int, ...], ...], rollouts: Rollouts
 ) -> CompletionPass:
-    prefix = encode_prompts(lm.model, prompts)
-    logits, cache = state_logits(lm.model, prefix, rollouts.row_index, rollouts.tokens, keep_cache=True)
+    passes = lm.passes
+    prefix = passes.encode(prompts)
+    logits, cache = passes.states(prefix, rollouts.row_index, rollouts.tokens)
     norm = logits.float().logsumexp(-1)
     log_tok = logits[:, :-1].gather(-1, rollouts.tokens[..., None]).squeeze(-1).float() - norm[:, :-1]
     stops = torch.tensor(rollouts.stop_ids, device=logits.device)
@@ -186,12 +180,16 @@ def score_branches(
     """[B, S, T+1] log p(scored text after z | prompt z_1:t s); 0 where stopping is not allowed.
 
     A state that several trajectories go through is scored once. A pack is as many branches of one trajectory as fit
-    `width` tokens. Packs of about the same length share a pass.
+    `width` tokens. Packs of about the same length share a pass. Where packs are not exact, each branch is a text.
     """
     owner = owners(rollouts)
     own = owner == torch.arange(len(rollouts), device=owner.device)[:, None]
     branches = Branches.of(contexts, rollouts, own & rollouts.stop_mask)
     out = torch.zeros(len(rollouts), len(rollouts.stop_ids), rollouts.stop_mask.shape[1], device=lm.device)
+    longest = max(len(c.before) + len(c.after) for c in contexts) + rollouts.stop_mask.shape[1]
+    if shared.cache is None or not lm.passes.packs(longest):
+        _score_each(lm, shared.prefix, rollouts, branches, out)
+        return out.gather(0, owner[:, None].expand_as(out))
     width = _tokens_per_chunk(lm, rollouts, shared, int(branches.length.max()))
     per_pack = width // branches.length
     n_packs = -(-branches.count // per_pack)
@@ -202,6 +200,22 @@ def score_branches(
         for part in group.split(len(rollouts)) if len(group) > 0 else ():  # there may be no state to score
             _score_packs(lm, shared, rollouts, branches, rows[part], first[part], last[part], out)
     return out.gather(0, owner[:, None].expand_as(out))
+
+
+def _score_each(
+    lm: LanguageModel, prefix: Prefix, rollouts: Rollouts, branches: Branches, out: Tensor
+) -> None:
+    """Write log p of every branch to `out`, each as a text of its own behind its prompt."""
+    z, passes = rollouts.completions(), lm.passes
+    valid = torch.arange(branches.state.shape[1], device=out.device) < branches.count[:, None]
+    for rows, k in (part.unbind(1) for part in valid.nonzero().split(len(rollouts))):
+        state, stop, text = branches.state[rows, k], branches.stop[rows, k], branches.text[rows]
+        where = zip(rows.tolist(), state.tolist(), stop.tolist(), strict=True)
+        before = [[*z[b][:t], rollouts.stop_ids[s]] for b, t, s in where]
+        whole = passes.extend(prefix, rollouts.row_index[rows], before)
+        logits = passes.state_logits(whole, torch.arange(len(rows), device=out.device), text[:, :-1])
+        log_p = torch.where(branches.scored[rows], gather_log_probs(logits, text), 0.0)
+        out[rows, stop, state] = log_p.sum(1)
 
 
 def owners(rollouts: Rollouts) -> Tensor:
@@ -251,24 +265,11 @@ def _score_packs(
     symbols = torch.tensor(rollouts.stop_ids, device=lm.device)[stop]
     ids = torch.where(offset == 0, symbols, text.gather(1, (offset - 1).clamp(min=0)))
     past = shared.prefix.mask[rollouts.row_index[rows]]
-    logits = lm.model(
-        input_ids=ids,
-        attention_mask=_branch_mask(past, state, branch, rollouts.stop_mask.shape[1], lm.model.dtype),
-        position_ids=past.sum(1, keepdim=True) + 1 + state + offset,
-        past_key_values=select_cache(shared.cache, rows),
-        use_cache=True,
-    ).logits
+    allowed = branch_mask(past, state, branch, rollouts.stop_mask.shape[1])
+    positions = past.sum(1, keepdim=True) + 1 + state + offset
+    cache = select_cache(shared.cache, rows)
+    assert cache is not None
+    logits = lm.passes.branch_logits(ids, positions, allowed, cache)
     counts = branches.scored[rows].gather(1, offset) & (column < used)
     log_p = torch.where(counts, gather_log_probs(logits, text.gather(1, offset)), 0.0)
     out.index_put_((rows[:, None], stop, state), log_p, accumulate=True)
-
-
-def _branch_mask(past: Tensor, state: Tensor, branch: Tensor, n_states: int, dtype: torch.dtype) -> Tensor:
-    """Additive 4-D mask [b, 1, Q, P-1 + T+1 + Q]: the prompt, z_1:t, then the branch itself, causally."""
-    width = state.shape[1]
-    seen = torch.arange(n_states, device=state.device) <= state[..., None]
-    column = torch.arange(width, device=state.device)
-    own = (branch[:, :, None] == branch[:, None, :]) & (column[:, None] >= column)
-    allowed = torch.cat([past[:, None].expand(-1, width, -1), seen, own], dim=2)
-    mask = torch.zeros(allowed.shape, dtype=dtype, device=state.device)
-    return mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
