@@ -1,7 +1,7 @@
 """Tiny random models of every causal architecture of transformers, by one rule over the fields of its configuration.
 
-`tiny_model("mixtral", sliding_window=8)` shrinks what `MixtralConfig()` says: sizes and windows are small, dropout is on,
-and there is one layer of each kind that the default has. What an architecture needs beyond that is in EXTRA.
+`tiny_model("mixtral", sliding_window=8)` shrinks what `MixtralConfig()` says: sizes and windows are small, dropout
+is on, and there is one layer of each kind that the default has. What an architecture needs beyond that is in EXTRA.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SCALE = 0.25  # standard deviation of the weights: distributions far from unifor
 _SIZES: dict[int, str] = {
     1: "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups max_window_layers num_dense_layers "
     "num_shared_experts n_shared_experts moe_num_shared_experts first_k_dense_replace",
-    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers num_decoder_layers "
-    "num_blocks num_layers_per_stack num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads "
-    "index_n_heads index_topk_blocks num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
+    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
+    "num_decoder_layers num_blocks num_layers_per_stack num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads "
+    "index_topk_blocks num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
     "zero_expert_num",
     4: "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads "
     "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_value_heads "
@@ -41,7 +41,7 @@ _SIZES: dict[int, str] = {
     "time_step_rank mamba_dt_rank laurel_rank conv_kernel_size rotary_dim index_block_size",
     8: "head_dim kv_channels dim_head d_head attention_head_size swa_head_dim d_rel qk_rope_head_dim v_head_dim "
     "qk_nope_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim query_pre_attn_scalar block_size "
-    "chunk_size state_size ssm_state_size mamba_d_state mamba_n_heads mamba_d_head mamba_chunk_size mamba_head_dim "
+    "index_n_heads chunk_size state_size ssm_state_size mamba_d_state mamba_n_heads mamba_d_head mamba_chunk_size mamba_head_dim "
     "mamba_num_heads hidden_size_per_layer_input",
     16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
     "shared_experts_intermediate_size moe_shared_expert_intermediate_size kv_lora_rank q_lora_rank qk_head_dim "
@@ -58,12 +58,21 @@ _SIZES: dict[int, str] = {
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
 # How far back a layer sees, in tokens.
 WINDOWS = frozenset(
-    "sliding_window sliding_window_size attention_chunk_size window_size local_attention attention_window_size "
-    "keep_window_size local_attention_window_len index_topk".split()
+    [
+        "sliding_window",
+        "sliding_window_size",
+        "attention_chunk_size",
+        "window_size",
+        "local_attention",
+        "attention_window_size",
+        "keep_window_size",
+        "local_attention_window_len",
+        "index_topk",
+    ]
 )
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 # Lists as long as there are layers, but of layers' numbers.
-NUMBERS = frozenset("moe_layers full_attn_idxs".split())
+NUMBERS = frozenset(["moe_layers", "full_attn_idxs"])
 WINDOWED = {
     "full_attention": "sliding_attention",
     "hybrid": "hybrid_sliding",
@@ -143,7 +152,7 @@ def shrink(config: PretrainedConfig) -> dict[str, Any]:
     """Keyword arguments that make a small configuration of the same class."""
     has = own_fields(config)
     out: dict[str, Any] = {k: v for k, v in (SIZES | TOKENS).items() if k in has}
-    out |= {k: WINDOW for k in sorted(WINDOWS & has.keys())}
+    out |= dict.fromkeys(sorted(WINDOWS & has.keys()), WINDOW)
     out |= {k: DROPOUT for k, v in has.items() if is_dropout(k) and isinstance(v, float)}
     if "use_sliding_window" in has:
         out["use_sliding_window"] = True
@@ -188,7 +197,7 @@ def tiny_config(kind: str, **overrides: Any) -> PretrainedConfig:
 
 
 def tiny_model(kind: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random model of this kind for the embedded tokenizer, in float32 and eval mode; overrides: of its configuration."""
+    """A random model of this kind for the embedded tokenizer, in float32 and eval mode."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(tiny_config(kind, **overrides)).float().eval()
@@ -274,7 +283,7 @@ def cases() -> Iterator[Case]:
             continue
         yield Case(kind, kind)
         has = own_fields(default_config(kind))
-        windows = {k: WIDE for k in sorted(WINDOWS & has.keys())}
+        windows = dict.fromkeys(sorted(WINDOWS & has.keys()), WIDE)
         if windows:
             yield Case(f"{kind}, wide window", kind, windows)
         if has.get("is_decoder") is False and not has.get("is_encoder_decoder"):
