@@ -32,17 +32,17 @@ _SIZES: dict[int, str] = {
     1: "n_group topk_group num_expert_group n_groups mamba_n_groups mamba_ngroups max_window_layers num_dense_layers "
     "num_shared_experts n_shared_experts moe_num_shared_experts first_k_dense_replace",
     2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_encoder_layers "
-    "num_decoder_layers num_blocks num_layers_per_stack num_key_value_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads "
-    "index_topk_blocks num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts "
-    "zero_expert_num",
+    "num_decoder_layers num_blocks num_layers_per_stack num_key_value_heads num_kv_heads swa_num_key_value_heads "
+    "linear_num_key_heads index_topk_blocks num_experts_per_tok num_experts_per_token moe_topk moe_k "
+    "top_k_experts zero_expert_num",
     4: "num_attention_heads n_head n_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads "
     "num_encoder_attention_heads num_decoder_attention_heads swa_num_attention_heads linear_num_value_heads "
     "linear_num_heads num_query_groups num_experts num_local_experts n_routed_experts moe_num_experts "
     "time_step_rank mamba_dt_rank laurel_rank conv_kernel_size rotary_dim index_block_size",
     8: "head_dim kv_channels dim_head d_head attention_head_size swa_head_dim d_rel qk_rope_head_dim v_head_dim "
     "qk_nope_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim query_pre_attn_scalar block_size "
-    "index_n_heads chunk_size state_size ssm_state_size mamba_d_state mamba_n_heads mamba_d_head mamba_chunk_size mamba_head_dim "
-    "mamba_num_heads hidden_size_per_layer_input",
+    "index_n_heads chunk_size state_size ssm_state_size mamba_d_state mamba_n_heads mamba_d_head mamba_chunk_size "
+    "mamba_head_dim mamba_num_heads hidden_size_per_layer_input",
     16: "moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size expert_ffn_hidden_size "
     "shared_experts_intermediate_size moe_shared_expert_intermediate_size kv_lora_rank q_lora_rank qk_head_dim "
     "index_head_dim o_lora_rank gated_norm_rank router_hidden_size hc_lowrank pronunciation_embed_dim shape_embed_dim",
@@ -57,26 +57,16 @@ _SIZES: dict[int, str] = {
 }
 SIZES = {name: size for size, names in _SIZES.items() for name in names.split()}
 # How far back a layer sees, in tokens.
-WINDOWS = frozenset(
-    [
-        "sliding_window",
-        "sliding_window_size",
-        "attention_chunk_size",
-        "window_size",
-        "local_attention",
-        "attention_window_size",
-        "keep_window_size",
-        "local_attention_window_len",
-        "index_topk",
-    ]
+_WINDOWS = (
+    "sliding_window sliding_window_size attention_chunk_size window_size local_attention attention_window_size "
+    "keep_window_size local_attention_window_len index_topk"
 )
+WINDOWS = frozenset(_WINDOWS.split())
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 # Lists as long as there are layers, but of layers' numbers.
 NUMBERS = frozenset(["moe_layers", "full_attn_idxs"])
-WINDOWED = {
-    "full_attention": "sliding_attention",
-    "hybrid": "hybrid_sliding",
-}  # kinds of layers that have a twin
+# Kinds of layers that have a twin with a window.
+WINDOWED = {"full_attention": "sliding_attention", "hybrid": "hybrid_sliding"}
 
 _TWICE = ["linear_attention", "hybrid", "linear_attention", "hybrid"]
 EXTRA: dict[str, dict[str, Any]] = {
