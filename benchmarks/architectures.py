@@ -92,7 +92,7 @@ class Plain:
         self._logits: dict[tuple[int, ...], Tensor] = {}
 
     def logits(self, ids: Sequence[int]) -> Tensor:
-        """[len(ids), V] float64, with a gradient where the model has one."""
+        """[len(ids), V], with a gradient where the model has one."""
         if torch.is_grad_enabled():
             return self._pass(ids)
         key = tuple(ids)
@@ -101,21 +101,21 @@ class Plain:
         return self._logits[key]
 
     def _pass(self, ids: Sequence[int]) -> Tensor:
-        return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].double()
+        return self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
 
     def log_prob(self, ids: Sequence[int], first: int) -> Tensor:
         """log p(ids[first:] | ids[:first])."""
-        logits = self.logits(ids[:-1])[first - 1 :]
-        return logits.log_softmax(-1).gather(1, torch.tensor(ids[first:])[:, None]).sum()
+        logits = self.logits(ids[:-1])[first - 1 :].double()
+        return (_pick(logits, ids[first:]) - logits.logsumexp(1)).sum()
 
     def log_q(self, policy: Policy, prompt: Sequence[int], z: Sequence[int]) -> tuple[Tensor, Tensor]:
         """log q of each token of z [T], and of stopping at each state [T+1], on the policy's support."""
         support, state = policy.support, torch.arange(len(z) + 1)
-        logits = self.logits([*prompt, *z])[len(prompt) - 1 :]
+        logits = self.logits([*prompt, *z])[len(prompt) - 1 :].double()
         end = logits[:, list(support.stop_ids)].logsumexp(1)
         end = torch.where(state < support.min_tokens, -torch.inf, end)
         norm = torch.logaddexp(logits[:, support.allowed].logsumexp(1), end)
-        log_pf = logits[:-1].gather(1, torch.tensor(z)[:, None]).squeeze(1) - norm[:-1]
+        log_pf = _pick(logits, z) - norm[:-1]
         return log_pf, torch.where(state == support.max_tokens, 0.0, end - norm)
 
 
@@ -136,7 +136,7 @@ class Bench:
         off = 0.0
         for n, z in _trajectories(self.rollouts):
             ids = [*self.prompts[n], *z]
-            for end in range(len(self.prompts[n]), len(ids)):
+            for end in {len(self.prompts[n]), len(ids) - 1}:
                 whole, alone = (self.plain.logits(part)[end - 1].log_softmax(-1) for part in (ids, ids[:end]))
                 off = max(off, _apart(whole, alone))
         return off
@@ -215,6 +215,11 @@ class Bench:
         return off
 
 
+def _pick(logits: Tensor, tokens: Sequence[int]) -> Tensor:
+    """[T] the logits of these tokens, one from each of the first T rows."""
+    return logits[torch.arange(len(tokens)), list(tokens)]
+
+
 def _trajectories(rollouts: Rollouts) -> list[tuple[int, list[int]]]:
     """(row, completion) of each trajectory."""
     return list(zip(rollouts.row_index.tolist(), rollouts.completions(), strict=True))
@@ -241,25 +246,23 @@ QUANTITIES: dict[str, Callable[[Bench], float]] = {
 
 def measure(case: Case, tokenizer: PreTrainedTokenizerBase) -> Measured:
     """Every quantity of one model. Whatever goes wrong is a cell of the table, not the end of the benchmark."""
-    start, cells = time.monotonic(), {}
-    model = case.model()
-    with time_limit(SECONDS):
-        made, bench = attempt(lambda: Bench(model, tokenizer, case.name))
-        if bench is None:
-            return Measured(case.name, case.kind, dict.fromkeys(QUANTITIES, made), time.monotonic() - start)
-        failed, off = attempt(bench.causal)
-        if off is None:  # the model cannot even be run as it is
-            return Measured(case.name, case.kind, dict.fromkeys(QUANTITIES, failed), time.monotonic() - start)
-        causal = off < TOLERANCE
-        for name, quantity in QUANTITIES.items():
-            cell, off = attempt(partial(quantity, bench))
-            if off is not None:
-                limit = GRADIENT if name == "gradient" else TOLERANCE
-                cell = Cell(
-                    "exact" if off < limit and causal else "wrong", off, "" if causal else "not causal"
-                )
-            cells[name] = cell
+    start = time.monotonic()
+    made, bench = attempt(lambda: Bench(case.model(), tokenizer, case.name))
+    if bench is not None:
+        made, off = attempt(bench.causal)
+    if bench is None or off is None:
+        cells = dict.fromkeys(QUANTITIES, made)
+    else:
+        cells = {name: cell_of(bench, name, off < TOLERANCE) for name in QUANTITIES}
     return Measured(case.name, case.kind, cells, time.monotonic() - start)
+
+
+def cell_of(bench: Bench, name: str, causal: bool) -> Cell:
+    cell, off = attempt(lambda: QUANTITIES[name](bench))
+    if off is None:
+        return cell
+    exact = off < (GRADIENT if name == "gradient" else TOLERANCE)
+    return Cell("exact" if exact and causal else "wrong", off, "" if causal else "the model is not causal")
 
 
 T = TypeVar("T")
@@ -319,7 +322,8 @@ def main() -> None:
     chosen = [c for c in cases() if not args.only or {c.name, c.kind} & set(args.only)]
     results = []
     for i, case in enumerate(chosen, 1):
-        result = measure(case, tokenizer)
+        with time_limit(SECONDS):
+            result = measure(case, tokenizer)
         results.append(result)
         print(f"{i}/{len(chosen)} {result.name}: {result.outcome} ({result.seconds:.1f} s)", flush=True)
         for message in dict.fromkeys(c.message for c in result.cells.values() if c.message):

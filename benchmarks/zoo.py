@@ -24,7 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 2560  # of the embedded tokenizer
 POSITIONS = 256
-WINDOW, WIDE = 8, 200  # tokens that a layer with a window sees: fewer than a text has, and more
+# Tokens that a layer with a window sees: fewer than most texts have, than long ones alone, more than any.
+WINDOW, MIDDLE, WIDE = 8, 24, 200
 DROPOUT = 0.1
 SCALE = 0.25  # standard deviation of the weights: distributions far from uniform
 
@@ -62,6 +63,8 @@ _WINDOWS = (
     "keep_window_size local_attention_window_len index_topk"
 )
 WINDOWS = frozenset(_WINDOWS.split())
+# Where else a model begins to treat a text differently, in tokens.
+CHUNKS = frozenset(("chunk_size", "mamba_chunk_size", "block_size", "index_block_size", "indexer_budget"))
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
 # Lists as long as there are layers, but of layers' numbers.
 NUMBERS = frozenset(["moe_layers", "full_attn_idxs"])
@@ -222,6 +225,11 @@ def _longrope(switch: int, **parameters: Any) -> dict[str, Any]:
 SWITCH = 26  # tokens: between the two rows of `benchmarks.architectures`
 CROSSED = 35  # tokens: inside the completions of the second row
 NAMED = (
+    Case(
+        "deepseek_v4, middle compression",
+        "deepseek_v4",
+        {"compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": MIDDLE}},
+    ),
     Case("llama, linear rope", "llama", _rope("linear", factor=2.0)),
     Case("llama, dynamic rope", "llama", _rope("dynamic", factor=2.0)),
     Case("llama, yarn", "llama", _rope("yarn", factor=4.0, original_max_position_embeddings=64)),
@@ -266,16 +274,26 @@ NAMED = (
 )
 
 
+def variants(kind: str) -> Iterator[Case]:
+    """The kind as it is, with wider windows where it has any, an encoder also as a decoder, and those of NAMED."""
+    yield Case(kind, kind)
+    has = own_fields(default_config(kind))
+    if windows := sorted(WINDOWS & has.keys()):
+        yield Case(f"{kind}, wide window", kind, dict.fromkeys(windows, WIDE))
+    if limits := sorted((WINDOWS | CHUNKS) & has.keys()):
+        yield Case(f"{kind}, middle window", kind, dict.fromkeys(limits, MIDDLE))
+    if has.get("is_decoder") is False and not has.get("is_encoder_decoder"):
+        yield Case(f"{kind}, decoder", kind, {"is_decoder": True})
+    yield from (case for case in NAMED if case.kind == kind)
+
+
 def cases() -> Iterator[Case]:
-    """Every kind that can be built, those with a window also with a wide one, encoders also as decoders, and NAMED."""
+    """Every variant of every kind that can be built."""
     for kind in KINDS:
-        if kind in UNBUILT:
-            continue
-        yield Case(kind, kind)
-        has = own_fields(default_config(kind))
-        windows = dict.fromkeys(sorted(WINDOWS & has.keys()), WIDE)
-        if windows:
-            yield Case(f"{kind}, wide window", kind, windows)
-        if has.get("is_decoder") is False and not has.get("is_encoder_decoder"):
-            yield Case(f"{kind}, decoder", kind, {"is_decoder": True})
-    yield from NAMED
+        if kind not in UNBUILT:
+            yield from variants(kind)
+
+
+def named(name: str) -> Case:
+    """The case of this name."""
+    return next(case for case in variants(name.partition(",")[0]) if case.name == name)
