@@ -315,12 +315,12 @@ PAGE = """# Models
 
 What amortlm computes with the causal architectures of transformers {version}, measured on tiny random models of each
 with dropout on: log q of given completions and of its own samples, targets `{{z}}`, `{{z}} {{y}}` and contrastive at
-every stopping state, log q in train mode, the gradient by all weights, the default LoRA. Exact: within 1e-4 nats (1e-5 of
-the gradient's norm) of plain passes of one text at a time, in float32. Refused: an error that says why. Written by
+every stopping state, log q in train mode, the gradient by all weights, the default LoRA. Exact: within 1e-4 nats (1e-5
+of the gradient's norm) of plain passes of one text at a time, in float32. Refused: an error that says why. Written by
 `python -m benchmarks.architectures --markdown docs/models.md`.
 
-Of {kinds} architectures {counts}. The table has {cases} variants: windows narrower and wider than the texts, encoders as
-decoders, rotary embeddings that change with the length.
+Of {kinds} architectures {counts}. The table has {cases} variants: windows narrower and wider than the texts, encoders
+as decoders, rotary embeddings that change with the length.
 
 {table}
 

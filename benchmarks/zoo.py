@@ -262,7 +262,6 @@ NAMED = (
         {**_longrope(SWITCH, short_mscale=1.2, long_mscale=1.4), "sliding_window": None},
     ),
     Case("falcon, alibi", "falcon", {"alibi": True, "new_decoder_architecture": False}),
-    Case("mpt, no alibi", "mpt", {"attn_config": {"alibi": False}}),
     Case("qwen2, all layers sliding", "qwen2", {"layer_types": ["sliding_attention"] * 2}),
     Case("gemma3_text, all layers sliding", "gemma3_text", {"layer_types": ["sliding_attention"] * 2}),
     Case("gpt_bigcode, many heads", "gpt_bigcode", {"multi_query": False}),
@@ -282,7 +281,7 @@ def variants(kind: str) -> Iterator[Case]:
         yield Case(f"{kind}, wide window", kind, dict.fromkeys(windows, WIDE))
     if limits := sorted((WINDOWS | CHUNKS) & has.keys()):
         yield Case(f"{kind}, middle window", kind, dict.fromkeys(limits, MIDDLE))
-    if has.get("is_decoder") is False and not has.get("is_encoder_decoder"):
+    if has.get("is_decoder") is False and not default_config(kind).is_encoder_decoder:
         yield Case(f"{kind}, decoder", kind, {"is_decoder": True})
     yield from (case for case in NAMED if case.kind == kind)
 
