@@ -39,7 +39,7 @@ from .zoo import KINDS, UNBUILT, Case, cases
 
 TOLERANCE = 1e-4  # nats, of a log-probability with weight 1
 GRADIENT = 1e-5  # of its norm
-SECONDS = 60  # for one model
+SECONDS = 60  # of CPU time, for one model
 
 # Prompts of one token, of two, and longer than zoo.WINDOW. Completions as long as the support allows, and shorter.
 LONG = "One day, a little girl named Lily found a needle in her room. She knew it was difficult to play with it because"
@@ -292,18 +292,18 @@ def attempt(compute: Callable[[], T]) -> tuple[Cell, T | None]:
 
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """TimeoutError in the running code, again and again every second, after so many seconds."""
+    """TimeoutError in the running code after so many seconds of CPU time, and again every second."""
 
     def late(*_: Any) -> None:
         raise TimeoutError(f"more than {seconds} s")
 
-    previous = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    previous = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, seconds, 1)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, previous)
 
 
 def table(results: Sequence[Measured]) -> str:
