@@ -358,7 +358,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="kinds (mistral) or cases ('mistral, wide window')"
+        "--only",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="kinds (mistral) or cases ('mistral, wide window')",
     )
     parser.add_argument("--json", type=Path, help="write every figure and message")
     parser.add_argument("--markdown", type=Path, help="write the page")
@@ -369,7 +373,7 @@ def main() -> None:
     torch.set_num_threads(1)
 
     tokenizer = LanguageModel.from_pretrained("embedded", device="cpu").tokenizer
-    chosen = [c for c in cases() if not args.only or {c.name, c.kind} & set(args.only)]
+    chosen = list(cases(args.only))
     results = []
     for i, case in enumerate(chosen, 1):
         with time_limit(SECONDS):

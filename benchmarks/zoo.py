@@ -7,7 +7,7 @@ is on, and there is one layer of each kind that the default has. What an archite
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -286,11 +286,12 @@ def variants(kind: str) -> Iterator[Case]:
     yield from (case for case in NAMED if case.kind == kind)
 
 
-def cases() -> Iterator[Case]:
-    """Every variant of every kind that can be built."""
+def cases(only: Collection[str] = ()) -> Iterator[Case]:
+    """Every variant of every kind that can be built, or those of these names of kinds and cases."""
+    kinds = {name.partition(",")[0] for name in only} or set(KINDS)
     for kind in KINDS:
-        if kind not in UNBUILT:
-            yield from variants(kind)
+        if kind in kinds and kind not in UNBUILT:
+            yield from (case for case in variants(kind) if not only or {case.name, kind} & set(only))
 
 
 def named(name: str) -> Case:
