@@ -120,7 +120,7 @@ class LanguageModel:
         """The longest sequence the model was made for, in tokens."""
         config = self.model.config.get_text_config(decoder=True)
         known = [getattr(config, "max_position_embeddings", None), rotary_limit(config)]
-        return min((n for n in known if n is not None), default=None)
+        return min((n for n in known if n is not None and n > 0), default=None)
 
     def log_prob(self, of: str, given: str | Messages = "") -> LogProb:
         """The target log p(of | given): templates over data columns and the latent `{z}`.

@@ -137,7 +137,8 @@ class Passes:
         heads = [list(p[:-1]) for p in prompts]
         last = torch.tensor([p[-1] for p in prompts], device=self.model.device)
         ids, mask = pad_left(heads, self.model.device)
-        if not self._shares([len(p) for p in prompts]):
+        # Recurrent states are written in place, which gradients cannot go back through.
+        if not self._shares([len(p) for p in prompts]) or (torch.is_grad_enabled() and self._recurrent):
             return Prefix(None, mask, last, prompts, shared=False)
         if ids.shape[1] == 0:
             return Prefix(None, mask, last, prompts)
@@ -157,10 +158,8 @@ class Passes:
         own = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         mask = torch.cat([old.mask, own], dim=1)
         cache = old.cache if old.cache is not None else self._new_cache() if old.shared else None
-        states = (
-            [la for la in cache.layers if isinstance(la, LinearAttentionCacheLayerMixin)] if cache else []
-        )
-        if not (old.shared and self.sharing.spans and self._shares([len(p) for p in prompts])) or states:
+        shared = old.shared and self.sharing.spans and self._shares([len(p) for p in prompts])
+        if not shared or self._recurrent:  # padding on the right would go into the states
             return Prefix(None, _left_aligned(mask, mask), last, prompts, shared=False)
         assert cache is not None
         self._cached(ids, torch.cat([old.mask, torch.ones_like(own)], dim=1), cache, keep=1)
@@ -287,6 +286,11 @@ class Passes:
             if type(layer) is DynamicSlidingWindowLayer:
                 cache.layers[i] = DynamicLayer()
         return cache
+
+    @cached_property
+    def _recurrent(self) -> bool:
+        layers = self._new_cache().layers
+        return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
     def _cached(self, ids: Tensor, mask: Tensor, cache: Cache, keep: int | None = None) -> Tensor:
         """Logits [B, Q, V] of ids [B, Q] (of the last `keep`), which join the cache. mask [B, keys]: ids included."""

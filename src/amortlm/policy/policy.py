@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from amortlm.errors import DataError, TemplateError
+from amortlm.errors import DataError, ModelError, TemplateError
 from amortlm.passes import Passes, length_groups, pad_right
 from amortlm.policy.adapter import FULL, load_weights, trainable_copy
 from amortlm.policy.sampling import Exploration, draw, uniform_streams
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
     from amortlm.language_model import LanguageModel
-
-DROPOUT = re.compile("drop|jitter")  # numbers by which layers act at random in training
 
 
 class Policy(nn.Module):
@@ -122,6 +119,14 @@ class Policy(nn.Module):
         width = rollouts.tokens.shape[1]
         log_pf = _joined([x for x, _ in parts], groups, width)
         log_pterm = _joined([x for _, x in parts], groups, width + 1)
+        if (
+            torch.is_grad_enabled()
+            and not log_pterm.requires_grad
+            and any(p.requires_grad for p in self.parameters())
+        ):
+            raise ModelError(
+                f"{self.lm.name}: no gradient flows through it in evaluation mode; it cannot be trained"
+            )
         return PolicyLogProbs(torch.where(rollouts.action_mask, log_pf, 0.0), log_pterm)
 
     def forward(self, rollouts: Rollouts) -> PolicyLogProbs:
@@ -185,5 +190,5 @@ def _zero_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if isinstance(value, float) and DROPOUT.search(name):
+            if isinstance(value, float) and "drop" in name:
                 setattr(module, name, 0.0)
