@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Nats between two orders of the same sums on random tokens; what is wrong is off by tenths at least.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 WINDOW = 4  # tokens that windows are narrowed to, so that short texts reach beyond them
-WINDOWS = re.compile(r"(sliding|attention|attn|local)_?(window|chunk)\w*|window_size")
+WINDOWS = re.compile(r"(sliding|attention|attn|local)_?(window|chunk)\w*|window_size|index_topk")
 NONE = Sharing(steps=False, spans=False, packed=False)
 
 
@@ -305,7 +305,7 @@ def branch_mask(past: Tensor, state: Tensor, branch: Tensor, n_states: int) -> T
 
 
 def attention_windows(config: Any) -> dict[str, int]:
-    """The settings of a model that say how far attention looks back (windows and chunks), in tokens."""
+    """The settings of a model that say how far attention looks: windows, chunks, keys that an index picks; tokens."""
     settings = config.get_text_config(decoder=True).to_dict()
     return {
         k: v

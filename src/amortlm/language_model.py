@@ -208,7 +208,7 @@ class LanguageModel:
                 f"{what} needs {total} tokens, but {self.name} has a context of {self.context}; "
                 "shorten the prompt, lower max_tokens, or drop such rows"
             )
-        switch = self.sharing.switch
+        switch = rotary_switch(self.model.config)
         if switch is not None and prompt - 1 <= switch < total:
             raise PromptTooLongError(
                 f"{what} goes from {prompt} to {total} tokens, and at {switch} {self.name} changes the rotary "

@@ -115,7 +115,7 @@ class Support:
     def bind(self, lm: LanguageModel) -> BoundSupport:
         """Resolve tokens for a model. Raises SupportError if a token is unknown or nothing is allowed, and
         PromptTooLongError if max_tokens do not fit its context."""
-        lm.check_context(self.max_tokens, f"a completion of max_tokens={self.max_tokens}")
+        lm.check_context(0, self.max_tokens, f"a completion of max_tokens={self.max_tokens}")
         stops = [self.stop] if isinstance(self.stop, str | int) else list(self.stop)
         if not stops:
             raise SupportError("support has no stop token; name at least one")
