@@ -108,7 +108,7 @@ def readings(pattern):
 
 def test_whatever_passes_is_read_alike():
     rng, compared = random.Random(0), 0
-    for _ in range(3000):
+    for _ in range(1000):
         pattern = "".join(rng.choices(PIECES, k=rng.randint(1, 7)))
         try:
             check_pattern(pattern)
@@ -118,4 +118,4 @@ def test_whatever_passes_is_read_alike():
         if found is not None:
             compared += 1
             assert found[0] == found[1] == found[2], pattern
-    assert compared > 500
+    assert compared > 150

@@ -72,11 +72,17 @@ class LanguageModel:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             kwargs.setdefault("dtype", torch.float32)
+        kwargs.setdefault("trust_remote_code", False)  # not asked for on the terminal
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"])
             model: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
             model = model.to(device)
-        except (OSError, ValueError) as e:
+        except Exception as e:  # libraries raise whatever they meet in a damaged or hostile file
+            if "trust_remote_code" in str(e):
+                raise ConfigError(
+                    f"cannot load a causal LM from {str(name_or_path)!r}: it brings code of its own, which is not run. "
+                    "If you trust it, give LanguageModel.from_pretrained(..., trust_remote_code=True) as lm="
+                ) from e
             raise ConfigError(
                 f"cannot load a causal LM from {str(name_or_path)!r}: {e}\nGive a hub name, a local folder with "
                 f"config.json, weights and tokenizer files, or {EMBEDDED!r}."

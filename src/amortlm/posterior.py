@@ -11,23 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amortlm import saved
 from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, diagnose
 from amortlm.diagnostics.exact import LIMIT
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
-from amortlm.errors import CheckpointError, ConfigError, DataError
+from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
 from amortlm.inference.correct import Weighted, check_method, corrected, draw
 from amortlm.language_model import LanguageModel
 from amortlm.policy.adapter import FULL
 from amortlm.policy.policy import Policy
 from amortlm.policy.support import Support
 from amortlm.predictive import Prediction, Votes, predict, vote
+from amortlm.saved import FILE, FORMAT
 from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
-from amortlm.targets.template import Messages, check_rows
+from amortlm.targets.template import check_rows
 from amortlm.types import Rollouts, Row
 
-FILE = "posterior.json"
-FORMAT = 1
 BATCH = 256  # completions sampled and scored at once
 
 
@@ -241,56 +241,69 @@ class Posterior:
         check_rows(rows, columns, "rows")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """A PEFT adapter (or full model) folder with `posterior.json`: model, prompt, support, target.
+        """A PEFT adapter (or full model) folder with `posterior.json`: model, prompt, support, target; and a tokenizer
+        for other programs: amortlm uses the model's own.
 
         A target with a function that has no import path is saved without it; pass it to from_pretrained again.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save_adapter(folder)
+        self.lm.tokenizer.save_pretrained(str(folder))
+        model = saved.model_name(self.lm.name, folder)
+        saved.write_base_model(folder, str(self.lm.model.name_or_path), model)
         spec: dict[str, Any] = {
             "format": FORMAT,
-            "model": self.lm.name,
+            "model": model,
             "weights": FULL if self.policy.is_full else "adapter",
             "prompt": self.policy.prompt.source,
             "support": self.policy.support_spec.to_dict(),
             "target": None,
+            "tokenizer": saved.tokenizer_hash(self.lm.tokenizer),
         }
+        if getattr(self.lm, "chat_template_kwargs", None):
+            spec["chat_template_kwargs"] = self.lm.chat_template_kwargs  # type: ignore[attr-defined]
         try:
             spec["target"] = self.target.to_spec() if self.target else None
         except ConfigError as e:
             spec["target_not_saved"] = str(e)
-        (folder / FILE).write_text(json.dumps(spec, indent=2) + "\n")
+        (folder / FILE).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, lm: LanguageModel | None = None, target: Target | None = None
+        cls,
+        folder: str | Path,
+        *,
+        lm: LanguageModel | str | None = None,
+        target: Target | None = None,
+        trust: Sequence[str] = (),
     ) -> Posterior:
-        """Load a saved posterior. lm: the frozen model if it is at hand or has moved; target: overrides the saved.
+        """Load a saved posterior.
 
-        Raises CheckpointError for an incomplete folder.
+        lm: the frozen model, or its name or path, if it is at hand or has moved; target: overrides the saved. trust:
+        modules (names, or paths of .py files) whose functions the saved target may call. Nothing else that the folder
+        says is run or imported: a saved predicate or verifier is a name, and importing it runs its module.
+
+        Raises CheckpointError for an incomplete or damaged folder, ConfigError for a function that is not trusted or a
+        model that cannot be loaded.
         """
+        from amortlm.targets.functions import Trust
         from amortlm.targets.spec import target_from_spec
 
-        folder = Path(folder)
+        folder, allowed = Path(folder), Trust(trust)
+        spec = saved.read(folder)
+        if not isinstance(lm, LanguageModel):
+            lm = saved.load_model(folder, spec, lm)
+        saved.check_model(folder, spec, lm)
         try:
-            spec = json.loads((folder / FILE).read_text())
-            prompt: str | Messages = spec["prompt"]
-            support, weights, saved = Support(**spec["support"]), spec["weights"], spec["target"]
-            found = spec["format"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise CheckpointError(
-                f"{folder}: {FILE} is missing or damaged ({e}); this is not a complete saved posterior"
-            ) from e
-        if found != FORMAT:
-            raise CheckpointError(
-                f"{folder}: {FILE} has format {found}, this version reads format {FORMAT}; load it with the version "
-                "of amortlm that saved it"
-            )
-        lm = lm or LanguageModel.from_pretrained(spec["model"])
-        policy = Policy(lm, prompt, support, FULL if weights == FULL else folder)
-        if weights == FULL:
+            if target is None and spec["target"] is not None:
+                target = target_from_spec(spec["target"], lm, allowed)
+            full = spec["weights"] == FULL
+            policy = Policy(lm, spec["prompt"], Support(**spec["support"]), FULL if full else folder)
+        except CheckpointError:
+            raise
+        except AmortLMError as e:
+            raise type(e)(f"{folder / FILE}: {e}") from e
+        if full:
             policy.load_adapter(folder)
-        if target is None and saved is not None:
-            target = target_from_spec(saved, lm)
         return cls(policy, target.bind(lm) if target is not None else None)

@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--model", help="hub name or local folder (default: the spec's)")
     train.add_argument("--data", help="rows as .jsonl, .json, .csv or .tsv (default: the spec's)")
     train.add_argument("--output", help="output folder (default: runs/NAME)")
+    _add_trust(train)
     train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
     train.add_argument(
         "--set",
@@ -126,6 +127,16 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(is_helper=False)  # a process that --jobs started
 
 
+def _add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module, or a .py file, whose functions the target may call: its code is run (may be repeated)",
+    )
+
+
 def _add_posterior(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="a folder written by `amortlm train` or Posterior.save_pretrained")
     parser.add_argument("--data", help="rows as .jsonl, .json, .csv or .tsv")
@@ -137,4 +148,5 @@ def _add_posterior(parser: argparse.ArgumentParser) -> None:
         help="one row on the command line, e.g. x='...'",
     )
     parser.add_argument("--model", help="the frozen model, if it is not where it was in training")
+    _add_trust(parser)
     parser.add_argument("--seed", type=int, default=0)

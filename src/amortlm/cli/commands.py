@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import textwrap
@@ -42,7 +43,7 @@ TEXT_WIDTH = 60
 def train(args: Namespace) -> None:
     is_file = args.spec.endswith((".yaml", ".yml"))
     spec: RunSpec = RunSpec.from_yaml(args.spec) if is_file else load_task(args.spec).SPEC
-    spec = spec.with_overrides(model=args.model, data=args.data, config=_settings(args.set))
+    spec = spec.with_overrides(model=args.model, data=args.data, config=_settings(args.set), trust=args.trust)
     output = args.output or f"runs/{Path(args.spec).stem}"
     trainer = spec.trainer(output)
     trainer.train(resume_from_checkpoint=args.resume)
@@ -50,7 +51,7 @@ def train(args: Namespace) -> None:
         rows = Path(output) / "rows.jsonl"
         rows.write_text("".join(json.dumps(row, default=str) + "\n" for row in spec.rows()))
         print(f"saved {output}")
-        print(f"try:  amortlm sample {output}")
+        print(f"try:  {shlex.join(['amortlm', 'sample', output, *spec.trust_options()])}")
 
 
 def sample(args: Namespace) -> None:
@@ -207,8 +208,7 @@ def _help(args: Namespace, threads: int) -> None:
 
 
 def _load(args: Namespace) -> Posterior:
-    lm = LanguageModel.from_pretrained(args.model) if args.model else None
-    return Posterior.from_pretrained(args.folder, lm=lm)
+    return Posterior.from_pretrained(args.folder, lm=args.model, trust=args.trust)
 
 
 def _rows(args: Namespace) -> Sequence[Row]:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, diagnose
 from amortlm.errors import CheckpointError, ConfigError
+from amortlm.targets.functions import NAMES
 from amortlm.types import Row, row_key
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ FILE = "certificate.json"
 FORMAT = 1
 LIMIT = 5_000  # completions enumerated in the middle of a training: less than the usual limit
 TIMES = (4, 16)
+MOST = 10**6  # samples a row
 TOLERANCE = 1e-3  # nats between machines and library versions
 LIBRARIES = ("amortlm", "torch", "transformers", "peft")
 
@@ -71,22 +73,53 @@ class Certificate:
     format: int = FORMAT
 
     def save(self, folder: str | Path) -> None:
-        (Path(folder) / FILE).write_text(json.dumps(finite(asdict(self)), indent=2, default=str) + "\n")
+        (Path(folder) / FILE).write_text(
+            json.dumps(finite(asdict(self)), indent=2, default=str) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> Certificate:
         """Raises CheckpointError where there is none, or another format."""
         file = Path(folder) / FILE
         try:
-            saved = json.loads(file.read_text())
+            saved = json.loads(file.read_text(encoding="utf-8"))
             missing = {f.name for f in fields(cls)} ^ set(saved)
             if missing or saved["format"] != FORMAT:
                 raise ValueError(f"format {saved.get('format')}, keys {sorted(missing)} missing or unknown")
-            return cls(**saved)
-        except (OSError, ValueError, TypeError, AttributeError) as e:
+            found = cls(**saved)
+            found._check()
+            return found
+        except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as e:
             raise CheckpointError(
                 f"{file} is missing or damaged ({e}); a training with stop_at_gap writes one when it stops"
             ) from e
+
+    def _check(self) -> None:
+        """Raise TypeError for a value of another kind than `save` writes."""
+        right = {
+            "mark": _positive(self.mark),
+            "level": _positive(self.level) and self.level < 1,
+            "n": type(self.n) is int and 1 <= self.n <= MOST,
+            "rows": _listed(self.rows, dict) and len(self.rows) > 0,
+            "gold": _listed(self.gold, list) and all(_listed(z, int) for row in self.gold for z in row),
+            "reports": _listed(self.reports, dict),
+            "target": self.target is None or _listed(self.target, dict),
+        }
+        right["gold"] = right["gold"] and all(_listed(z, int) for row in self.gold for z in row)
+        lengths = {len(x) for x in (self.rows, self.gold, self.reports) if isinstance(x, list)}
+        wrong = [name for name, is_right in right.items() if not is_right]
+        if wrong or len(lengths) > 1:
+            raise TypeError(
+                f"{wrong[0]} cannot be {str(getattr(self, wrong[0]))[:80]}" if wrong else "rows are missing"
+            )
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _listed(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(v) is kind for v in value)
 
 
 @dataclass(frozen=True)
@@ -159,7 +192,8 @@ def check(
     known. A changed target, prompt, support or data fails before anything is measured; another adapter is named
     where the gap is not what it was. Raises ConfigError without a target."""
     now = json.loads(json.dumps(_stated(posterior), default=str))
-    changed = [name for name, value in now.items() if value != getattr(certificate, name)]
+    then = {name: getattr(certificate, name) for name in now}
+    changed = [name for name in now if _renamed(now[name]) != _renamed(then[name])]
     if data_hash not in (None, certificate.data_hash):
         changed.append("data")
     if changed:
@@ -240,6 +274,15 @@ def _stated(posterior: Posterior) -> dict[str, Any]:
     except ConfigError:
         target = None
     return {"prompt": policy.prompt.source, "support": policy.support_spec.to_dict(), "target": target}
+
+
+def _renamed(value: Any) -> Any:
+    """With the functions that ship by their names of today."""
+    if isinstance(value, dict):
+        return {k: _renamed(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_renamed(v) for v in value]
+    return NAMES.get(value, value) if isinstance(value, str) else value
 
 
 def hash_rows(rows: Sequence[Row]) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import regex
 
 from amortlm.errors import CheckpointError
 
@@ -38,15 +41,16 @@ def trainable_copy(lm: LanguageModel, adapter: LoraConfig | str | Path | None) -
     # A copy of the module tree whose parameters are the very tensors of the frozen model.
     memo: dict[int, Any] = {id(p): p for p in lm.model.parameters()}
     shared = copy.deepcopy(lm.model, memo)
-    config = _saved_config(adapter) if isinstance(adapter, str | Path) else adapter or default_lora()
+    is_saved = isinstance(adapter, str | Path)
+    config: Any = _saved_config(Path(str(adapter)), shared) if is_saved else adapter or default_lora()
     with warnings.catch_warnings():
         # peft reads a renamed attribute of transformers, and sets fan_in_fan_out of GPT-2's layers itself.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to", UserWarning)
         try:
             return get_peft_model(shared, config)
-        except ValueError as e:
-            if not isinstance(adapter, str | Path):
+        except Exception as e:
+            if not is_saved:
                 raise
             raise CheckpointError(
                 f"{adapter}: the adapter is of another model ({e}); give the model it is of"
@@ -65,7 +69,12 @@ def load_weights(model: Any, is_full: bool, folder: str | Path) -> None:
         if is_full:
             # By transformers, which renames weights on disk (the head of GPT-NeoX, for one).
             saved, info = type(model).from_pretrained(
-                str(folder), dtype=model.dtype, local_files_only=True, output_loading_info=True
+                str(folder),
+                config=copy.deepcopy(model.config),  # of the model given, whatever the folder says
+                dtype=model.dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
             if info["missing_keys"]:
                 raise ValueError(f"missing {sorted(info['missing_keys'])[:3]}")
@@ -85,14 +94,50 @@ def load_weights(model: Any, is_full: bool, folder: str | Path) -> None:
         ) from e
 
 
-def _saved_config(folder: str | Path) -> Any:
+def _saved_config(folder: Path, model: Any) -> Any:
+    """adapter_config.json, for this model. What it says of other models, modules to import and files is left unread."""
     from peft import PeftConfig
 
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise TypeError(f"a mapping is due, not {type(saved).__name__}")
+        if saved.get("megatron_config"):
+            raise ValueError("megatron_config names a module to import, which is not done")
+        for key in ("auto_mapping", "base_model_name_or_path", "revision", "runtime_config"):
+            saved.pop(key, None)
+        _check_ranks(saved, folder)
+        config = PeftConfig.from_peft_type(**saved)
+        if config.is_prompt_learning:
+            raise ValueError(f"{config.peft_type} is no adapter of weights")
+        for key in ("target_modules", "exclude_modules"):
+            pattern = getattr(config, key, None)
+            if isinstance(pattern, str) and pattern != "all-linear":
+                setattr(config, key, _matching(pattern, model))
+        for key in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(config, key, None) or {}:
+                _matching(pattern, model)
+    except Exception as e:  # whatever peft makes of values of the wrong kind
         raise CheckpointError(
-            f"{folder}: cannot read adapter_config.json ({e}); the save is incomplete"
+            f"{folder}: cannot read adapter_config.json ({type(e).__name__}: {e}); the save is incomplete or damaged"
         ) from e
     config.inference_mode = False
     return config
+
+
+def _check_ranks(saved: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError for a rank that the weights beside do not have: it would be memory, not an adapter."""
+    from safetensors import safe_open
+
+    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as weights:
+        largest = max(
+            (max(weights.get_slice(name).get_shape(), default=0) for name in weights.keys()), default=0
+        )
+    for rank in (saved.get("r", 0), *(saved.get("rank_pattern") or {}).values()):
+        if rank > largest:
+            raise ValueError(f"rank {rank}, where the largest dimension of the weights is {largest}")
+
+
+def _matching(pattern: str, model: Any) -> list[str]:
+    """The modules whose whole name matches; by an engine that gives up. Raises TimeoutError."""
+    return [name for name, _ in model.named_modules() if regex.fullmatch(pattern, name, timeout=1)]

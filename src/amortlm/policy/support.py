@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from amortlm.language_model import LanguageModel
 
 Tokens = Sequence[str | int] | None
+MOST = 1_000_000  # tokens
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Support:
     pattern: str | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if not 0 <= self.min_tokens <= self.max_tokens or self.max_tokens < 1:
             raise SupportError(
                 f"min_tokens={self.min_tokens}, max_tokens={self.max_tokens} allows nothing; "
@@ -82,6 +85,26 @@ class Support:
                 "what divides statements), or put constraint.matches(pattern) into the target"
             )
 
+    def _check_types(self) -> None:
+        """Raise SupportError for what is neither text nor number where one is due (True is no token)."""
+        for name in ("min_tokens", "max_tokens", "min_statements", "max_statements"):
+            value = getattr(self, name)
+            if not (_is_int(value) or (value is None and name == "max_statements")):
+                raise SupportError(f"{name} must be a whole number, got {value!r}")
+            if value is not None and value > MOST:
+                raise SupportError(f"{name}={value} is more than any model reads; at most {MOST:,}")
+        for name in ("stop", "separator", "allowed_tokens", "banned_tokens"):
+            value = getattr(self, name)
+            many = name != "separator" and isinstance(value, Iterable) and not isinstance(value, str)
+            optional = value is None and name != "stop"
+            if not optional and not all(
+                isinstance(v, str) or _is_int(v) for v in (value if many else [value])
+            ):
+                quotes = "; in YAML, write words such as no in quotes" if isinstance(value, bool) else ""
+                raise SupportError(f"{name} must be a token as text or id, or several, got {value!r}{quotes}")
+        if self.pattern is not None and not isinstance(self.pattern, str):
+            raise SupportError(f"pattern must be text, got {self.pattern!r}")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form. Raises ConfigError for a tool that cannot be saved by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -89,7 +112,9 @@ class Support:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def bind(self, lm: LanguageModel) -> BoundSupport:
-        """Resolve tokens for a model. Raises SupportError if a token is unknown or nothing is allowed."""
+        """Resolve tokens for a model. Raises SupportError if a token is unknown or nothing is allowed, and
+        PromptTooLongError if max_tokens do not fit its context."""
+        lm.check_context(self.max_tokens, f"a completion of max_tokens={self.max_tokens}")
         stops = [self.stop] if isinstance(self.stop, str | int) else list(self.stop)
         if not stops:
             raise SupportError("support has no stop token; name at least one")
@@ -126,6 +151,10 @@ class Support:
             raise SupportError(f"separator {self.separator!r} is a stop token too; use another of the two")
         maximum = fits if self.max_statements is None else min(self.max_statements, fits)
         return Lists(separator, self.min_statements, maximum)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

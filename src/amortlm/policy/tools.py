@@ -70,6 +70,13 @@ class Lookup(Tool):
     table: Mapping[str, str]
     trigger: str = ":"  # type: ignore[misc]
 
+    def __post_init__(self) -> None:
+        texts = [*self.table, *self.table.values()] if isinstance(self.table, Mapping) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f"lookup: table must be a mapping of text to text, got {self.table!r}")
+        if not (isinstance(self.trigger, str) and self.trigger):
+            raise ConfigError(f"lookup: trigger must be text, got {self.trigger!r}")
+
     def write(self, text: str) -> str:
         asked = text.removesuffix(self.trigger).rstrip()
         keys = [key for key in self.table if re.search(rf"(^|\W){re.escape(key)}$", asked)]
@@ -83,6 +90,10 @@ def tool_from_spec(spec: Tool | str | Mapping[str, Any]) -> Tool:
     """A tool from its JSON form: "calculator", {"lookup": {"table": {...}}}. Raises ConfigError."""
     if isinstance(spec, Tool):
         return spec
+    if not isinstance(spec, str | Mapping):
+        raise ConfigError(
+            f"tool must be a name or a mapping such as {{lookup: {{table: ...}}}}, got {spec!r}"
+        )
     name, settings = (spec, {}) if isinstance(spec, str) else next(iter(spec.items()), ("", {}))
     if name not in TOOLS:
         raise ConfigError(f"unknown tool {name!r}; {nearest(name, TOOLS)}")

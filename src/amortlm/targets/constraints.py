@@ -7,25 +7,35 @@ every state a finite reward (what training from many illegal states wants).
 from __future__ import annotations
 
 import copy
-import importlib
-import inspect
 import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import regex
 import torch
 from torch import Tensor
 
 from amortlm.errors import ConfigError, RewardError
 from amortlm.targets.base import Scoring, Target
+from amortlm.targets.functions import (
+    Function,
+    call,
+    check_timeout,
+    function_of,
+    require_reference,
+    takes_row,
+)
+from amortlm.targets.regular import check_pattern
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:
     from amortlm.language_model import LanguageModel
 
 Decode = Callable[[Sequence[int]], str]
+SECONDS = 1  # for `matches`, on one text; a regular expression takes microseconds
 
 
 def state_texts(scoring: Scoring, decode: Decode) -> list[list[str | None]]:
@@ -139,41 +149,70 @@ class Contains(_TextConstraint):
 
 
 class Matches(_TextConstraint):
-    """The whole text, outer white space removed, matches a regular expression."""
+    """The whole text, outer white space removed, matches a regular expression.
+
+    Read by the library `regex`, whose classes are those of a support's pattern and which can be told to give up: one
+    that backtracks for more than SECONDS on one text raises ConfigError.
+    """
 
     def __init__(self, pattern: str, penalty: float | None = None):
         super().__init__(penalty)
+        check_pattern(pattern)
+        self.pattern = pattern
         try:
-            self.pattern = re.compile(pattern)
-        except re.error as e:
+            self._compiled = regex.compile(pattern)
+        except (regex.error, RecursionError) as e:
             raise ConfigError(f"regular expression {pattern!r}: {e}") from None
 
     def accepts(self, text: str, row: Row) -> bool:
-        return self.pattern.fullmatch(text.strip()) is not None
+        try:
+            return self._compiled.fullmatch(text.strip(), timeout=SECONDS) is not None
+        except TimeoutError:
+            raise ConfigError(
+                f"regular expression {self.pattern!r} was not done with {text!r} after {SECONDS} seconds: it tries "
+                "every way to divide the text. Leave out repetitions of repetitions, as in (a+)+, and alternatives "
+                "that begin alike; or give it to the support, Support(pattern=...), which does not backtrack"
+            ) from None
 
     def settings(self) -> tuple[str, Any]:
-        return "matches", self.pattern.pattern
+        return "matches", self.pattern
 
 
 class Predicate(_TextConstraint):
     """`fn(text) -> bool`, or `fn(text, row) -> bool` when it takes two arguments.
 
-    A function given by import path ("package.module:function") can be saved with a posterior.
+    A function at the top level of a module can be saved with a posterior, by its name ("package.module:function").
+    timeout: seconds for one call; see `amortlm.targets.functions.call` for what it cannot do. What is no truth value,
+    an error and a call that takes too long raise RewardError.
     """
 
-    def __init__(self, fn: Callable[..., bool] | str, penalty: float | None = None):
+    def __init__(
+        self,
+        fn: Callable[..., bool] | Function | str,
+        penalty: float | None = None,
+        timeout: float | None = None,
+    ):
         super().__init__(penalty)
-        self.fn, self.path = resolve_function(fn)
-        self._wants_row = takes_row(self.fn)
+        self.function, self.timeout = function_of(fn), check_timeout(timeout)
+        self._wants_row = takes_row(self.function.call)
 
     def accepts(self, text: str, row: Row) -> bool:
-        return bool(self.fn(text, row) if self._wants_row else self.fn(text))
+        arguments = (text, copy.deepcopy(dict(row))) if self._wants_row else (text,)
+        what = f"{self!r}, asked about {text!r},"
+        got = call(self.function.call, *arguments, timeout=self.timeout, what=what)
+        if str(getattr(got, "dtype", "")) in ("bool", "torch.bool") and np.size(got) == 1:
+            return bool(got)  # of numpy or torch
+        if isinstance(got, bool):
+            return got
+        raise RewardError(f"{what} returned {_shown(got)}; return True or False (of a match: `is not None`)")
 
     def settings(self) -> tuple[str, Any]:
-        return "predicate", require_path(self.path, self.fn)
+        reference = require_reference(self.function)
+        timeout = {} if self.timeout is None else {"timeout": self.timeout}
+        return "predicate", {"function": reference, **timeout} if timeout else reference
 
     def __repr__(self) -> str:
-        return f"predicate({self.path or _name(self.fn)})"
+        return f"predicate({self.function.reference or _name(self.function.call)})"
 
 
 class AllowedTokens(Constraint):
@@ -234,73 +273,85 @@ class Length(Constraint):
 class Verifier(_TextTerm):
     """`fn(texts, rows) -> log scores`: a black box that judges finished completions, in nats.
 
+    Scores are a list, array or tensor of n numbers for n texts; -inf is "impossible". Anything else, an error and a
+    call that takes more than `timeout` seconds raise RewardError.
+
     With `every_prefix=True` it is also asked about the text at every other stopping state, and then
     objectives that need every prefix (SubTB, DB) can use it.
     """
 
     def __init__(
         self,
-        fn: Callable[[list[str], list[Row]], Sequence[float]] | str,
+        fn: Callable[[list[str], list[Row]], Sequence[float]] | Function | str,
         every_prefix: bool = False,
+        timeout: float | None = None,
     ):
-        self.fn, self.path = resolve_function(fn)
+        self.function, self.timeout = function_of(fn), check_timeout(timeout)
         self.every_prefix = every_prefix
 
     def __repr__(self) -> str:
-        return f"verifier({self.path or _name(self.fn)})"
+        return f"verifier({self.function.reference or _name(self.function.call)})"
 
     def to_spec(self) -> list[dict[str, Any]]:
-        path = require_path(self.path, self.fn)
-        return [{"verifier": {"function": path, "every_prefix": self.every_prefix}}]
+        spec = {"function": require_reference(self.function), "every_prefix": self.every_prefix}
+        return [{"verifier": spec if self.timeout is None else {**spec, "timeout": self.timeout}}]
 
     def score_batch(self, scoring: Scoring) -> Tensor:
         rollouts = scoring.rollouts
         asked = (rollouts if self.every_prefix else rollouts.final_only()).stop_mask
-        rows = _rows_of(rollouts)
-        texts = state_texts(scoring, self.bound_lm.decode)
-        where = asked.nonzero().tolist()
-        batch = [(texts[b][t] or "", rows[b]) for b, t in where]
-        scores = list(self.fn([text for text, _ in batch], [row for _, row in batch])) if batch else []
-        if len(scores) != len(where):
-            raise RewardError(
-                f"{self!r} returned {len(scores)} scores for {len(where)} texts; return one per text"
-            )
         out = torch.zeros(asked.shape, device=asked.device)
-        out[asked] = torch.tensor([float(s) for s in scores], device=asked.device)
+        where = asked.nonzero().tolist()
+        if where:
+            rows = _rows_of(rollouts)
+            decoded = state_texts(scoring, self.bound_lm.decode)
+            texts = [decoded[b][t] or "" for b, t in where]
+            out[asked] = self._scores(texts, [rows[b] for b, _ in where]).to(asked.device)
         return out
 
+    def _scores(self, texts: list[str], rows: list[Row]) -> Tensor:
+        """[n] float32. Raises RewardError."""
+        what = f"{self!r}, asked about {len(texts)} texts, the first of them {texts[0]!r},"
+        given = (list(texts), [copy.deepcopy(dict(row)) for row in rows])  # its own, to change as it likes
+        got = call(self.function.call, *given, timeout=self.timeout, what=what)
+        scores = _numbers(got)
+        if scores is None or scores.shape != (len(texts),):
+            shape = (
+                f"an array of shape {tuple(scores.shape)}"
+                if scores is not None and scores.ndim
+                else _shown(got)
+            )
+            raise RewardError(
+                f"{what} returned {shape}; return one number per text, in a list or a flat array"
+            )
+        bad = torch.isnan(scores.float()) | (torch.isinf(scores.float()) & (scores != -math.inf))
+        if bad.any():
+            i = int(bad.nonzero()[0])
+            raise RewardError(
+                f"{self!r} gave {scores[i].item()} for {texts[i]!r}; return finite numbers (or -inf for 'impossible')"
+            )
+        return scores.float()
 
-def resolve_function(fn: Callable[..., Any] | str) -> tuple[Callable[..., Any], str | None]:
-    """A callable and its import path (None for lambdas and local functions)."""
-    if isinstance(fn, str):
-        module, _, name = fn.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as e:
-            raise ConfigError(f"cannot import {fn!r} ({e}); write 'package.module:function'") from None
-        return found, fn
-    home, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", "")
-    importable = home not in (None, "__main__") and name.isidentifier()
-    return fn, f"{home}:{name}" if importable else None
+
+def _numbers(value: Any) -> Tensor | None:
+    """float64 of a list, array or tensor of integers or fractions, of any shape; None for anything else."""
+    if isinstance(value, Tensor):
+        return value.detach().double().cpu() if value.dtype != torch.bool and not value.is_complex() else None
+    try:
+        listed = value if hasattr(value, "__array__") or isinstance(value, int | float) else list(value)
+        array = np.asarray(listed)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return torch.from_numpy(array.astype(np.float64)) if array.dtype.kind in "iuf" else None
 
 
-def takes_row(fn: Callable[..., Any]) -> bool:
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.kind in positional for p in inspect.signature(fn).parameters.values()) >= 2
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _name(fn: Callable[..., Any]) -> str:
     """The same in every process, unlike repr(fn)."""
     return getattr(fn, "__qualname__", type(fn).__name__)
-
-
-def require_path(path: str | None, fn: Callable[..., Any]) -> str:
-    if path is None:
-        raise ConfigError(
-            f"{fn!r} cannot be saved by name: define it at the top level of an importable module (not __main__, not a "
-            "lambda), or pass 'package.module:function'"
-        )
-    return path
 
 
 def contains(*words: str, penalty: float | None = None) -> Contains:
@@ -328,13 +379,17 @@ def length(minimum: int = 0, maximum: int | None = None, penalty: float | None =
     return Length(minimum, maximum, penalty)
 
 
-def predicate(fn: Callable[..., bool] | str, penalty: float | None = None) -> Predicate:
-    """`fn(text)` or `fn(text, row)` is true. A string "package.module:function" is imported."""
-    return Predicate(fn, penalty)
+def predicate(
+    fn: Callable[..., bool] | str, penalty: float | None = None, timeout: float | None = None
+) -> Predicate:
+    """`fn(text)` or `fn(text, row)` is true. A string "package.module:function" is imported. timeout: seconds."""
+    return Predicate(fn, penalty, timeout)
 
 
 def verifier(
-    fn: Callable[[list[str], list[Row]], Sequence[float]] | str, every_prefix: bool = False
+    fn: Callable[[list[str], list[Row]], Sequence[float]] | str,
+    every_prefix: bool = False,
+    timeout: float | None = None,
 ) -> Verifier:
-    """log scores `fn(texts, rows)` of finished completions, in nats."""
-    return Verifier(fn, every_prefix)
+    """log scores `fn(texts, rows)` of finished completions, in nats. timeout: seconds a call may take."""
+    return Verifier(fn, every_prefix, timeout)

@@ -8,9 +8,11 @@
 - length: {minimum: 3, maximum: 12}
 - allowed_tokens: [" a", " b"]
 - canonical: true
-- predicate: my_package.rules:is_polite
+- predicate: my_package.rules:is_polite  # or {function: ..., timeout: 5}
 - unordered: {target: [{log_prob: {of: "{z}"}}], separator: ","}
-- verifier: {function: "my_package.rules:score", every_prefix: false}
+- verifier: {function: "my_package.rules:score", every_prefix: false, timeout: 30}
+
+Functions are references, imported only from modules that the user trusts (`amortlm.targets.functions`).
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from amortlm.errors import ConfigError, nearest
 from amortlm.language_model import LanguageModel
 from amortlm.targets import constraints as c
 from amortlm.targets.base import LinearCombination, Target
+from amortlm.targets.functions import Trust
 from amortlm.targets.lists import Unordered
 
 MODIFIERS = {"weight", "temperature", "penalty"}
 
 
-def _builders(lm: LanguageModel) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
+def _builders(lm: LanguageModel, trust: Trust) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
     return {
         "log_prob": lambda a, k: lm.log_prob(**a, **k),
         "contains": lambda a, k: c.Contains(_listed(a), **k),
@@ -35,9 +38,9 @@ def _builders(lm: LanguageModel) -> dict[str, Callable[[Any, dict[str, Any]], Ta
         "allowed_tokens": lambda a, k: c.AllowedTokens(_listed(a), **k),
         "canonical": lambda a, k: _canonical(a, **k),
         "length": lambda a, k: c.Length(**a, **k),
-        "predicate": lambda a, k: c.Predicate(a, **k),
-        "unordered": lambda a, k: Unordered(target_from_spec(a.pop("target"), lm), **a, **k),
-        "verifier": lambda a, k: c.Verifier(a.pop("function"), **a, **k),
+        "predicate": lambda a, k: _predicate(a, trust, **k),
+        "unordered": lambda a, k: Unordered(target_from_spec(a.pop("target"), lm, trust), **a, **k),
+        "verifier": lambda a, k: c.Verifier(trust.find(a.pop("function")), **a, **k),
     }
 
 
@@ -45,6 +48,11 @@ def _canonical(wanted: Any, **extra: float) -> Target:
     if wanted is not True:
         raise ConfigError(f"canonical: {wanted!r}: write `canonical: true`, or leave the term out")
     return c.Canonical(**extra)
+
+
+def _predicate(a: Any, trust: Trust, **extra: float) -> Target:
+    settings = a if isinstance(a, dict) else {"function": a}
+    return c.Predicate(trust.find(settings.pop("function")), **settings, **extra)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -58,13 +66,16 @@ def _number(term: dict[str, Any], name: str) -> float:
         raise ConfigError(f"{name} of a target term must be a number, got {term[name]!r}") from None
 
 
-def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel) -> Target:
-    """Build a target from its JSON/YAML form. Raises ConfigError for an unknown term or bad arguments."""
+def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel, trust: Trust | None = None) -> Target:
+    """Build a target from its JSON/YAML form. trust: whose functions it may name (default: those that ship).
+
+    Raises ConfigError for an unknown term, bad arguments, or a function that is not trusted.
+    """
     if not isinstance(spec, Sequence) or isinstance(spec, str) or not spec:
         raise ConfigError(
             "target must be a list of terms, each a mapping such as {log_prob: {of: ..., given: ...}}"
         )
-    builders = _builders(lm)
+    builders = _builders(lm, trust or Trust())
     terms: list[tuple[float, Target]] = []
     for term in spec:
         if not isinstance(term, dict):

@@ -24,7 +24,7 @@ def is_valid(text: str) -> bool:
 
 SPEC = RunSpec(
     prompt="The following is a random integer drawn uniformly between 0 and 100:",
-    target=[{"predicate": "amortlm.tasks.numbers:is_valid"}, {"canonical": True}],
+    target=[{"predicate": "numbers.is_valid"}, {"canonical": True}],
     support={"stop": ".", "min_tokens": 1, "max_tokens": 3},
     data=[{}],
     config={

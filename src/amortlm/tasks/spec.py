@@ -14,6 +14,7 @@ from amortlm.errors import AmortLMError, ConfigError, DataError, nearest
 from amortlm.types import Row
 
 if TYPE_CHECKING:
+    from amortlm.targets.functions import Trust
     from amortlm.train.trainer import GFNTrainer
 
 
@@ -24,6 +25,8 @@ class RunSpec:
     target   terms as in `amortlm.targets.spec`
     data     rows, or a path to .jsonl, .json, .csv or .tsv with a header
     lora     rank of the adapter, or "full" for full fine-tuning
+    trust    modules whose functions the target may name, beside the .py files in `folder`, that of the YAML file; both
+             are the user's to say, not the file's
     """
 
     prompt: Any
@@ -33,6 +36,8 @@ class RunSpec:
     model: str = "embedded"
     lora: int | str = 16
     config: dict[str, Any] = field(default_factory=dict)
+    trust: Sequence[str] = ()
+    folder: str | None = None
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunSpec:
@@ -48,7 +53,7 @@ class RunSpec:
             raise ConfigError(f"{path} is not valid YAML: {e}") from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path} must be a mapping with the keys {', '.join(_keys(cls))}")
-        check_keys(raw, _keys(cls), str(path))
+        check_keys(raw, [key for key in _keys(cls) if key not in ("trust", "folder")], str(path))
         missing = [name for name in ("prompt", "target", "support", "data") if name not in raw]
         if missing:
             raise ConfigError(
@@ -56,7 +61,7 @@ class RunSpec:
             )
         if isinstance(raw["data"], str):
             raw["data"] = str(path.parent / raw["data"])
-        return cls(**raw)
+        return cls(**raw, folder=str(path.parent))
 
     def rows(self) -> list[Row]:
         return load_rows(self.data) if isinstance(self.data, str) else _checked_rows(self.data, "data")
@@ -86,7 +91,7 @@ class RunSpec:
         lm = LanguageModel.from_pretrained(self.model)
         return GFNTrainer(
             lm,
-            target=target_from_spec(self.target, lm),
+            target=target_from_spec(self.target, lm, self._trust()),
             prompt=self.prompt,
             support=support,
             train_dataset=self.rows(),
@@ -94,8 +99,22 @@ class RunSpec:
             peft_config=self.lora if isinstance(self.lora, str) else default_lora(self.lora),
         )
 
+    def _trust(self) -> Trust:
+        from amortlm.targets.functions import Trust
+
+        return Trust(self.trust, None if self.folder is None else Path(self.folder))
+
+    def trust_options(self) -> list[str]:
+        """What `amortlm sample` has to be told, for the functions of the target."""
+        from amortlm.targets.functions import references
+
+        trust = self._trust()
+        modules = dict.fromkeys(reference.partition(":")[0] for reference in references(self.target))
+        return [option for module in modules for option in ("--trust", trust.file(module) or module)]
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What the file states."""
+        return {k: v for k, v in asdict(self).items() if k not in ("trust", "folder")}
 
 
 def _keys(cls: type) -> list[str]:

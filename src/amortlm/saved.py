@@ -1,0 +1,151 @@
+"""What a saved posterior's folder says, before any of it is believed: `posterior.json`, and the model it names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from amortlm.errors import CheckpointError, ConfigError
+from amortlm.language_model import LanguageModel
+from amortlm.policy.adapter import FULL
+from amortlm.policy.support import Support
+
+logger = logging.getLogger(__name__)
+FILE = "posterior.json"
+FORMAT = 1
+LARGEST = 64 * 2**20  # bytes
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """`posterior.json`, every value of a kind that can be used. Raises CheckpointError."""
+    file = folder / FILE
+    try:
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"{file.stat().st_size:,} bytes")
+        spec = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(spec, dict):
+            raise TypeError(f"a mapping is due, not {type(spec).__name__}")
+        found = spec["format"]
+        if type(found) is not int or found == FORMAT:
+            _check(spec)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        why = f"no {e}" if isinstance(e, KeyError) else e
+        raise CheckpointError(
+            f"{folder}: {FILE} is missing or damaged ({why}); this is not a complete saved posterior"
+        ) from e
+    if found != FORMAT:
+        raise CheckpointError(
+            f"{folder}: {FILE} has format {found}, this version reads format {FORMAT}; load it with the version "
+            "of amortlm that saved it"
+        )
+    return spec
+
+
+def _check(spec: dict[str, Any]) -> None:
+    """Raise KeyError for what is missing, TypeError for what is of another kind. What the values say is checked where
+    they are used."""
+    prompt, support, target = spec["prompt"], spec["support"], spec["target"]
+    texts = (
+        [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt] + [m["role"] for m in prompt]
+    )
+    known = {f.name for f in fields(Support)}
+    right = {
+        "format": type(spec["format"]) is int,
+        "model": isinstance(spec["model"], str | None),
+        "weights": spec["weights"] in (FULL, "adapter"),
+        "prompt": bool(texts) and all(isinstance(t, str) for t in texts),
+        "support": isinstance(support, dict) and set(support) <= known and "stop" in support,
+        "target": isinstance(target, list | None),
+        "tokenizer": isinstance(spec.get("tokenizer"), str | None),
+        "chat_template_kwargs": isinstance(spec.get("chat_template_kwargs", {}), dict),
+    }
+    wrong = [name for name, is_right in right.items() if not is_right]
+    if wrong:
+        raise TypeError(f"{wrong[0]} cannot be {str(spec.get(wrong[0]))[:80]}")
+
+
+def model_name(name: str, folder: Path) -> str | None:
+    """How a posterior in `folder` names its model: a folder by the way from there, which says nothing of what lies
+    above both, or from the home directory ("~"); any other name as it is. None without a name."""
+    if not Path(name).is_dir() or not name:
+        return name or None
+    model, start, home = Path(name).resolve(), folder.resolve(), Path.home()
+    above = Path(os.path.commonpath([model, start]))
+    if above != Path(above.anchor):
+        way = Path(os.path.relpath(model, start)).as_posix()
+        return way if way.startswith(".") else f"./{way}"
+    return f"~/{model.relative_to(home).as_posix()}" if model.is_relative_to(home) else str(model)
+
+
+def load_model(folder: Path, spec: dict[str, Any], name: str | Path | None) -> LanguageModel:
+    """The frozen model of a saved posterior, or the one of that name. Raises ConfigError."""
+    wanted = str(name or _place(folder, spec["model"]))
+    try:
+        lm = LanguageModel.from_pretrained(wanted)
+    except ConfigError as e:
+        raise ConfigError(f"{folder}: {e}\nIs the model elsewhere, say where: lm=, or --model.") from e
+    if spec.get("chat_template_kwargs"):
+        lm.chat_template_kwargs = dict(spec["chat_template_kwargs"])  # type: ignore[attr-defined]
+    return lm
+
+
+def _place(folder: Path, name: str | None) -> str:
+    if not name:
+        raise ConfigError(
+            f"{folder}: its model had no name when it was saved; give the model: lm= in from_pretrained, or --model"
+        )
+    if name.startswith("~"):
+        return str(Path(name).expanduser())
+    beside = folder.resolve() / name
+    return str(beside) if name.startswith(".") and beside.is_dir() else name
+
+
+def check_model(folder: Path, spec: dict[str, Any], lm: LanguageModel) -> None:
+    """Warn where prompts will read otherwise than they did when the posterior was saved."""
+    if spec.get("tokenizer") not in (None, tokenizer_hash(lm.tokenizer)):
+        logger.warning(
+            "%s: the tokenizer of %s is not the one this posterior was saved with; the model's own is used. If texts "
+            "look wrong, give the model it was trained on: lm=, or --model",
+            folder,
+            lm.name,
+        )
+    kwargs = spec.get("chat_template_kwargs") or {}
+    if kwargs != (getattr(lm, "chat_template_kwargs", None) or {}):
+        logger.warning(
+            "%s: this posterior was saved with chat_template_kwargs=%s, the model given has others; set them: "
+            "lm.chat_template_kwargs = ...",
+            folder,
+            kwargs,
+        )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """A name for what a tokenizer makes of texts and messages."""
+    if getattr(tokenizer, "backend_tokenizer", None) is not None:
+        rules = json.loads(tokenizer.backend_tokenizer.to_str())
+        told = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
+    else:
+        told = tokenizer.get_vocab()
+    text = json.dumps([told, tokenizer.chat_template, sorted(tokenizer.all_special_ids)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_base_model(folder: Path, path: str, name: str | None) -> None:
+    """peft writes where the model was on this machine into its own files: say what `posterior.json` says."""
+    for file in (folder / "adapter_config.json", folder / "config.json"):
+        if not file.is_file():
+            continue
+        config = json.loads(file.read_text(encoding="utf-8"))
+        named = [key for key in ("base_model_name_or_path", "_name_or_path") if config.get(key) == path]
+        if named and path != name:
+            file.write_text(
+                json.dumps({**config, **dict.fromkeys(named, name)}, indent=2) + "\n", encoding="utf-8"
+            )
+    card = folder / "README.md"
+    if path and path != name and card.is_file():
+        card.write_text(card.read_text(encoding="utf-8").replace(path, name or "unknown"), encoding="utf-8")
