@@ -276,7 +276,7 @@ def test_a_loaded_posterior_is_the_same(
     posterior = make(family_lm, support, adapter, extra=constraint.predicate(no_dog, penalty=2.0))
     posterior.save_pretrained(tmp_path / "new" / "folder")
     forbid_pickle(monkeypatch)
-    loaded = Posterior.from_pretrained(tmp_path / "new" / "folder", lm=family_lm)
+    loaded = Posterior.from_pretrained(tmp_path / "new" / "folder", lm=family_lm, trust=[__name__])
     assert loaded.policy.is_full == (adapter == "full")
     assert loaded.policy.support_spec.to_dict() == support.to_dict()
     texts = [" cat", " dogs!", "b,."]
@@ -313,7 +313,7 @@ def test_a_predicate_with_an_import_path_survives(one_lm: LanguageModel, tmp_pat
     posterior.save_pretrained(tmp_path)
     terms = json.loads((tmp_path / "posterior.json").read_text())["target"]
     assert terms[1] == {"predicate": f"{__name__}:no_dog", "weight": 1.0}
-    loaded = Posterior.from_pretrained(tmp_path, lm=one_lm)
+    loaded = Posterior.from_pretrained(tmp_path, lm=one_lm, trust=[__name__])
     samples = loaded.sample(ROW, 40)
     assert {math.isfinite(s.log_reward) for s in samples} == {True, False}
     assert all(math.isfinite(s.log_reward) == no_dog(s.text) for s in samples)

@@ -15,6 +15,7 @@ import yaml
 from amortlm import LanguageModel, Target, Unordered, constraint, verifier
 from amortlm.errors import ConfigError, DataError, SupportError, TemplateError
 from amortlm.policy import Support
+from amortlm.targets.functions import Trust
 from amortlm.targets.spec import _builders, target_from_spec
 from amortlm.tasks import TASKS, load_task
 from amortlm.tasks.spec import RunSpec, load_rows
@@ -37,6 +38,8 @@ def longer_than_x(text: str, row: dict) -> bool:
 def minus_length(texts: list[str], rows: list[dict]) -> list[float]:
     return [-float(len(t)) for t in texts]
 
+
+HERE = Trust([__name__])
 
 # Targets
 
@@ -65,7 +68,7 @@ KINDS: dict[str, Callable[[LanguageModel], Target]] = {
 def test_a_target_survives_yaml(one_lm: LanguageModel, kind: str) -> None:
     target = KINDS[kind](one_lm).bind(one_lm)
     text = yaml.safe_dump(target.to_spec())
-    rebuilt = target_from_spec(yaml.safe_load(text), one_lm)
+    rebuilt = target_from_spec(yaml.safe_load(text), one_lm, HERE)
     rollouts = random_rollouts(one_lm, SUPPORT, ROWS, per_row=20)
     scores = target.score(rollouts)
     torch.testing.assert_close(rebuilt.score(rollouts), scores)
@@ -81,7 +84,9 @@ def test_every_kind_of_term_is_covered(one_lm: LanguageModel) -> None:
 
 
 def scored(lm: LanguageModel, text: str) -> torch.Tensor:
-    return target_from_spec(yaml.safe_load(text), lm).score(random_rollouts(lm, SUPPORT, ROWS, per_row=20))
+    return target_from_spec(yaml.safe_load(text), lm, HERE).score(
+        random_rollouts(lm, SUPPORT, ROWS, per_row=20)
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,14 +143,14 @@ def test_yaml_means_what_it_says(
 )
 def test_bad_targets_say_what_is_wrong(one_lm: LanguageModel, text: str, message: str) -> None:
     with pytest.raises(ConfigError) as e:
-        target_from_spec(yaml.safe_load(text), one_lm)
+        target_from_spec(yaml.safe_load(text), one_lm, HERE)
     assert message in str(e.value)
 
 
 def test_building_a_target_leaves_its_spec_alone(one_lm: LanguageModel) -> None:
     spec = [{"verifier": {"function": "test_yaml:minus_length"}, "weight": 2}]
     before = json.dumps(spec)
-    target_from_spec(spec, one_lm)
+    target_from_spec(spec, one_lm, HERE)
     assert json.dumps(spec) == before
 
 

@@ -250,7 +250,7 @@ class Posterior:
         folder.mkdir(parents=True, exist_ok=True)
         self.policy.save_adapter(folder)
         self.lm.tokenizer.save_pretrained(str(folder))
-        model = saved.model_name(self.lm.name, folder)
+        model = saved.model_name(self.lm.name)
         saved.write_base_model(folder, str(self.lm.model.name_or_path), model)
         spec: dict[str, Any] = {
             "format": FORMAT,

@@ -69,40 +69,29 @@ def _check(spec: dict[str, Any]) -> None:
         raise TypeError(f"{wrong[0]} cannot be {str(spec.get(wrong[0]))[:80]}")
 
 
-def model_name(name: str, folder: Path) -> str | None:
-    """How a posterior in `folder` names its model: a folder by the way from there, which says nothing of what lies
-    above both, or from the home directory ("~"); any other name as it is. None without a name."""
-    if not Path(name).is_dir() or not name:
+def model_name(name: str) -> str | None:
+    """How a posterior names its model: a folder by its full path, the home directory written as "~", so that it is found
+    from anywhere on this machine; any other name as it is. None without a name."""
+    if not name or not Path(name).is_dir():
         return name or None
-    model, start, home = Path(name).resolve(), folder.resolve(), Path.home()
-    above = Path(os.path.commonpath([model, start]))
-    if above != Path(above.anchor):
-        way = Path(os.path.relpath(model, start)).as_posix()
-        return way if way.startswith(".") else f"./{way}"
-    return f"~/{model.relative_to(home).as_posix()}" if model.is_relative_to(home) else str(model)
+    path, home = Path(name).resolve(), Path.home().resolve()
+    return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
 
 
 def load_model(folder: Path, spec: dict[str, Any], name: str | Path | None) -> LanguageModel:
     """The frozen model of a saved posterior, or the one of that name. Raises ConfigError."""
-    wanted = str(name or _place(folder, spec["model"]))
+    wanted = name or spec["model"]
+    if not wanted:
+        raise ConfigError(
+            f"{folder}: its model had no name when it was saved; give the model: lm= in from_pretrained, or --model"
+        )
     try:
-        lm = LanguageModel.from_pretrained(wanted)
+        lm = LanguageModel.from_pretrained(os.path.expanduser(wanted))
     except ConfigError as e:
         raise ConfigError(f"{folder}: {e}\nIs the model elsewhere, say where: lm=, or --model.") from e
     if spec.get("chat_template_kwargs"):
         lm.chat_template_kwargs = dict(spec["chat_template_kwargs"])  # type: ignore[attr-defined]
     return lm
-
-
-def _place(folder: Path, name: str | None) -> str:
-    if not name:
-        raise ConfigError(
-            f"{folder}: its model had no name when it was saved; give the model: lm= in from_pretrained, or --model"
-        )
-    if name.startswith("~"):
-        return str(Path(name).expanduser())
-    beside = folder.resolve() / name
-    return str(beside) if name.startswith(".") and beside.is_dir() else name
 
 
 def check_model(folder: Path, spec: dict[str, Any], lm: LanguageModel) -> None:

@@ -130,9 +130,8 @@ def _check_ranks(saved: dict[str, Any], folder: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as weights:
-        largest = max(
-            (max(weights.get_slice(name).get_shape(), default=0) for name in weights.keys()), default=0
-        )
+        names = weights.keys()
+        largest = max((max(weights.get_slice(name).get_shape(), default=0) for name in names), default=0)
     for rank in (saved.get("r", 0), *(saved.get("rank_pattern") or {}).values()):
         if rank > largest:
             raise ValueError(f"rank {rank}, where the largest dimension of the weights is {largest}")

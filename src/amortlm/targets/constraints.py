@@ -315,19 +315,16 @@ class Verifier(_TextTerm):
         got = call(self.function.call, *given, timeout=self.timeout, what=what)
         scores = _numbers(got)
         if scores is None or scores.shape != (len(texts),):
-            shape = (
-                f"an array of shape {tuple(scores.shape)}"
-                if scores is not None and scores.ndim
-                else _shown(got)
-            )
+            flat = scores is not None and scores.ndim == 1
+            found = f"{len(scores)} scores for {len(texts)} texts" if flat else _shown(got)  # type: ignore[arg-type]
             raise RewardError(
-                f"{what} returned {shape}; return one number per text, in a list or a flat array"
+                f"{what} returned {found}; return one per text, numbers in a list or a flat array"
             )
         bad = torch.isnan(scores.float()) | (torch.isinf(scores.float()) & (scores != -math.inf))
         if bad.any():
             i = int(bad.nonzero()[0])
             raise RewardError(
-                f"{self!r} gave {scores[i].item()} for {texts[i]!r}; return finite numbers (or -inf for 'impossible')"
+                f"{self!r} gave NaN or +inf for {texts[i]!r}; return finite numbers (or -inf for 'impossible')"
             )
         return scores.float()
 

@@ -27,10 +27,11 @@ from amortlm.targets.base import LinearCombination, Target
 from amortlm.targets.functions import Trust
 from amortlm.targets.lists import Unordered
 
+NOBODY = Trust()
 MODIFIERS = {"weight", "temperature", "penalty"}
 
 
-def _builders(lm: LanguageModel, trust: Trust) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
+def _builders(lm: LanguageModel, trust: Trust = NOBODY) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
     return {
         "log_prob": lambda a, k: lm.log_prob(**a, **k),
         "contains": lambda a, k: c.Contains(_listed(a), **k),
@@ -66,7 +67,7 @@ def _number(term: dict[str, Any], name: str) -> float:
         raise ConfigError(f"{name} of a target term must be a number, got {term[name]!r}") from None
 
 
-def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel, trust: Trust | None = None) -> Target:
+def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel, trust: Trust = NOBODY) -> Target:
     """Build a target from its JSON/YAML form. trust: whose functions it may name (default: those that ship).
 
     Raises ConfigError for an unknown term, bad arguments, or a function that is not trusted.
@@ -75,7 +76,7 @@ def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel, trust: T
         raise ConfigError(
             "target must be a list of terms, each a mapping such as {log_prob: {of: ..., given: ...}}"
         )
-    builders = _builders(lm, trust or Trust())
+    builders = _builders(lm, trust)
     terms: list[tuple[float, Target]] = []
     for term in spec:
         if not isinstance(term, dict):

@@ -36,8 +36,8 @@ class RunSpec:
     model: str = "embedded"
     lora: int | str = 16
     config: dict[str, Any] = field(default_factory=dict)
-    trust: Sequence[str] = ()
-    folder: str | None = None
+    trust: Sequence[str] = field(default=(), compare=False)
+    folder: str | None = field(default=None, compare=False)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunSpec:
