@@ -25,8 +25,8 @@ def read(folder: Path) -> dict[str, Any]:
     """`posterior.json`, every value of a kind that can be used. Raises CheckpointError."""
     file = folder / FILE
     try:
-        if file.stat().st_size > LARGEST:
-            raise ValueError(f"{file.stat().st_size:,} bytes")
+        if not file.is_file() or file.stat().st_size > LARGEST:
+            raise ValueError("no file of a size to read")
         spec = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(spec, dict):
             raise TypeError(f"a mapping is due, not {type(spec).__name__}")
@@ -70,8 +70,8 @@ def _check(spec: dict[str, Any]) -> None:
 
 
 def model_name(name: str) -> str | None:
-    """How a posterior names its model: a folder by its full path, the home directory written as "~", so that it is found
-    from anywhere on this machine; any other name as it is. None without a name."""
+    """How a posterior names its model: a folder by its full path, the home directory written as "~", so that it is
+    found from anywhere on this machine; any other name as it is. None without a name."""
     if not name or not Path(name).is_dir():
         return name or None
     path, home = Path(name).resolve(), Path.home().resolve()

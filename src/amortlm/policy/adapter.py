@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from amortlm.language_model import LanguageModel
 
 FULL = "full"
+WEIGHTS = "adapter_model.safetensors"
 DEFAULT_RANK = 64  # Hu et al. 2024: r = 64, alpha = 16 on GPT-2 XL
 
 
@@ -64,7 +65,7 @@ def load_weights(model: Any, is_full: bool, folder: str | Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    name = "model.safetensors" if is_full else "adapter_model.safetensors"
+    name = "model.safetensors" if is_full else WEIGHTS
     try:
         if is_full:
             # By transformers, which renames weights on disk (the head of GPT-NeoX, for one).
@@ -87,11 +88,8 @@ def load_weights(model: Any, is_full: bool, folder: str | Path) -> None:
             if odd:
                 raise ValueError(f"missing or unexpected {sorted(odd)[:3]}")
             set_peft_model_state_dict(model, weights)
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as e:
-        raise CheckpointError(
-            f"{folder}: cannot read {name} ({e}); the save was cut short or is of another model: "
-            "resume from an earlier checkpoint"
-        ) from e
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise _unreadable(folder, name, e) from e
 
 
 def _saved_config(folder: Path, model: Any) -> Any:
@@ -117,6 +115,8 @@ def _saved_config(folder: Path, model: Any) -> Any:
         for key in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(config, key, None) or {}:
                 _matching(pattern, model)
+    except CheckpointError:
+        raise
     except Exception as e:  # whatever peft makes of values of the wrong kind
         raise CheckpointError(
             f"{folder}: cannot read adapter_config.json ({type(e).__name__}: {e}); the save is incomplete or damaged"
@@ -127,14 +127,24 @@ def _saved_config(folder: Path, model: Any) -> Any:
 
 def _check_ranks(saved: dict[str, Any], folder: Path) -> None:
     """Raise ValueError for a rank that the weights beside do not have: it would be memory, not an adapter."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(folder / "adapter_model.safetensors"), framework="pt") as weights:
-        names = weights.keys()
-        largest = max((max(weights.get_slice(name).get_shape(), default=0) for name in names), default=0)
+    try:
+        with safe_open(str(folder / WEIGHTS), framework="pt") as weights:
+            names = weights.keys()
+            largest = max((max(weights.get_slice(n).get_shape(), default=0) for n in names), default=0)
+    except (OSError, SafetensorError) as e:
+        raise _unreadable(folder, WEIGHTS, e) from e
     for rank in (saved.get("r", 0), *(saved.get("rank_pattern") or {}).values()):
         if rank > largest:
             raise ValueError(f"rank {rank}, where the largest dimension of the weights is {largest}")
+
+
+def _unreadable(folder: str | Path, name: str, why: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: cannot read {name} ({why}); the save was cut short or is of another model: "
+        "resume from an earlier checkpoint"
+    )
 
 
 def _matching(pattern: str, model: Any) -> list[str]:

@@ -95,13 +95,14 @@ class Support:
                 raise SupportError(f"{name}={value} is more than any model reads; at most {MOST:,}")
         for name in ("stop", "separator", "allowed_tokens", "banned_tokens"):
             value = getattr(self, name)
-            many = name != "separator" and isinstance(value, Iterable) and not isinstance(value, str)
-            optional = value is None and name != "stop"
-            if not optional and not all(
-                isinstance(v, str) or _is_int(v) for v in (value if many else [value])
-            ):
+            if value is None and name != "stop":
+                continue
+            many = isinstance(value, Iterable) and not isinstance(value, str | Mapping)
+            one = name in ("stop", "separator") and _is_token(value)
+            if not one and not (name != "separator" and many and all(map(_is_token, value))):
+                kind = "a token, as text or id" if name in ("stop", "separator") else "a list of tokens"
                 quotes = "; in YAML, write words such as no in quotes" if isinstance(value, bool) else ""
-                raise SupportError(f"{name} must be a token as text or id, or several, got {value!r}{quotes}")
+                raise SupportError(f"{name} must be {kind}, got {value!r}{quotes}")
         if self.pattern is not None and not isinstance(self.pattern, str):
             raise SupportError(f"pattern must be text, got {self.pattern!r}")
 
@@ -155,6 +156,10 @@ class Support:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, str) or _is_int(value)
 
 
 @dataclass(frozen=True)
