@@ -174,9 +174,8 @@ def test_what_its_name_does_not_find_again_is_not_saved_by_name(fn: Any) -> None
         constraint.predicate(fn).to_spec()
 
 
-@pytest.mark.parametrize("pattern", [r"(a|b| |.)*\d|(.|.)*!", r"((\w+ ?)+)+(?<!b )[0-9]"])
-def test_matches_gives_up(pattern: str) -> None:
-    term = constraint.matches(pattern)
+def test_matches_gives_up() -> None:
+    term = constraint.matches(r"(a|b| |.)*\d|(.|.)*!")
     with pytest.raises(ConfigError, match="was not done with .* Leave out repetitions of repetitions"):
         term.accepts("ab " * 60 + "!?", {})
 

@@ -200,7 +200,7 @@ class Predicate(_TextConstraint):
         arguments = (text, copy.deepcopy(dict(row))) if self._wants_row else (text,)
         what = f"{self!r}, asked about {text!r},"
         got = call(self.function.call, *arguments, timeout=self.timeout, what=what)
-        if str(getattr(got, "dtype", "")) in ("bool", "torch.bool") and np.size(got) == 1:
+        if str(getattr(got, "dtype", "")) in ("bool", "torch.bool") and math.prod(got.shape) == 1:
             return bool(got)  # of numpy or torch
         if isinstance(got, bool):
             return got
