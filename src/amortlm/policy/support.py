@@ -113,9 +113,12 @@ class Support:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def bind(self, lm: LanguageModel) -> BoundSupport:
-        """Resolve tokens for a model. Raises SupportError if a token is unknown or nothing is allowed, and
-        PromptTooLongError if max_tokens do not fit its context."""
-        lm.check_context(0, self.max_tokens, f"a completion of max_tokens={self.max_tokens}")
+        """Resolve tokens for a model. Raises SupportError if a token is unknown, if nothing is allowed, or
+        if max_tokens are more than its context, whatever the prompt."""
+        if lm.context is not None and self.max_tokens > lm.context:
+            raise SupportError(
+                f"max_tokens={self.max_tokens}, but {lm.name} has a context of {lm.context}; lower max_tokens"
+            )
         stops = [self.stop] if isinstance(self.stop, str | int) else list(self.stop)
         if not stops:
             raise SupportError("support has no stop token; name at least one")
