@@ -28,7 +28,7 @@ from amortlm.targets.base import Target
 from amortlm.targets.lm import LogProb
 from amortlm.targets.template import Messages
 from amortlm.train import GFNConfig, GFNTrainer
-from amortlm.train.checkpoints import list_complete
+from amortlm.train.run import can_resume
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:
@@ -140,8 +140,8 @@ class EM:
             peft_config=q,
             seeds=self.seeds,
         )
-        trainer.train(resume_from_checkpoint=bool(list_complete(folder)))
-        trainer.posterior.save_pretrained(folder)
+        found = can_resume(folder)
+        trainer.train(resume_from_checkpoint=found, overwrite_output_dir=not found)
         return trainer.posterior
 
 
