@@ -51,10 +51,11 @@ def _ending_on_signals() -> Iterator[None]:
 
 def run(args: argparse.Namespace) -> int:
     """A command whose arguments are parsed already."""
-    from amortlm.cli import commands
     from amortlm.errors import AmortLMError
 
     try:
+        from amortlm.cli import commands  # seconds, in which a signal is in order, too
+
         status: int | None = getattr(commands, args.command)(args)
     except AmortLMError as e:
         print(
@@ -76,8 +77,8 @@ def _what_remains(args: argparse.Namespace) -> str:
         return "; the same command goes on from the last checkpoint"
     if args.command != "train":
         return ""
-    from amortlm.train import run
-
+    if (run := sys.modules.get("amortlm.train.run")) is None:
+        return " before anything was started"
     folder = run_folder(args)
     if run.is_finished(folder):
         return f"; {folder} holds a finished run"

@@ -102,7 +102,7 @@ def writing(output_dir: Path) -> Iterator[None]:
 
 def seal(folder: Path, processes: int) -> None:
     """Note what the checkpoint consists of, once every process has written its part."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
     follow_umask(*files)
     found = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _hash(file)}

@@ -75,6 +75,10 @@ class Interruption(TrainerCallback):
                     self.saved,
                 )
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.saved is not None:
+            control.should_save = False  # again, as if training were over
+
     def deliver(self) -> None:
         """Let the signal have its effect: KeyboardInterrupt, the end of the process, or what the program has set."""
         if number := self.agreed or self.received:

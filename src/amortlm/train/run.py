@@ -95,6 +95,8 @@ def identity(
     settings = {k: v for k, v in args.to_dict().items() if not k.startswith(FREE)}
     if not args.stop_at_gap:
         del settings["diagnose_steps"]
+    if args.data_seed == args.seed:  # the default
+        del settings["data_seed"]
     found = {
         "model": lm.name,
         "the model's weights": name_of(lm.model.named_parameters()),
@@ -165,7 +167,7 @@ def difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
     for name in dict.fromkeys([*new, *old]):
         a, b = old.get(name), new.get(name)
         if a != b:
-            hashed = any(str(v).startswith("sha256:") for v in (a, b)) or isinstance(a, list)
+            hashed = "sha256:" in f"{a} {b}"
             found.append(f"{name} changed" if hashed else f"{name} was {_short(a)}, is {_short(b)}")
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return ", ".join(found[:SHOWN]) + more if found else None

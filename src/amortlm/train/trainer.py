@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+CARD = "README.md"
 CHUNK = 32  # rows at a time when every row of the data is visited
 
 
@@ -289,7 +290,7 @@ class GFNTrainer(Trainer):
         self.save_state()
         if self.is_world_process_zero():
             run.write(folder, stated, finished=True)
-            rows = self.train_dataset[:ROWS]
+            rows = (self.eval_dataset or self.train_dataset)[:ROWS]
             n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
             end = [self.posterior.estimate(row, n, seed=("diagnose", self.args.seed)) for row in rows]
             start = next((e for e in self.state.log_history if "elbo" in e and e["step"] == 0), None)
@@ -331,9 +332,12 @@ class GFNTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
-        with replacing(Path(output_dir or str(self.args.output_dir)), run.POSTERIOR) as folder:
-            self.posterior.save_pretrained(folder)
-            (folder / "training_args.json").write_text(self.args.to_json_string())
+        folder = Path(output_dir or str(self.args.output_dir))
+        with replacing(folder, run.POSTERIOR) as part:
+            if (folder / CARD).exists():
+                shutil.copy(folder / CARD, part)  # peft adds to a card that is there
+            self.posterior.save_pretrained(part)
+            (part / "training_args.json").write_text(self.args.to_json_string())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial))
