@@ -107,14 +107,14 @@ def identity(
         "target": stated,
         "prompt": policy.prompt.source,
         "support": _stated_support(policy),
-        "adapter": _stated_adapter(policy),
+        "adapter": stated_adapter(policy.model, policy.is_full),
         "the adapter's first weights": start,
         "the data": _hash([row_key(row) for row in rows]),
         "the gold completions (seeds)": None if seeds is None else _hash(seeds),
         "the number of processes": args.world_size,
         "settings": settings,
     }
-    return json.loads(json.dumps(found, default=_plain))
+    return as_json(found)
 
 
 def name_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -126,6 +126,11 @@ def name_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
         values = flat[places.to(flat.device)].double().cpu().numpy().tobytes()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + values)
     return f"sha256:{found.hexdigest()}"
+
+
+def as_json(stated: dict[str, Any]) -> dict[str, Any]:
+    """As it will be read back."""
+    return json.loads(json.dumps(stated, default=_plain))
 
 
 def _hash(value: Any) -> str:
@@ -143,10 +148,10 @@ def _stated_support(policy: Policy) -> Any:
         return repr(policy.support_spec)
 
 
-def _stated_adapter(policy: Policy) -> Any:
-    if policy.is_full:
+def stated_adapter(model: Any, is_full: bool) -> Any:
+    if is_full:
         return "full"
-    config = policy.model.peft_config["default"].to_dict()
+    config = model.peft_config["default"].to_dict()
     where = (
         "base_model_name_or_path",
         "revision",
@@ -176,7 +181,7 @@ def difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
 def _flat(stated: dict[str, Any]) -> dict[str, Any]:
     """Settings and the parts of support and adapter stand alone."""
     out = {k: v for k, v in stated.items() if not isinstance(v, dict)}
-    for name in ("settings", "support", "adapter"):
+    for name in ("settings", "support", "adapter", "m_step", "p"):
         if isinstance(stated.get(name), dict):
             prefix = "" if name == "settings" else f"{name}."
             out |= {f"{prefix}{k}": v for k, v in stated[name].items()}
@@ -224,11 +229,11 @@ def prepare(folder: Path, stated: dict[str, Any], resume: str | Path | bool, ove
         write(folder, stated)
         return None
     if (folder / FILE).exists():
-        _check(folder, stated)
+        check(folder, stated)
         if resume is True and is_finished(folder):
             return folder
     found = checkpoints.find(resume, folder)
-    _check(found, stated)
+    check(found, stated)
     if not (folder / FILE).exists() and found.parent.resolve() != folder.resolve():
         refuse_used(folder)
     write(folder, stated)
@@ -274,7 +279,8 @@ def _read(folder: Path) -> dict[str, Any]:
     )
 
 
-def _check(folder: Path, stated: dict[str, Any]) -> None:
+def check(folder: Path, stated: dict[str, Any]) -> None:
+    """Raise CheckpointError where a folder or checkpoint is of another run."""
     found = difference(_read(folder)["identity"], stated)
     if found:
         raise CheckpointError(

@@ -290,7 +290,8 @@ class GFNTrainer(Trainer):
         self.save_state()
         if self.is_world_process_zero():
             run.write(folder, stated, finished=True)
-            rows = (self.eval_dataset or self.train_dataset)[:ROWS]
+            diagnosed: Any = self.eval_dataset or self.train_dataset
+            rows = diagnosed[:ROWS]
             n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
             end = [self.posterior.estimate(row, n, seed=("diagnose", self.args.seed)) for row in rows]
             start = next((e for e in self.state.log_history if "elbo" in e and e["step"] == 0), None)
