@@ -156,7 +156,7 @@ def test_resume_goes_on_from_the_last_checkpoint(
 
 
 def test_a_used_folder_is_neither_overwritten_nor_taken_for_anothers(
-    cli: Cli, model: Path, tmp_path: Path, trained: Path
+    cli: Cli, model: Path, tmp_path: Path, trained: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(trained, out)
@@ -166,9 +166,9 @@ def test_a_used_folder_is_neither_overwritten_nor_taken_for_anothers(
     other = ["train", spec, "--output", out, "--set", "seed=7"]
     assert "of another run: seed was 42, is 7." in failure(cli(*other, "--resume"))
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"} == before
-    status, stdout, stderr = cli("train", spec, "--output", out, "--resume")
+    status, stdout, _ = cli("train", spec, "--output", out, "--resume")
     assert (status, stdout.splitlines()[0]) == (0, f"saved {out}")
-    assert "training was finished" in stderr
+    assert "training was finished" in caplog.text
     status, stdout, _ = cli(*other, "--overwrite")
     assert (status, stdout.splitlines()[0]) == (0, f"saved {out}")
     assert json.loads((out / "training_args.json").read_text())["seed"] == 7
@@ -190,7 +190,12 @@ def test_without_checkpoints_the_posterior_is_saved(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_a_command_in_order(
-    cli: Cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    cli: Cli,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: signal.Signals,
 ) -> None:
     """While a model is loaded, and in training; then handlers are what they were."""
     out, before = tmp_path / "out", signal.getsignal(number)
@@ -207,7 +212,7 @@ def test_signals_end_a_command_in_order(
         patch.setattr(GFNTrainer, "training_step", lambda *args: signal.raise_signal(number) or step(*args))
         status, _, stderr = cli(*command)
     assert status == 128 + number
-    assert f"{number.name}: saved {out / 'checkpoint-1'}" in stderr
+    assert f"{number.name}: saved {out / 'checkpoint-1'}" in caplog.text
     assert f"ended by {number.name}; the same command with --resume goes on from the last" in stderr
     assert cli(*command, "--resume")[0] == 0
     assert signal.getsignal(number) is before
