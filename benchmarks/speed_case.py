@@ -179,7 +179,7 @@ class Training(TrainerCallback):
 
         inner.score = counted  # type: ignore[method-assign]
         trainer.add_callback(self)
-        trainer.train()
+        trainer.train(overwrite_output_dir=True)
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.forget:

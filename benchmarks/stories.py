@@ -76,7 +76,7 @@ def compare(
         peft_config=default_lora(args.rank),
     )
     start = time.perf_counter()
-    trainer.train()
+    trainer.train(overwrite_output_dir=True)
     trained = {"sampler": f"GFlowNet ({args.objective})", **measure(trainer.posterior, unseen)}
     return [*lines, {**trained, "seconds": time.perf_counter() - start}]
 

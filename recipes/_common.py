@@ -23,8 +23,9 @@ from transformers.utils import logging as hf_logging
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Posterior, Support, Target, default_lora
 from amortlm.errors import ConfigError
+from amortlm.files import write_text
 from amortlm.passes import gather_log_probs, pad_right
-from amortlm.reproduce.storage import environment, finite, write_json, write_text
+from amortlm.reproduce.storage import environment, finite, write_json
 from amortlm.types import Row
 
 Metrics = dict[str, float]

@@ -113,7 +113,7 @@ def _train(trainer: GFNTrainer, track: Every, name: str) -> float:
     print(f"training {name}: {trainer.args.max_steps} updates", flush=True)
     trainer.add_callback(track)
     start = time.perf_counter()
-    trainer.train()
+    trainer.train(overwrite_output_dir=True)
     return time.perf_counter() - start
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from amortlm.reproduce.storage import write_json, write_text
+from amortlm.files import write_text
+from amortlm.reproduce.storage import write_json
 
 from .cases import CASES
 from .figures import curves_figure, table_figure

@@ -13,10 +13,11 @@ import torch
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from amortlm.errors import CheckpointError
+from amortlm.files import save_tensors
 from amortlm.passes import pad_right
 from amortlm.types import Rollouts, row_key
 
@@ -112,14 +113,14 @@ class ReplayBuffer:
         folder = Path(folder)
         flat = [e for stored in self._entries.values() for e in stored]
         tokens, lengths = pad_right([e.tokens for e in flat], "cpu")
-        save_file(
+        save_tensors(
             {
                 "tokens": tokens,
                 "lengths": lengths.long(),
                 "stops": torch.tensor([e.stop for e in flat], dtype=torch.long),
                 "log_reward": torch.tensor([e.log_reward for e in flat], dtype=torch.float64),
             },
-            str(folder / "buffer.safetensors"),
+            folder / "buffer.safetensors",
         )
         counts = {key: len(stored) for key, stored in self._entries.items()}
         (folder / "buffer.json").write_text(json.dumps(counts))

@@ -9,26 +9,27 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import set_seed
 
 from amortlm.errors import AmortLMError, ConfigError
+from amortlm.files import follow_umask
 from amortlm.language_model import LanguageModel
 from amortlm.passes import gather_log_probs, pad_right
-from amortlm.policy import Support
+from amortlm.policy import Policy, Support
 from amortlm.policy.adapter import FULL, load_weights, trainable_copy
 from amortlm.policy.sampling import seed_of
 from amortlm.posterior import Posterior
 from amortlm.targets.base import Target
 from amortlm.targets.lm import LogProb
 from amortlm.targets.template import Messages
-from amortlm.train import GFNConfig, GFNTrainer
-from amortlm.train.checkpoints import list_complete
+from amortlm.train import GFNConfig, GFNTrainer, run
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ class EM:
     adapter  what is trained of p in the M-step: as in `Policy`
     seeds    gold completions in the replay buffer: a list per row
 
-    Finished rounds of an interrupted run are loaded, not run again. Raises ConfigError for another kind of target.
+    Finished rounds of an interrupted run are loaded, not run again. Raises ConfigError for another kind of target,
+    CheckpointError for a folder with rounds of another run.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class EM:
                 "a full copy as q cannot go on from the round before; give a LoraConfig, or rounds=1"
             )
         self.q_adapter, self.is_full = peft_config, adapter == FULL
+        set_seed(args.seed)  # an adapter starts at random
         copied = trainable_copy(lm, adapter)
         self._trained = [p for p in copied.parameters() if p.requires_grad]
         self._start = [p.detach().clone() for p in self._trained]
@@ -98,6 +101,9 @@ class EM:
     def run(self) -> Posterior:
         """All rounds. The result samples from q and scores with the fitted p, which is `em.model`."""
         folder = Path(str(self.args.output_dir))
+        for p, start in zip(self._trained, self._start, strict=True):
+            p.data.copy_(start)  # of an M-step that was cut short nothing stays
+        self._claim(folder)
         q = self.q_adapter
         for number in range(self.rounds):
             here = folder / f"round-{number}"
@@ -113,21 +119,32 @@ class EM:
                     (self.args.seed, number),
                 )
                 self.model.model.save_pretrained(str(here / "p"))
+                follow_umask(*(here / "p").glob("*.safetensors"))
                 (here / DONE).write_text(json.dumps({"loss": losses}))
             q = str(here / "q")
         load_weights(self.model.model, self.is_full, here / "p")
         return Posterior.from_pretrained(here / "q", lm=self.lm, target=self._target())
 
+    def _claim(self, folder: Path) -> None:
+        """Raise CheckpointError where the folder holds rounds of another run; else say whose it is. More rounds are no
+        other run."""
+        policy = Policy(self.lm, self.prompt, self.support, self.q_adapter)
+        stated = run.identity(policy, self._target(), self.rows, self.args, seeds=self.seeds)
+        stated |= {
+            "m_step": asdict(self.m_step),
+            "p": run.stated_adapter(self.model.model, self.is_full),
+        }
+        if any(folder.glob("round-*")):
+            run.check(folder, run.as_json(stated))
+        run.write(folder, run.as_json(stated))
+
     def _target(self) -> Target:
         return LogProb(self.model, self.term.of.text, self.term.given.source) / self.temperature
 
     def _e_step(self, folder: Path, q: Any, number: int) -> Posterior:
-        """Train q from adapter `q`, on the p of the round before (of an M-step that was cut short nothing stays)."""
+        """Train q from adapter `q`, on the p of the round before."""
         if number:
             load_weights(self.model.model, self.is_full, folder.parents[1] / f"round-{number - 1}" / "p")
-        else:
-            for p, start in zip(self._trained, self._start, strict=True):
-                p.data.copy_(start)
         args = copy.copy(self.args)
         args.output_dir, args.seed = str(folder), self.args.seed + number
         trainer = GFNTrainer(
@@ -140,8 +157,8 @@ class EM:
             peft_config=q,
             seeds=self.seeds,
         )
-        trainer.train(resume_from_checkpoint=bool(list_complete(folder)))
-        trainer.posterior.save_pretrained(folder)
+        found = run.can_resume(folder)
+        trainer.train(resume_from_checkpoint=found, overwrite_output_dir=not found)
         return trainer.posterior
 
 

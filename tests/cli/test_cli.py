@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from amortlm import LanguageModel, Posterior
+from amortlm import GFNTrainer, LanguageModel, Posterior
 from amortlm.cli import main
 from amortlm.diagnostics.certificate import finite
 
@@ -152,6 +153,69 @@ def test_resume_goes_on_from_the_last_checkpoint(
     assert expected.keys() == got.keys()
     assert all((expected[k] - got[k]).abs().max() < 1e-6 for k in expected)
     assert any((expected[k] - first[k]).abs().max() > 1e-4 for k in expected)
+
+
+def test_a_used_folder_is_neither_overwritten_nor_taken_for_anothers(
+    cli: Cli, model: Path, tmp_path: Path, trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    spec = write_spec(tmp_path, model)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert "holds a run already" in failure(cli("train", spec, "--output", out, "--model", "no/such/model"))
+    other = ["train", spec, "--output", out, "--set", "seed=7"]
+    assert "of another run: seed was 42, is 7." in failure(cli(*other, "--resume"))
+    assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"} == before
+    status, stdout, _ = cli("train", spec, "--output", out, "--resume")
+    assert (status, stdout.splitlines()[0]) == (0, f"saved {out}")
+    assert "training was finished" in caplog.text
+    status, stdout, _ = cli(*other, "--overwrite")
+    assert (status, stdout.splitlines()[0]) == (0, f"saved {out}")
+    assert json.loads((out / "training_args.json").read_text())["seed"] == 7
+    with pytest.raises(SystemExit):
+        cli(*other, "--overwrite", "--resume")
+
+
+@pytest.mark.parametrize("strategy", ["no", "'no'"])
+def test_without_checkpoints_the_posterior_is_saved(
+    cli: Cli, model: Path, tmp_path: Path, strategy: str
+) -> None:
+    out = tmp_path / "out"
+    options = ["--set", f"save_strategy={strategy}", "--set", "max_steps=1"]
+    status, stdout, _ = cli("train", write_spec(tmp_path, model), "--output", out, *options)
+    assert (status, stdout.splitlines()[0]) == (0, f"saved {out}")
+    assert not list(out.glob("checkpoint-*"))
+    assert cli("sample", out, "-n", 1)[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_a_command_in_order(
+    cli: Cli,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    number: signal.Signals,
+) -> None:
+    """While a model is loaded, and in training; then handlers are what they were."""
+    out, before = tmp_path / "out", signal.getsignal(number)
+    command = ["train", write_spec(tmp_path, model), "--output", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(LanguageModel, "from_pretrained", lambda *args, **kwargs: signal.raise_signal(number))
+        status, _, stderr = cli(*command)
+    assert status == 128 + number
+    assert (
+        stderr == f"amortlm: ended by {number.name}; nothing was saved yet: the same command starts again\n"
+    )
+    step = GFNTrainer.training_step
+    with monkeypatch.context() as patch:
+        patch.setattr(GFNTrainer, "training_step", lambda *args: signal.raise_signal(number) or step(*args))
+        status, _, stderr = cli(*command)
+    assert status == 128 + number
+    assert f"{number.name}: saved {out / 'checkpoint-1'}" in caplog.text
+    assert f"ended by {number.name}; the same command with --resume goes on from the last" in stderr
+    assert cli(*command, "--resume")[0] == 0
+    assert signal.getsignal(number) is before
 
 
 def test_resume_without_a_checkpoint(cli: Cli, model: Path, tmp_path: Path) -> None:
@@ -320,7 +384,7 @@ def test_an_interrupt_is_no_traceback(cli: Cli, trained: Path, monkeypatch: pyte
     monkeypatch.setattr(Posterior, "sample", interrupt)
     status, _, stderr = cli("sample", trained)
     assert status == 130
-    assert "--resume" in stderr
+    assert stderr == "amortlm: ended by SIGINT\n"
 
 
 @pytest.mark.parametrize("argv", [[], ["trian"], ["sample"], ["train", "numbers", "--ste", "a=1"]])

@@ -191,7 +191,7 @@ def test_forward_kl_takes_corrected_samples_for_draws_of_the_posterior(
     assert max(map(abs, losses(trainer))) < 1e-5
     assert (weights(trainer) - start).norm() > 1e-3
     control = make_trainer(one_lm, tmp_path, corrected_ratio=0.0, **settings)
-    control.train()
+    control.train(overwrite_output_dir=True)
     assert min(losses(control)) > 0.1
 
 

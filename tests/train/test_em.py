@@ -12,7 +12,7 @@ from amortlm import EM, GFNConfig, LanguageModel, Lookup, MStep, Support
 from amortlm import em as em_module
 from amortlm.diagnostics.exact import enumerate_posterior
 from amortlm.em import joint_log_prob, posterior_weights
-from amortlm.errors import ConfigError
+from amortlm.errors import CheckpointError, ConfigError
 from amortlm.policy.adapter import trainable_copy
 from reference import tiny_policy
 
@@ -145,6 +145,22 @@ def test_an_m_step_that_was_cut_short_leaves_nothing_behind(
         broken.run()
     broken.run()
     assert log_evidence(broken.model) == pytest.approx(log_evidence(smooth.model), abs=1e-5)
+
+
+def test_rounds_of_another_run_are_not_taken(one_lm: LanguageModel, tmp_path: Path) -> None:
+    short = {"rounds": 1, "m_step": MStep(steps=1, batch_size=2, num_samples=4)}
+
+    def run(**changes: object) -> None:
+        again = em(one_lm, tmp_path, **{**short, **changes})
+        again.args.max_steps = 2
+        again.run()
+
+    run()
+    run(rounds=2)
+    with pytest.raises(CheckpointError, match="m_step.steps was 1, is 2"):
+        run(m_step=MStep(steps=2, batch_size=2, num_samples=4))
+    with pytest.raises(CheckpointError, match="max_steps was 2, is 40"):
+        em(one_lm, tmp_path, **short).run()
 
 
 def test_errors_name_the_remedy(one_lm: LanguageModel, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_the_frozen_model_is_untouched(one_lm: LanguageModel, tmp_path: Path) ->
     for adapter in (default_lora(4), "full"):
         trainer = make_trainer(one_lm, tmp_path, peft_config=adapter)
         start = weights(trainer).clone()
-        trainer.train()
+        trainer.train(overwrite_output_dir=True)
         assert not torch.equal(start, weights(trainer))
     assert [name for name, _ in one_lm.model.named_modules()] == modules
     assert all(torch.equal(v, before[k]) for k, v in one_lm.model.state_dict().items())
@@ -198,7 +198,7 @@ def test_accumulated_micro_batches_equal_one_batch(one_lm: LanguageModel, tmp_pa
     )
     parts._next_micro_step = lambda: (0, 0)  # type: ignore[method-assign]  # both micro-batches: the same seed
     whole.train()
-    parts.train()
+    parts.train(overwrite_output_dir=True)
     torch.testing.assert_close(weights(whole), weights(parts), atol=1e-6, rtol=1e-5)
 
 
@@ -249,7 +249,7 @@ def test_hard_constraints_train(one_lm: LanguageModel, tmp_path: Path) -> None:
             one_lm, tmp_path, target=target, max_steps=120, num_samples=16, replay_ratio=0.25
         )
         before = sum(trainer.posterior.estimate(row, 256).valid for row in ROWS) / len(ROWS)
-        trainer.train()
+        trainer.train(overwrite_output_dir=True)
         after = sum(trainer.posterior.estimate(row, 256).valid for row in ROWS) / len(ROWS)
         assert before < 0.6
         assert after > 0.9

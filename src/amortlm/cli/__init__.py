@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 
 from amortlm import __version__
 from amortlm.reproduce import EXPERIMENTS, PRESETS
@@ -13,19 +18,44 @@ from amortlm.tasks import TASKS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 where `evaluate --check` says no, or 2 after printing one error
-    line."""
+    """Run a command. Returns the exit status: 0, 1 where `evaluate --check` says no, 2 after printing one error line,
+    or 128 + n where signal n ended it."""
     args = _parser().parse_args(argv)
     args.command_line = shlex.join(["amortlm", *(sys.argv[1:] if argv is None else argv)])
-    return run(args)
+    with _ending_on_signals():
+        return run(args)
+
+
+class Ended(BaseException):
+    """SIGTERM or SIGHUP, as KeyboardInterrupt is SIGINT."""
+
+
+@contextlib.contextmanager
+def _ending_on_signals() -> Iterator[None]:
+    """These signals end a command in order, as Ctrl-C does, and not in silence."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Ended(number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    before = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names if hasattr(signal, n)}
+    taken = {number: handler for number, handler in before.items() if handler == signal.SIG_DFL}
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 def run(args: argparse.Namespace) -> int:
     """A command whose arguments are parsed already."""
-    from amortlm.cli import commands
     from amortlm.errors import AmortLMError
 
     try:
+        from amortlm.cli import commands  # seconds, in which a signal is in order, too
+
         status: int | None = getattr(commands, args.command)(args)
     except AmortLMError as e:
         print(
@@ -35,11 +65,31 @@ def run(args: argparse.Namespace) -> int:
     except OSError as e:
         print(f"amortlm: {e}. What was saved before is intact.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        remedy = "the same command goes on" if args.command == "reproduce" else "`--resume` goes on"
-        print(f"amortlm: interrupted; {remedy} from the last checkpoint", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, Ended) as e:
+        number = e.args[0] if isinstance(e, Ended) else signal.SIGINT
+        print(f"amortlm: ended by {signal.Signals(number).name}{_what_remains(args)}", file=sys.stderr)
+        return 128 + number
     return status or 0
+
+
+def _what_remains(args: argparse.Namespace) -> str:
+    if args.command == "reproduce":
+        return "; the same command goes on from the last checkpoint"
+    if args.command != "train":
+        return ""
+    if (run := sys.modules.get("amortlm.train.run")) is None:
+        return " before anything was started"
+    folder = run_folder(args)
+    if run.is_finished(folder):
+        return f"; {folder} holds a finished run"
+    if run.can_resume(folder):
+        return f"; the same command with --resume goes on from the last checkpoint in {folder}"
+    return "; nothing was saved yet: the same command starts again"
+
+
+def run_folder(args: argparse.Namespace) -> Path:
+    """Where `amortlm train` writes."""
+    return Path(args.output or f"runs/{Path(args.spec).stem}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data", help="rows as .jsonl, .json, .csv or .tsv (default: the spec's)")
     train.add_argument("--output", help="output folder (default: runs/NAME)")
     _add_trust(train)
-    train.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    again = train.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    again.add_argument("--overwrite", action="store_true", help="delete the run that the output folder holds")
     train.add_argument(
         "--set",
         action="append",

@@ -22,6 +22,7 @@ import yaml
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
+from amortlm.cli import run_folder
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.certificate import finite
 from amortlm.diagnostics.diagnose import LEVEL, Gold
@@ -34,6 +35,7 @@ from amortlm.reproduce.report import table
 from amortlm.targets.template import check_rows
 from amortlm.tasks import load_task
 from amortlm.tasks.spec import RunSpec, load_rows
+from amortlm.train.run import refuse_used
 from amortlm.types import Row
 
 hf_logging.disable_progress_bar()
@@ -44,14 +46,16 @@ def train(args: Namespace) -> None:
     is_file = args.spec.endswith((".yaml", ".yml"))
     spec: RunSpec = RunSpec.from_yaml(args.spec) if is_file else load_task(args.spec).SPEC
     spec = spec.with_overrides(model=args.model, data=args.data, config=_settings(args.set), trust=args.trust)
-    output = args.output or f"runs/{Path(args.spec).stem}"
-    trainer = spec.trainer(output)
-    trainer.train(resume_from_checkpoint=args.resume)
+    output = run_folder(args)
+    if not (args.resume or args.overwrite):
+        refuse_used(output)  # before a model is loaded
+    trainer = spec.trainer(str(output))
+    trainer.train(resume_from_checkpoint=args.resume, overwrite_output_dir=args.overwrite)
     if trainer.is_world_process_zero():
-        rows = Path(output) / "rows.jsonl"
+        rows = output / "rows.jsonl"
         rows.write_text("".join(json.dumps(row, default=str) + "\n" for row in spec.rows()))
         print(f"saved {output}")
-        print(f"try:  {shlex.join(['amortlm', 'sample', output, *spec.trust_options()])}")
+        print(f"try:  {shlex.join(['amortlm', 'sample', str(output), *spec.trust_options()])}")
 
 
 def sample(args: Namespace) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amortlm.errors import DataError, ModelError, TemplateError
+from amortlm.files import follow_umask
 from amortlm.passes import Passes, length_groups, pad_right
 from amortlm.policy.adapter import FULL, load_weights, trainable_copy
 from amortlm.policy.sampling import Exploration, draw, uniform_streams
@@ -170,6 +171,7 @@ class Policy(nn.Module):
     def save_adapter(self, folder: str | Path) -> None:
         """A PEFT adapter folder, or a full model folder. safetensors and JSON."""
         self.model.save_pretrained(str(folder), safe_serialization=True)
+        follow_umask(*Path(folder).glob("*.safetensors"))
         if self.is_full:
             self.lm.tokenizer.save_pretrained(str(folder))
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from amortlm.files import write_text
 from amortlm.reproduce.experiment import Experiment, Metric
-from amortlm.reproduce.storage import write_json, write_text
+from amortlm.reproduce.storage import write_json
 
 Run = dict[str, Any]  # a finished run, as in its JSON file
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}

@@ -1,4 +1,4 @@
-"""Results on disk: JSON without NaN, files that are whole or absent, and where a run was made."""
+"""Results on disk: JSON without NaN, and where a run was made."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from amortlm.files import write_text
 
 NUMBER = r"(?:-?\d[^\s,]*|null|true|false)"
 # A list or a mapping of numbers alone. Strings hold no raw line break, so only structure begins with one.
@@ -31,18 +33,6 @@ def write_json(path: Path, value: Any) -> None:
     """Indented, with numbers that stand together on one line."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(path, FLAT.sub(lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """All or nothing: a reader, or a run cut short, never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def environment() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from amortlm.reproduce.experiment import Context, Trained
 from amortlm.targets.base import Target
 from amortlm.targets.template import Messages
 from amortlm.train import GFNConfig, GFNTrainer
-from amortlm.train.checkpoints import list_complete
+from amortlm.train.run import can_resume
 from amortlm.types import Row
 
 Gold = Sequence[Sequence[str | list[int]]]  # gold completions: a list per row
@@ -64,7 +64,8 @@ def train_gflownet(
     )
     if context.dry_run:
         return Trained(trainer.posterior)
-    trainer.train(resume_from_checkpoint=bool(list_complete(folder)))
+    found = can_resume(folder)
+    trainer.train(resume_from_checkpoint=found, overwrite_output_dir=not found)
     per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_samples
     return Trained(trainer.posterior, args.max_steps * per_update)
 

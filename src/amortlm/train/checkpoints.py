@@ -1,22 +1,39 @@
-"""What a checkpoint holds beyond `transformers.Trainer`'s own files, and whether it is complete."""
+"""What a checkpoint holds beyond `transformers.Trainer`'s own files, and whether it is whole.
+
+checkpoint-N/process-K/       replay buffer, rewards seen and learned log Z of a process
+checkpoint-N/run.json         the run it is of (`amortlm.train.run`)
+checkpoint-N/manifest.json    size and hash of every file, written once all processes have written theirs
+checkpoint-N/trainer_state.json    written last
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
+import pickle
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from amortlm.errors import CheckpointError
+from amortlm.files import follow_umask, is_disk_full, save_tensors
 
 logger = logging.getLogger(__name__)
-STATE = "trainer_state.json"
+STATE, MANIFEST = "trainer_state.json", "manifest.json"
+# What a reader raises on a file that is damaged, of another layout, or holds objects that are not read.
+UNREADABLE = (
+    *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
+START_OVER = "start over with overwrite_output_dir=True (--overwrite)"
 
 
 class Store(Protocol):
@@ -33,7 +50,7 @@ def save_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tenso
     for store in stores:
         store.save(own)
     if log_z is not None:
-        save_file({"log_z": log_z.cpu().contiguous()}, str(own / "log_z.safetensors"))
+        save_tensors({"log_z": log_z.cpu().contiguous()}, own / "log_z.safetensors")
 
 
 def load_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tensor | None) -> None:
@@ -42,47 +59,111 @@ def load_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tenso
     for store in stores:
         store.load(own)
     if log_z is not None:
-        try:
+        with reading(own, "log_z"):
             log_z.copy_(load_file(str(own / "log_z.safetensors"))["log_z"].to(log_z.device))
-        except (OSError, KeyError, RuntimeError, SafetensorError) as e:
-            raise CheckpointError(f"{own}: cannot read log_z ({e}); resume from an earlier checkpoint") from e
 
 
-def complete(folder: Path) -> bool:
-    """Was this checkpoint written to its end?"""
+@contextlib.contextmanager
+def reading(folder: str | Path | None, what: str) -> Iterator[None]:
+    """Whatever a reader raises within becomes one CheckpointError."""
     try:
-        json.loads((folder / STATE).read_text())
-    except (OSError, ValueError):
-        return False
-    return any(folder.glob("*.safetensors")) and (folder / "optimizer.pt").exists()
+        yield
+    except CheckpointError:
+        raise
+    except pickle.UnpicklingError as e:
+        raise CheckpointError(
+            f"{folder}: {what} was not read, since it holds other objects than tensors and numbers, which could run "
+            f"code; resume from a checkpoint that you made, or {START_OVER}"
+        ) from e
+    except UNREADABLE as e:
+        reason = str(e).split("\n")[0][:200]
+        raise CheckpointError(
+            f"{folder}: cannot read {what} ({type(e).__name__}: {reason}); resume from an earlier checkpoint, or "
+            f"{START_OVER}"
+        ) from e
 
 
-def list_complete(output_dir: Path) -> list[Path]:
-    """Complete checkpoints of a run, oldest first."""
+@contextlib.contextmanager
+def writing(output_dir: Path) -> Iterator[None]:
+    """A disk without room becomes one CheckpointError that says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as e:
+        if not is_disk_full(e):
+            raise
+        free = shutil.disk_usage(output_dir).free / 2**20
+        last = next((p for p in reversed(begun(output_dir)) if damage(p) is None), None)
+        then = f"; then resume_from_checkpoint=True (--resume) goes on from {last.name}" if last else ""
+        raise CheckpointError(
+            f"no room to write into {output_dir}: its disk (or a quota) is full, {free:.0f} MB are free. What was "
+            f"saved before is intact. Free some, or keep fewer checkpoints (save_total_limit){then}"
+        ) from e
+
+
+def seal(folder: Path, processes: int) -> None:
+    """Note what the checkpoint consists of, once every process has written its part."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
+    follow_umask(*files)
+    found = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _hash(file)}
+        for file in files
+    }
+    (folder / MANIFEST).write_text(json.dumps({"processes": processes, "files": found}, indent=1))
+
+
+def damage(folder: Path) -> str | None:
+    """Why this checkpoint cannot be gone on from; None if it is as it was written."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        files: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError as e:
+        missing = Path(e.filename).name
+        return f"has no {missing}: it was cut short while it was written, or made by another version"
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        return f"has a damaged {STATE} or {MANIFEST} ({e})"
+    if not isinstance(state, dict) or not isinstance(files, dict):
+        return f"has a damaged {STATE} or {MANIFEST}"
+    for name, seen in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"has no {name}"
+        if (size := file.stat().st_size) != seen["bytes"]:
+            return f"is damaged: {name} has {size} of {seen['bytes']} bytes"
+        if _hash(file) != seen["sha256"]:
+            return f"is damaged: {name} is not what was written"
+    return None
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def begun(output_dir: Path) -> list[Path]:
+    """The checkpoints of a folder, oldest first, whole or not."""
     numbered = [
         (int(m.group(1)), p)
         for p in output_dir.glob("checkpoint-*")
         if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
     ]
-    return [p for _, p in sorted(numbered) if complete(p)]
+    return [p for _, p in sorted(numbered)]
 
 
-def find(wanted: str | bool | None, output_dir: str | None) -> str | None:
-    """The checkpoint to resume from. Raises CheckpointError if the one asked for is missing or cut short."""
-    if not wanted:
-        return None
-    run = Path(str(output_dir))
+def find(wanted: str | Path | Literal[True], output_dir: Path) -> Path:
+    """The checkpoint to go on from: the one asked for, or for True the newest of `output_dir` that is whole, with a
+    warning about those that are not. Raises CheckpointError where there is none."""
+    bad: list[str] = []
+    for folder in reversed(begun(output_dir)) if wanted is True else [Path(wanted)]:
+        why = damage(folder)
+        if why is None:
+            if bad:
+                logger.warning("going on from %s, since %s", folder, "; ".join(bad))
+            return folder
+        bad.append(f"{folder.name if wanted is True else folder} {why}")
     if wanted is True:
-        usable = list_complete(run)
-        if not usable:
-            raise CheckpointError(f"{run} holds no complete checkpoint; train without resume_from_checkpoint")
-        broken = [p.name for p in run.glob("checkpoint-*") if not complete(p)]
-        if broken:
-            logger.warning("ignoring checkpoints that were cut short: %s", ", ".join(sorted(broken)))
-        return str(usable[-1])
-    folder = Path(wanted)
-    if not complete(folder):
-        usable = list_complete(folder.parent)
-        remedy = f"resume from {usable[-1]}" if usable else "train from the start"
-        raise CheckpointError(f"{folder} is missing or was cut short while it was written; {remedy}")
-    return str(folder)
+        whose = (
+            f": {'; '.join(bad)}; {START_OVER}" if bad else "; leave resume_from_checkpoint (--resume) out"
+        )
+        raise CheckpointError(f"{output_dir} holds no complete checkpoint{whose}")
+    whole = [p for p in begun(Path(wanted).parent) if damage(p) is None]
+    raise CheckpointError(f"{bad[0]}; {f'resume from {whole[-1]}' if whole else START_OVER}")

@@ -115,6 +115,9 @@ class GFNConfig(TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()
         self.temperature_range = tuple(self.temperature_range)  # type: ignore[assignment]
         self.reward_temperature = tuple(self.reward_temperature)  # type: ignore[assignment]
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if getattr(self, name) is False:
+                setattr(self, name, "no")  # as YAML reads a bare `no`
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the data depends on the global random state
         self._check()

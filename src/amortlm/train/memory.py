@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from amortlm.files import save_tensors
 from amortlm.targets.base import Scoring, Target
 from amortlm.types import Rollouts, row_key
 
@@ -103,7 +104,7 @@ class RewardMemory(Target):
             "steps": torch.tensor(steps, dtype=torch.int32).view(-1, 3),
             "log_reward": torch.tensor(self._log_r, dtype=torch.float32),
         }
-        save_file(tensors, str(folder / "memory.safetensors"))
+        save_tensors(tensors, folder / "memory.safetensors")
         (folder / "memory.json").write_text(json.dumps({"target": repr(self), "roots": self._roots}))
 
     def load(self, folder: str | Path) -> None:

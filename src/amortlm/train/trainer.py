@@ -5,36 +5,50 @@ prompts -> source.collect -> target.score -> buffer -> policy.evaluate -> log_we
 
 from __future__ import annotations
 
+import json
+import logging
+import math
+import shutil
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, set_seed
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
+from transformers.trainer_utils import TrainOutput
 
 from amortlm import objectives
 from amortlm.buffer import ReplayBuffer
-from amortlm.errors import AmortLMError, CheckpointError, DataError, RewardError
+from amortlm.errors import AmortLMError, DataError, RewardError
+from amortlm.files import replacing
 from amortlm.language_model import LanguageModel
+from amortlm.policy.adapter import FULL
 from amortlm.policy.policy import Policy
 from amortlm.policy.sampling import seed_of
 from amortlm.policy.support import Support
 from amortlm.posterior import Posterior
 from amortlm.targets.base import Softened, Target
 from amortlm.targets.template import Messages, check_rows
-from amortlm.train import checkpoints
-from amortlm.train.callbacks import DiagnoseCallback, TrainingProgress
+from amortlm.train import checkpoints, run
+from amortlm.train.callbacks import ROWS, SAMPLES, DiagnoseCallback, TrainingProgress
 from amortlm.train.config import GFNConfig
+from amortlm.train.interruption import Interruption
 from amortlm.train.memory import RewardMemory
+from amortlm.train.outcome import complaint
 from amortlm.train.source import TrajectorySource
 from amortlm.types import Rollouts, Row, row_key
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+CARD = "README.md"
 CHUNK = 32  # rows at a time when every row of the data is visited
 
 
@@ -77,6 +91,10 @@ class GFNTrainer(Trainer):
             policy.encode_rows(rows[start : start + CHUNK])
 
         self.lm, self.target, self.policy = lm, target, policy
+        self._seeds = seeds
+        trained = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
+        given = isinstance(peft_config, str | Path) and peft_config != FULL
+        self._start = run.name_of(trained) if given else None
         softened = Softened(target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
         self.training_target = RewardMemory(softened)
         self.posterior = Posterior(policy, target)
@@ -220,31 +238,131 @@ class GFNTrainer(Trainer):
     # Running, saving and resuming
 
     def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
-    ) -> Any:
-        """Train, then save the posterior into `args.output_dir`.
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *,
+        overwrite_output_dir: bool = False,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """Train, then save the posterior into `args.output_dir`, whatever `save_strategy` says of checkpoints.
 
-        resume_from_checkpoint: a checkpoint folder, or True for the last complete one in `output_dir`. A run that
-        was interrupted and resumed gives the same numbers as one that was not. Raises CheckpointError.
+        resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir` that is whole. A run that
+        was interrupted and resumed gives the same numbers as one that was not. overwrite_output_dir: delete the run
+        that `output_dir` holds. Without either, a folder with checkpoints or a posterior is refused.
+
+        SIGINT, SIGTERM and SIGHUP have their effect (KeyboardInterrupt, the end of the process) after the step that
+        runs, and a checkpoint. Raises CheckpointError for a folder that is used or of another run, checkpoints that
+        are damaged, and a full disk.
         """
-        found = checkpoints.find(resume_from_checkpoint, self.args.output_dir)
-        if self._learns_log_z(self.args) and found is None:
-            self._start_log_z()
-        output = super().train(resume_from_checkpoint=found, **kwargs)
-        if self.args.save_strategy != "no":
-            self.save_model()
+        folder = Path(str(self.args.output_dir))
+        stated = run.identity(
+            self.policy, self.target, self.train_dataset, self.args, start=self._start, seeds=self._seeds
+        )
+        with ExitStack() as held, Interruption(self.args) as stop, checkpoints.writing(folder):
+
+            def claim() -> Path | None:
+                held.enter_context(run.locked(folder))
+                return run.prepare(folder, stated, resume_from_checkpoint or False, overwrite_output_dir)
+
+            found = self._agreed(claim)
+            if found is not None and self._is_over(found):
+                output = self._load_finished(found)
+            else:
+                output = self._run(None if found is None else str(found), stop, kwargs)
+            if stop.saved is None and found != folder:
+                self._finish(stated)
+        stop.deliver()
         return output
 
+    def _run(self, found: str | None, stop: Interruption, kwargs: dict[str, Any]) -> TrainOutput:
+        if self._learns_log_z(self.args) and found is None:
+            self._start_log_z()
+        self.add_callback(stop)
+        try:
+            return super().train(resume_from_checkpoint=found, **kwargs)
+        finally:
+            self.remove_callback(stop)
+
+    def _finish(self, stated: dict[str, Any]) -> None:
+        """Save the posterior, and say where it came to nothing."""
+        folder = Path(str(self.args.output_dir))
+        self.save_model()
+        self.save_state()
+        if self.is_world_process_zero():
+            run.write(folder, stated, finished=True)
+            diagnosed: Any = self.eval_dataset or self.train_dataset
+            rows = diagnosed[:ROWS]
+            n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
+            end = [self.posterior.estimate(row, n, seed=("diagnose", self.args.seed)) for row in rows]
+            start = next((e for e in self.state.log_history if "elbo" in e and e["step"] == 0), None)
+            if (sentence := complaint(start, end)) is not None:
+                logger.warning("%s", sentence)
+        self.accelerator.wait_for_everyone()
+
+    def _agreed(self, find: Callable[[], T]) -> T:
+        """What the first process finds, or the error that it meets, for all of them."""
+        found: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                found[0] = find()
+            except (AmortLMError, OSError) as e:
+                found[1] = e
+        found = broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def _is_over(self, folder: Path) -> bool:
+        """Was training at its end here? `Trainer` would go on for a step."""
+        if folder == Path(str(self.args.output_dir)):
+            return True
+        with checkpoints.reading(folder, checkpoints.STATE):
+            control = json.loads((folder / checkpoints.STATE).read_text())["stateful_callbacks"][
+                "TrainerControl"
+            ]
+            return bool(control["args"]["should_training_stop"])
+
+    def _load_finished(self, folder: Path) -> TrainOutput:
+        logger.warning("%s: training was finished; nothing is left to do", folder)
+        self.policy.load_adapter(folder)
+        with checkpoints.reading(folder, checkpoints.STATE):
+            self.state = TrainerState.load_from_json(str(folder / checkpoints.STATE))
+        losses = [entry["train_loss"] for entry in self.state.log_history if "train_loss" in entry]
+        return TrainOutput(self.state.global_step, losses[-1] if losses else math.nan, {})
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
-        self.posterior.save_pretrained(folder)
-        (folder / "training_args.json").write_text(self.args.to_json_string())
+        with replacing(folder, run.POSTERIOR) as part:
+            if (folder / CARD).exists():
+                shutil.copy(folder / CARD, part)  # peft adds to a card that is there
+            self.posterior.save_pretrained(part)
+            (part / "training_args.json").write_text(self.args.to_json_string())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        # trainer_state.json is written last: a checkpoint without it was cut short.
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        checkpoints.save_state(folder, self.args.process_index, self._stores, self._log_z())
-        super()._save_checkpoint(model, trial)
+        output_dir = Path(self._get_output_dir(trial))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # files of a save that was cut short
+        self.accelerator.wait_for_everyone()
+        try:
+            checkpoints.save_state(folder, self.args.process_index, self._stores, self._log_z())
+            if self.args.should_save:
+                shutil.copy(Path(str(self.args.output_dir)) / run.FILE, folder)
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # That was each process's last file. What follows: trainer_state.json, without which a checkpoint was cut
+        # short, and the end of checkpoints beyond save_total_limit.
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            checkpoints.seal(Path(output_dir), self.args.world_size)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.policy.load_adapter(resume_from_checkpoint)
@@ -252,12 +370,12 @@ class GFNTrainer(Trainer):
         checkpoints.load_state(folder, self.args.process_index, self._stores, self._log_z())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        try:
+        with checkpoints.reading(checkpoint, "the state of optimizer and schedule"):
             super()._load_optimizer_and_scheduler(checkpoint)
-        except (OSError, RuntimeError, ValueError, EOFError) as e:
-            raise CheckpointError(
-                f"{checkpoint}: cannot read the optimizer state ({e}); resume from an earlier checkpoint"
-            ) from e
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint, "the random state"):
+            super()._load_rng_state(checkpoint)
 
     def _log_z(self) -> Tensor | None:
         return self.policy.log_z.data if self._learns_log_z(self.args) else None

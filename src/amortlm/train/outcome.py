@@ -1,0 +1,48 @@
+"""Did training come to anything? What `GFNTrainer` says at the end where it did not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from amortlm.diagnostics.importance import ImportanceEstimate
+
+ERRORS = 3.0  # standard errors that an ELBO must fall by to be worse
+REMEDY = (
+    "lower learning_rate, raise num_samples or max_steps, or start with a target that is closer to the prompt"
+)
+
+
+def complaint(start: dict[str, Any] | None, end: Sequence[ImportanceEstimate]) -> str | None:
+    """What is wrong with a sampler after training, in a sentence; None where nothing is known to be.
+
+    start: the means over the same rows that were logged before the first step (ess, fresh_log_w_variance, elbo), if
+    they were; end: estimates of each row now.
+    """
+    samples = sum(e.n for e in end)
+    if not any(e.valid for e in end):
+        return (
+            f"training found nothing: the target rejects all of {samples} completions drawn for {len(end)} prompts "
+            "(R = 0: a constraint that is not met, or a verifier's -inf); say it in the prompt, give completions that "
+            "are accepted (seeds), or tell the support (pattern=)"
+        )
+    if start is None:
+        return None
+    ess = _mean([e.ess for e in end])
+    elbo = _mean([e.elbo for e in end])
+    variance = _mean([e.log_w_variance for e in end]) + start["fresh_log_w_variance"]
+    if math.isfinite(elbo) and math.isfinite(start["elbo"]):
+        worse = elbo < start["elbo"] - ERRORS * math.sqrt(variance / samples)
+    else:  # of a completion with R = 0 the ELBO is -inf
+        worse = ess < start["ess"] / 2
+    if not worse:
+        return None
+    return (
+        f"the sampler is worse than before training: ELBO {start['elbo']:.2f} -> {elbo:.2f} nats, ESS "
+        f"{start['ess']:.2f} -> {ess:.2f} ({samples} samples for {len(end)} prompts); {REMEDY}"
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
