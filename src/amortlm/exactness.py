@@ -216,9 +216,13 @@ class _Check:
     def spans(self, what: str) -> bool:
         def run() -> list[tuple[Tensor, Tensor]]:
             pairs = self._states(self._passes)
-            prefix = self._passes.encode([p[:3] for p in self.prompts])
-            longer = self._passes.extend(prefix, self.index, [p[3:] for p in self.prompts])
-            return [*pairs, *self._pairs(self._passes.state_logits(longer, self.index, self.tokens))]
+            # Prompts of 1 and 3 tokens that go on by 4 and 6, and then by 2 each.
+            prefix = self._passes.encode([text[:n] for text, n in zip(self.texts, (1, 3), strict=True)])
+            more = [text[n : n + k] for text, n, k in zip(self.texts, (1, 3), (4, 6), strict=True)]
+            last = torch.tensor([text[k : k + 2] for text, k in zip(self.texts, (5, 9), strict=True)])
+            longer = self._passes.extend(prefix, self.index, more)
+            logits = self._passes.state_logits(longer, self.index, last.to(self.index.device))
+            return [*pairs, *((logits[b], self.whole[b][n - 1 : n + 2]) for b, n in enumerate((5, 9)))]
 
         return self._compare(what, run)
 
