@@ -27,10 +27,11 @@ class Automaton:
         self.token_class, self.min_tokens, self.max_tokens = token_class, min_tokens, max_tokens
         self.step = torch.cat([step, torch.full((1, classes), states)])
         # reach[k, s]: do some k tokens lead from s to an accepting state?
-        reach, after = [np.append(accepts.numpy(), False)], self.step.numpy()
-        for _ in range(max_tokens):
-            reach.append(reach[-1].take(after).any(1))  # on large tables five times as fast as in torch
-        self.reach = torch.from_numpy(np.stack(reach))
+        reach, after = np.zeros((max_tokens + 1, states + 1), dtype=bool), self.step.numpy()
+        reach[0, :-1] = accepts
+        for k in range(max_tokens):
+            reach[k + 1] = reach[k].take(after).any(1)  # on large tables five times as fast as in torch
+        self.reach = torch.from_numpy(reach)
         # can[t, s]: does a completion lie ahead of s after t tokens? goes, ends: by writing on, by stopping now.
         self.can = torch.stack([self._within(t, 0) for t in range(max_tokens + 2)])
         self.goes = torch.stack([self._within(t, 1) for t in range(max_tokens + 1)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import sys
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -10,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from amortlm import cache
 from amortlm.errors import ConfigError, SupportError
 from amortlm.policy.automaton import Automaton
 from amortlm.targets.positions import START, Positions
@@ -17,6 +21,7 @@ from amortlm.targets.positions import START, Positions
 if TYPE_CHECKING:
     from amortlm.language_model import LanguageModel
 
+FORMAT = 1  # of the cached tables: count it up when the code below makes other ones
 BROKEN = "\ufffd"  # what part of a character decodes to
 MAX_STATES = 20_000
 MAX_VISITS = 2_000_000  # of positions, summed over the states: some seconds
@@ -31,18 +36,27 @@ def pattern_automaton(
     Tokens that are a part of a character are never written. Raises SupportError for a pattern that is not regular,
     whose automaton is too large, or that matches nothing of min_tokens to max_tokens such tokens.
     """
-    step, token_class, accepts = _tables(pattern, _texts(lm, allowed), len(allowed))
-    automaton = Automaton(step, token_class, accepts, min_tokens, max_tokens)
+    texts = _texts(lm, allowed)
+    # All that the tables depend on: `re` and its classes of characters are those of this Python.
+    key = [FORMAT, sys.version, repr(pattern), len(allowed), list(texts.items())]
+    name = f"patterns/{hashlib.sha256(json.dumps(key).encode()).hexdigest()}"
+    tables = cache.load(name)
+    if tables is None:
+        tables = _tables(pattern, texts, len(allowed))
+        cache.store(name, tables)
+    automaton = Automaton(
+        tables["step"].long(), tables["token_class"].long(), tables["accepts"], min_tokens, max_tokens
+    )
     if not automaton.can[0, 0]:
         raise SupportError(
-            f"no text of {min_tokens} to {max_tokens} allowed tokens matches {pattern!r}, its outer white space "
-            "removed; widen the pattern, max_tokens or allowed_tokens"
+            f"no text of {min_tokens} to {max_tokens} allowed tokens matches {pattern!r}; widen the pattern, "
+            "max_tokens or allowed_tokens (white space around a text is taken off before it is compared)"
         )
     return automaton
 
 
-def _tables(pattern: str, texts: dict[int, str], size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(step [S, C], token_class [size], accepts [S]), as an automaton has them, of texts by token."""
+def _tables(pattern: str, texts: dict[int, str], size: int) -> dict[str, Tensor]:
+    """step [S, C], token_class [size], accepts [S], as an automaton has them, of texts by token."""
     characters = "".join(sorted(set().union(*texts.values())))
     table, accepts, kind = _deterministic(pattern, characters)
     table, accepts = _minimal(table, accepts)
@@ -50,7 +64,11 @@ def _tables(pattern: str, texts: dict[int, str], size: int) -> tuple[Tensor, Ten
     kept = _reached(step)
     number = np.full(len(step) + 1, len(kept))
     number[kept] = np.arange(len(kept))
-    return torch.from_numpy(number[step[kept]]), token_class, torch.from_numpy(accepts[kept])
+    return {
+        "step": torch.from_numpy(number[step[kept]]).int(),
+        "token_class": token_class.int(),
+        "accepts": torch.from_numpy(accepts[kept]),
+    }
 
 
 def _deterministic(
@@ -65,11 +83,14 @@ def _deterministic(
         positions = Positions(pattern)
     except ConfigError as e:
         raise SupportError(str(e)) from None
-    of = [(readers, c.isspace()) for readers, c in zip(positions.readers(characters), characters, strict=True)]
+    of = [
+        (readers, c.isspace()) for readers, c in zip(positions.readers(characters), characters, strict=True)
+    ]
     kinds = {reads: i for i, reads in enumerate(dict.fromkeys(of))}
     first = (START, bool(START & positions.final))
     states, number = [first], {first: 0}
-    table, visits = [], 0
+    table: list[list[int]] = []
+    visits = 0
     for state, final in states:  # grows
         visits += state.bit_count()
         if len(states) > MAX_STATES or visits > MAX_VISITS:
@@ -161,7 +182,10 @@ def _token_step(
                     actions.append(moved)
                     if len(actions) * states > MAX_CELLS:
                         raise SupportError(
-                            _too_large(pattern, f"{states:,} states and more than {len(actions) - 1:,} kinds of tokens")
+                            _too_large(
+                                pattern,
+                                f"{states:,} states and more than {len(actions) - 1:,} kinds of tokens",
+                            )
                         )
             action = after[key]
             if action == 0:
@@ -187,7 +211,7 @@ def _reached(step: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _too_large(pattern: str, size: str) -> str:
     return (
-        f"pattern {pattern!r} needs {size}, which is too much. Use smaller counts (after .* each doubles the states, "
+        f"pattern {pattern!r} needs {size}, which is too much; use smaller counts (after .* each doubles the states, "
         "nested ones multiply), * and + where max_tokens bounds the length anyway, fewer allowed_tokens, or put "
         "constraint.matches(pattern) into the target"
     )

@@ -1,8 +1,8 @@
 """Regular expressions as Python's `re` reads them, as automata: read once from left to right, never backtracking.
 
-The tree is that of `re` itself, and what one character matches is asked of `re` too, so there is no second reading of the
-syntax. Only the structure becomes an automaton of positions (Glushkov's): each place in the pattern that reads a character
-is a position, and `follow` says which positions may come next.
+The tree is that of `re` itself, and what one character matches is asked of `re` too, so there is no second reading of
+the syntax. Only the structure becomes an automaton of positions (Glushkov's): each place in the pattern that reads a
+character is a position, and `follow` says which positions may come next.
 """
 
 from __future__ import annotations
@@ -74,7 +74,10 @@ class Positions:
         self.follow = [0]
         self.leaves: dict[re.Pattern[str], int] = {}
         tree = _parser.parse(pattern)
-        whole = self._sequence(tree, tree.state.flags)
+        try:
+            whole = self._sequence(tree, tree.state.flags)
+        except RecursionError:
+            raise self._error("its groups are nested too deeply") from None
         self.follow[0] = whole.first
         self.final = whole.last | (START if whole.nullable else 0)
 
@@ -124,7 +127,8 @@ class Positions:
                 nullable, first, last = nullable or part.nullable, first | part.first, last | part.last
             return Part(nullable, first, last)
         if op in (ops.MAX_REPEAT, ops.MIN_REPEAT):
-            return self._repeat(*argument, flags)
+            low, high, tree = argument
+            return self._repeat(low, high, tree, flags)
         if op not in LEAVES:
             raise self._error(f"a pattern is written without {REFUSED.get(op, op)}")
         return self._leaf(LEAVES[op](argument), flags)
