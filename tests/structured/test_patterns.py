@@ -395,8 +395,8 @@ def test_a_pattern_is_saved(one_lm: LanguageModel, tmp_path) -> None:
     ("settings", "message"),
     [
         ({"pattern": "(a"}, r"regular expression '\(a': missing \)"),
-        ({"pattern": 5}, "is text, got 5"),
-        ({"pattern": b"a"}, "is text, got b'a'"),
+        ({"pattern": 5}, "must be text, got 5"),
+        ({"pattern": b"a"}, "must be text, got b'a'"),
         ({"pattern": "(" * 300 + "a" + ")*" * 300}, "nested too deeply|recursion"),
         ({"pattern": " a "}, "white space around a text is taken off"),
         ({"pattern": r"a(?=c)"}, "without look-around"),

@@ -38,7 +38,7 @@ def pattern_automaton(
     """
     texts = _texts(lm, allowed)
     # All that the tables depend on: `re` and its classes of characters are those of this Python.
-    key = [FORMAT, sys.version, repr(pattern), len(allowed), list(texts.items())]
+    key = [FORMAT, sys.version, pattern, len(allowed), list(texts.items())]
     name = f"patterns/{hashlib.sha256(json.dumps(key).encode()).hexdigest()}"
     tables = cache.load(name)
     if tables is None:
