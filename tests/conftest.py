@@ -26,6 +26,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", f"ignore:{warning}")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is kept between processes stays out of the home folder."""
+    os.environ["AMORTLM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def models() -> dict[str, LanguageModel]:
     """The six tiny models by name. Frozen, so one instance serves the whole session."""

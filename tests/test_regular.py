@@ -8,6 +8,7 @@ import re
 import pytest
 
 from amortlm.errors import ConfigError
+from amortlm.targets.positions import START, Positions
 from amortlm.targets.regular import check_pattern
 
 REFUSED = {
@@ -83,25 +84,16 @@ def readings(pattern):
     """What the engines make of a pattern: the texts that match."""
     import regex
 
-    rust = pytest.importorskip("outlines_core")
-    end = "\U0010ffff"
-    ids = {end.encode(): [len(TEXTS)]}
-    for i, text in enumerate(TEXTS):
-        if text:
-            ids.setdefault(text.encode(), []).append(i)
-    for byte in range(256):
-        ids.setdefault(bytes([byte]), []).append(len(TEXTS) + 1)
     try:
-        index = rust.Index(f"(?:{pattern}){end}", rust.Vocabulary(len(TEXTS) + 2, ids))
-    except ValueError:
+        positions = Positions(pattern)
+    except ConfigError:  # not regular
         return None
-    go, start = index.get_transitions(), index.get_initial_state()
-    after = [start if not text else go.get(start, {}).get(i) for i, text in enumerate(TEXTS)]
-    theirs = [
-        t
-        for t, s in zip(TEXTS, after, strict=True)
-        if go.get(s, {}).get(len(TEXTS)) in index.get_final_states()
-    ]
+    theirs = []
+    for text in TEXTS:
+        reached = START
+        for c in text:
+            reached = positions.after(reached) & positions.readers(c)[0]
+        theirs += [text] * bool(reached & positions.final)
     python = [t for t in TEXTS if re.fullmatch(pattern, t)]
     return python, [t for t in TEXTS if regex.fullmatch(pattern, t)], theirs
 

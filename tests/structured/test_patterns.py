@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import re
+import signal
+from collections import Counter
 from itertools import product
 
 import pytest
@@ -14,7 +17,7 @@ from amortlm.errors import DataError, SupportError
 from amortlm.inference.mcmc import metropolis_hastings
 from amortlm.inference.smc import smc
 from amortlm.passes import pad_right
-from amortlm.policy import Exploration, automaton
+from amortlm.policy import Exploration, automaton, patterns
 from amortlm.policy.laws import check_policy, support_completions
 from amortlm.types import Rollouts
 from reference import tiny_lm, tiny_policy, tiny_tokenizer
@@ -59,16 +62,28 @@ def test_the_support_holds_what_matches_and_nothing_else(family_lm: LanguageMode
         assert mask[: len(z) + 1] == [tuple(z[:t]) in expected for t in range(len(z) + 1)]
 
 
-def random_pattern(rng: random.Random, depth: int) -> str:
+ATOMS = ["a", "t", "c", " ", ".", "[^a]", "[ac]", r"\s", r"\S", r"\w", ""]
+# What engines differ in: Unicode classes, letter case, flags, escapes, signs in classes.
+ODD_ATOMS = [
+    *[r"\d", r"\W", r"\D", "(?i:é)", "(?i:k)", "(?i:[^s])", r"(?a:\w)", r"(?a:\s)", "(?s:.)", "(?-i:k)", r"\x61", r"\101"],
+    *[r"\n", r"[\]a]", "[a-]", "[]a]", "[^]a]", r"[^\W\d]", r"\.", r"[\s\S]", "É", "[à-ï]", r"\u0661", "ſ", "(?x: a #\n)"],
+]  # fmt: skip
+REFUSED = [
+    *["^a", "a$", r"a\b", r"\Ba", r"\Aa", r"a\Z", "(?=a)a", "(?!c)a", "(?<=a)t", "(?<!a)t", r"(a|c)\1", "(?P<m>a)(?P=m)"],
+    *["(?>a*)", "a*+", "(a)?(?(1)t|c)", r"\h", r"\p{L}", r"\x{61}", "a{,2}", "[[:alpha:]]", "[a&&c]", "[a--c]", "a**", "(?z)a"],
+]  # fmt: skip
+
+
+def random_pattern(rng: random.Random, depth: int, atoms: list[str] = ATOMS) -> str:
     choice = rng.random()
     if depth == 0 or choice < 0.3:
-        return rng.choice(["a", "t", "c", " ", ".", "[^a]", "[ac]", r"\s", r"\S", r"\w", ""])
-    part = f"(?:{random_pattern(rng, depth - 1)})"
+        return rng.choice(atoms)
+    part = f"{rng.choice(['(?:', '('])}{random_pattern(rng, depth - 1, atoms)})"
     if choice < 0.6:
-        return part + random_pattern(rng, depth - 1)
+        return part + random_pattern(rng, depth - 1, atoms)
     if choice < 0.8:
-        return f"(?:{part}|{random_pattern(rng, depth - 1)})"
-    return part + rng.choice(["*", "?", "+", "{2}", "{1,2}"])
+        return f"(?:{part}|{random_pattern(rng, depth - 1, atoms)})"
+    return part + rng.choice(["*", "?", "+", "{2}", "{1,2}", "{0,3}", "{2,}"]) + rng.choice(["", "", "?"])
 
 
 def test_random_patterns_are_those_of_re(one_lm: LanguageModel) -> None:
@@ -77,9 +92,8 @@ def test_random_patterns_are_those_of_re(one_lm: LanguageModel) -> None:
         pattern = random_pattern(rng, 3)
         words = rng.sample(["a", "t", " a", " cat", " ", "c", "\n"], rng.randint(1, 4))
         ids = sorted(one_lm.token_id(w) for w in words)
-        whole = re.compile(rf"\s*(?:{pattern})\s*")
         strings = [z for n in range(4) for z in product(ids, repeat=n)]
-        expected = [list(z) for z in strings if whole.fullmatch(one_lm.decode(z))]
+        expected = [list(z) for z in strings if re.fullmatch(pattern, one_lm.decode(z).strip())]
         sizes.append(len(expected))
         support = Support(stop=".", min_tokens=0, max_tokens=3, allowed_tokens=words, pattern=pattern)
         if not expected:
@@ -90,6 +104,178 @@ def test_random_patterns_are_those_of_re(one_lm: LanguageModel) -> None:
         assert [z for n in range(4) for z in bound.completions(n)] == expected, pattern
         assert bound.size() == len(expected)
     assert sum(n > 0 for n in sizes) > 75
+
+
+def differing(pattern: str, words: list[str]) -> list[str]:
+    """Texts of up to three words that the tables and `re` judge differently."""
+    tables = patterns._tables(pattern, dict(enumerate(words)), len(words))
+    step, kind, accepts = (tables[name].tolist() for name in ("step", "token_class", "accepts"))
+    step.append([len(accepts)] * len(step[0]))
+    accepts.append(False)
+    whole, found = re.compile(pattern), []
+    for z in (z for n in range(4) for z in product(range(len(words)), repeat=n)):
+        text, state = "".join(words[token] for token in z), 0
+        for token in z:
+            state = step[state][kind[token]]
+        if accepts[state] != bool(whole.fullmatch(text.strip())):
+            found.append(text)
+    return found
+
+
+def test_patterns_that_engines_read_differently_are_those_of_re_or_refused() -> None:
+    rng, refused = random.Random(0), 0
+    words = [
+        "a",
+        "t",
+        "c",
+        " ",
+        "\n",
+        "A",
+        "é",
+        "É",
+        "k",
+        "\u212a",
+        "ſ",
+        "S",
+        "s",
+        "1",
+        "\u0661",
+        "_",
+        ".",
+        "]",
+        "-",
+    ]
+    words += [
+        "\x1c",
+        "\x85",
+        "\xa0",
+        "\u200b",
+        "\u3000",
+        "at",
+        " a",
+        "t ",
+        "  ",
+        "a\n",
+        "日本",
+        "🙂",
+        "]a",
+        "#",
+    ]
+    for _ in range(400):
+        atoms = ATOMS + ODD_ATOMS + rng.sample(REFUSED, 1) * (rng.random() < 0.3)
+        pattern = rng.choice(["", "", "(?i)", "(?s)", "(?x)", "(?a)"]) + random_pattern(rng, 4, atoms)
+        try:
+            assert not differing(pattern, rng.sample(words, 9)), pattern
+        except SupportError:
+            refused += 1
+    assert 0 < refused < 100
+
+
+@pytest.mark.parametrize("pattern", REFUSED)
+def test_what_is_not_regular_or_not_read_alike_is_refused(pattern: str) -> None:
+    for text in (pattern, f"(?:c|{pattern})*" if pattern != "(?z)a" else pattern):
+        with pytest.raises(SupportError, match=r"regular expression '"):
+            patterns._tables(text, {0: "a"}, 1)
+
+
+COUNTED = {  # with the states of the smallest automaton, the dead end included
+    ".{0,40}": 42,
+    "[a-z ]{0,40}": 42,
+    r"\S(.{0,98}\S)?": 102,
+    r"\w+( \w+){0,30}": 63,
+    ".*a.{6}": 131,
+    "(.{0,20}){0,20}": 402,
+}
+
+
+@pytest.mark.parametrize("pattern", COUNTED)
+def test_counts_with_white_space(embedded: LanguageModel, pattern: str) -> None:
+    support = Support(stop="</s>", max_tokens=60, pattern=pattern).bind(embedded)
+    assert len(support.automaton.step) == COUNTED[pattern]
+    rng, held = random.Random(0), Counter()
+    ids = [embedded.token_id(t) for t in ("a", " a", " the", "c", " ", "1")] + rng.sample(range(4, 2560), 30)
+    for _ in range(400):
+        z = rng.choices(ids, k=rng.randint(1, 59))
+        if support.allowed[z].all() and "\ufffd" not in embedded.decode(z):
+            matches = bool(re.fullmatch(pattern, embedded.decode(z).strip()))
+            assert support.contains(z) == matches, embedded.decode(z)
+            held[matches] += 1
+    assert min(held.values()) > 20
+
+
+TOO_LARGE = {
+    "(a|c)*a(a|c){15}": r"more than 20,00\d states, which",
+    "(.{0,50}){0,50}": r"more than 1,\d\d\d states, each of 1,\d\d\d places",
+    "a{0,20000}": "more than 10,000 places",
+}
+
+
+@pytest.mark.parametrize("pattern", TOO_LARGE)
+def test_what_is_too_large_is_refused_with_its_size(pattern: str) -> None:
+    with pytest.raises(SupportError, match=TOO_LARGE[pattern] + ".* smaller counts"):
+        patterns._tables(pattern, dict(enumerate("ac \n")), 4)
+
+
+def test_tables_of_too_many_kinds_of_tokens_are_refused(monkeypatch) -> None:
+    words = ["".join(z) for n in (1, 2, 3) for z in product("ac", repeat=n)]
+    monkeypatch.setattr(patterns, "MAX_CELLS", 1_000)
+    with pytest.raises(
+        SupportError, match="128 states and more than 7 kinds of tokens, .*fewer allowed_tokens"
+    ):
+        patterns._tables("(a|c)*a(a|c){6}", dict(enumerate(words)), len(words))
+
+
+def test_building_can_be_interrupted(monkeypatch) -> None:
+    """As Ctrl-C does; without an end of its own it would go on for hours."""
+    monkeypatch.setattr(patterns, "MAX_STATES", 2**40)
+    monkeypatch.setattr(patterns, "MAX_VISITS", 2**60)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            patterns._tables("(a|c)*a(a|c){40}", dict(enumerate("ac")), 2)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def tables_of(automaton: automaton.Automaton) -> list:
+    return [x.tolist() for x in (automaton.step, automaton.token_class, automaton.reach)]
+
+
+def test_tables_are_kept_on_disk(one_lm: LanguageModel, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("AMORTLM_CACHE", str(tmp_path))
+    build, built = patterns._tables, []
+    monkeypatch.setattr(patterns, "_tables", lambda *a: built.append(a[0]) or build(*a))
+    support = SUPPORTS["a choice"]
+    first = support.bind(one_lm).automaton
+    [file] = (tmp_path / "patterns").iterdir()
+    assert tables_of(support.bind(one_lm).automaton) == tables_of(first)
+    assert len(built) == 1
+    # Other lengths read the same tables; another pattern, other tokens and other texts do not.
+    dataclasses.replace(support, max_tokens=4).bind(one_lm)
+    assert len(built) == 1
+    dataclasses.replace(support, pattern="(a|the) (cat|cat)").bind(one_lm)
+    dataclasses.replace(support, banned_tokens=[" the"]).bind(one_lm)
+    true = one_lm.decode
+    with monkeypatch.context() as m:
+        m.setattr(one_lm, "decode", lambda z: true(z).upper())
+        dataclasses.replace(support, pattern="(a|the) (cat|dog)|A").bind(one_lm)
+    assert len(built) == 4
+    # A damaged file is computed again, and mended.
+    good = file.read_bytes()
+    for i, bad in enumerate((b"", b"garbage", good[:-3], good[:-20] + bytes([good[-20] ^ 1]) + good[-19:])):
+        file.write_bytes(bad)
+        assert tables_of(support.bind(one_lm).automaton) == tables_of(first)
+        assert len(built) == 5 + i
+        assert file.read_bytes() == good
+    assert len(list((tmp_path / "patterns").iterdir())) == 4, "no parts are left"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(one_lm: LanguageModel, monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("AMORTLM_CACHE", str(tmp_path / "file"))
+    assert SUPPORTS["a choice"].bind(one_lm).size() > 0
 
 
 @pytest.mark.parametrize("metaspace", [False, True])
@@ -122,6 +308,9 @@ def test_half_characters_and_texts_that_do_not_add_up(one_lm: LanguageModel, mon
     )  # as WordPiece joins words
     with pytest.raises(SupportError, match="changes the text of a token by what stands beside it"):
         Support(stop=".", max_tokens=2, allowed_tokens=["a"], pattern="a+").bind(one_lm)
+    monkeypatch.setattr(one_lm, "decode", lambda z: true(z).replace(" ,", ","))  # as "clean-up" does
+    with pytest.raises(SupportError, match="changes the text of a token by what stands beside it"):
+        Support(stop=".", max_tokens=2, pattern="a+").bind(one_lm)
 
 
 @pytest.mark.parametrize("name", SUPPORTS)
@@ -205,7 +394,11 @@ def test_a_pattern_is_saved(one_lm: LanguageModel, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pattern": "(a"}, r"pattern '\(a'.*without look-around"),
+        ({"pattern": "(a"}, r"regular expression '\(a': missing \)"),
+        ({"pattern": 5}, "must be text, got 5"),
+        ({"pattern": b"a"}, "must be text, got b'a'"),
+        ({"pattern": "(" * 300 + "a" + ")*" * 300}, "nested too deeply|recursion"),
+        ({"pattern": " a "}, "white space around a text is taken off"),
         ({"pattern": r"a(?=c)"}, "without look-around"),
         ({"pattern": "a)|(t"}, "unbalanced parenthesis"),
         ({"pattern": r"\bcat"}, "without .*: the whole text is matched anyway"),

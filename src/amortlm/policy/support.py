@@ -41,7 +41,8 @@ class Support:
     min_statements   stopping is impossible before so many statements
     max_statements   no separator after so many statements (default: as many as fit); equal to min_statements for
                      latents in sequence, "{z1}{z2}" in a target
-    pattern          the whole text, but for white space around it, matches this regular expression (extra `patterns`)
+    pattern          the whole text, outer white space removed, matches this regular expression: what
+                     `constraint.matches` takes. SupportError, on binding, for one that is not regular or too large
 
     Stop tokens and the tokenizer's special tokens are never written inside a completion. The separator is one token,
     allowed whatever allowed_tokens says, and counts as a token of the completion.
