@@ -23,7 +23,6 @@ from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
 from amortlm.diagnostics import certificate
-from amortlm.diagnostics.certificate import finite
 from amortlm.diagnostics.diagnose import LEVEL, Gold
 from amortlm.errors import AmortLMError, ConfigError, DataError
 from amortlm.exactness import examine_policy
@@ -34,7 +33,7 @@ from amortlm.reproduce.report import table
 from amortlm.targets.template import check_rows
 from amortlm.tasks import load_task
 from amortlm.tasks.spec import RunSpec, load_rows
-from amortlm.types import Row
+from amortlm.types import Row, finite
 
 hf_logging.disable_progress_bar()
 TEXT_WIDTH = 60

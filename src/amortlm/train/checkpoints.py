@@ -17,6 +17,7 @@ from amortlm.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 STATE = "trainer_state.json"
+PART = "process.json"  # written last into the part of each process
 
 
 class Store(Protocol):
@@ -26,18 +27,29 @@ class Store(Protocol):
     def load(self, folder: Path) -> None: ...
 
 
-def save_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tensor | None) -> None:
-    """Write each process's stores, and learned log Z, into a checkpoint folder."""
+def save_state(
+    folder: Path, process: int, processes: int, stores: Sequence[Store], log_z: Tensor | None
+) -> None:
+    """Write each process's stores, and learned log Z, into a checkpoint folder. processes: how many there are."""
     own = folder / f"process-{process}"
     own.mkdir(parents=True, exist_ok=True)
     for store in stores:
         store.save(own)
     if log_z is not None:
         save_file({"log_z": log_z.cpu().contiguous()}, str(own / "log_z.safetensors"))
+    (own / PART).write_text(json.dumps({"processes": processes}), encoding="utf-8")
 
 
-def load_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tensor | None) -> None:
-    """Read what `save_state` wrote. Raises CheckpointError."""
+def load_state(
+    folder: Path, process: int, processes: int, stores: Sequence[Store], log_z: Tensor | None
+) -> None:
+    """Read what `save_state` wrote. Raises CheckpointError, also where another number of processes wrote it."""
+    saved = _processes(folder)
+    if saved != processes:
+        raise CheckpointError(
+            f"{folder} is of a run of {saved} process{'es' * (saved != 1)}, each with its own replay buffer, and this "
+            f"one has {processes}: resume it with torchrun --nproc_per_node {saved}, or train from the start"
+        )
     own = folder / f"process-{process}"
     for store in stores:
         store.load(own)
@@ -48,13 +60,23 @@ def load_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tenso
             raise CheckpointError(f"{own}: cannot read log_z ({e}); resume from an earlier checkpoint") from e
 
 
+def _processes(folder: Path) -> int:
+    """How many processes wrote their parts of a checkpoint; 0 where one is missing."""
+    try:
+        count = int(json.loads((folder / "process-0" / PART).read_text(encoding="utf-8"))["processes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+    return count if all((folder / f"process-{i}" / PART).exists() for i in range(count)) else 0
+
+
 def complete(folder: Path) -> bool:
-    """Was this checkpoint written to its end?"""
+    """Was this checkpoint written to its end, by every process?"""
     try:
         json.loads((folder / STATE).read_text())
     except (OSError, ValueError):
         return False
-    return any(folder.glob("*.safetensors")) and (folder / "optimizer.pt").exists()
+    written = any(folder.glob("*.safetensors")) and (folder / "optimizer.pt").exists()
+    return written and _processes(folder) > 0
 
 
 def list_complete(output_dir: Path) -> list[Path]:
