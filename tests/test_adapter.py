@@ -122,7 +122,9 @@ def check_p_stands_still(lm: LanguageModel, config: Any, folder: Path) -> None:
 
     policy.save_adapter(folder)
     torch.manual_seed(1)
-    torch.testing.assert_close(log_q(Policy(lm, "{x}", SUPPORT, folder)), after, rtol=0, atol=1e-6)
+    loaded = Policy(lm, "{x}", SUPPORT, folder)
+    torch.testing.assert_close(log_q(loaded), after, rtol=0, atol=1e-6)
+    assert sum(p.numel() for p in loaded.parameters() if p.requires_grad) == sum(p.numel() for p in trained)
     torch.manual_seed(2)
     again = Policy(lm, "{x}", SUPPORT, config)
     again.load_adapter(folder)

@@ -187,6 +187,7 @@ def _saved_config(folder: Path, model: Any) -> Any:
         raise CheckpointError(
             f"{folder}: cannot read adapter_config.json ({type(e).__name__}: {e}); the save is incomplete or damaged"
         ) from e
+    config.inference_mode = False
     return config
 
 
