@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
+from amortlm.baselines.decoding import decode
 from amortlm.diagnostics.exact import policy_log_probs
 from amortlm.errors import ConfigError
 from amortlm.language_model import LanguageModel
-from amortlm.policy import Policy, Support
+from amortlm.policy import Exploration, Policy, Support
 from amortlm.policy.laws import support_completions
 from amortlm.posterior import Posterior
 from amortlm.predictive import predict, vote
@@ -124,3 +125,53 @@ def test_errors_name_the_remedy(one_lm: LanguageModel) -> None:
     shown = Posterior(tiny_policy(one_lm, "{x} {y}", SUPPORT), one_lm.log_prob("{z} the {y}", given="{x}"))
     with pytest.raises(ConfigError, match="take it out"):
         shown.predict(ROWS[0], ANSWERS)
+
+
+@pytest.mark.parametrize("temperature", [0, 0.0, 1e-40, 1e-6])
+def test_at_temperature_zero_z_is_the_greedy_one(one_lm: LanguageModel, temperature: float) -> None:
+    posterior = posterior_of(one_lm)
+    greedy = decode(posterior.policy, ROWS[:1], "greedy", 1).completions()[0]
+    cold = posterior.predict(ROWS[0], ANSWERS, 8, temperature=temperature)
+    likelihood = one_lm.log_prob(" the {y}!", given="{x}{z}")
+    rollouts = posterior.policy.rollouts([{**ROWS[0], "y": a} for a in ANSWERS], [[greedy]] * len(ANSWERS))
+    assert cold.probs == pytest.approx(likelihood.score_final(rollouts).softmax(0).tolist(), abs=1e-5)
+    assert max(cold.errors) == pytest.approx(0, abs=1e-7), "every z is the same"
+    votes = posterior.vote(ROWS[0], 5, temperature=temperature)
+    assert list(votes.counts.values()) == [5]
+
+
+@pytest.mark.parametrize("temperature", [-1.0, math.nan, math.inf])
+def test_temperatures_that_are_none_are_refused(one_lm: LanguageModel, temperature: float) -> None:
+    posterior = posterior_of(one_lm)
+    for ask in (posterior.predict, lambda *_, **k: posterior.vote(ROWS[0], **k)):
+        with pytest.raises(
+            ConfigError, match=r"a temperature must be a finite number, 0 \(greedy\) or above"
+        ):
+            ask(ROWS[0], ANSWERS, temperature=temperature)
+
+
+def test_each_completion_has_its_own_temperature(one_lm: LanguageModel) -> None:
+    policy = tiny_policy(one_lm, "{x}", Support(stop=".", min_tokens=3, max_tokens=3))
+    heat = torch.tensor([0.0, 1e-30, 1.0, 1e30, 0.0])
+    drawn, log_q = policy.sample(ROWS[:1], 5, seed=1, exploration=Exploration(heat))
+    greedy = decode(policy, ROWS[:1], "greedy", 1).completions()[0]
+    first, second, third, fourth, last = drawn.completions()
+    assert first == second == last == greedy
+    assert greedy not in (third, fourth)
+    assert third == policy.sample(ROWS[:1], 5, seed=1)[0].completions()[2]
+    assert torch.allclose(policy.evaluate(drawn).log_pf, log_q.log_pf, atol=1e-5)
+
+
+def test_decoding_at_a_tiny_temperature_is_greedy(one_lm: LanguageModel) -> None:
+    policy = tiny_policy(one_lm, "{x}", SUPPORT)
+    greedy = decode(policy, ROWS, "greedy", 1).completions()
+    for method in ("temperature", "nucleus", "top_k"):
+        assert decode(policy, ROWS, method, 1, temperature=1e-40).completions() == greedy
+    best = decode(policy, ROWS, "resampling", 3, n=50, temperature=1e-40).completions()
+    assert best[0] == best[1] == best[2]
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, 1.1, math.nan])
+def test_a_share_of_uniform_choices_is_a_share(epsilon: float) -> None:
+    with pytest.raises(ConfigError, match="between 0 and 1"):
+        Exploration(epsilon=epsilon)

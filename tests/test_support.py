@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
-from amortlm.errors import DataError, SupportError
+from amortlm.errors import ConfigError, DataError, SupportError
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Support
 from amortlm.policy.laws import check_policy
@@ -31,6 +32,56 @@ def test_what_may_be_written(one_lm: LanguageModel) -> None:
 
 def test_a_special_token_can_be_the_stop(one_lm: LanguageModel) -> None:
     assert Support(stop="</s>").bind(one_lm).stop_ids == (one_lm.tokenizer.eos_token_id,)
+
+
+def lm_with(tokens: list[AddedToken], unused_rows: int) -> LanguageModel:
+    """A model whose tokenizer has these tokens, with that many rows for them in its embeddings."""
+    lm = tiny_lm("gpt2", tiny_tokenizer(), tied=True, unused_rows=unused_rows)
+    lm.tokenizer.add_tokens(tokens)
+    return LanguageModel(lm.model, lm.tokenizer, name="longer")
+
+
+def test_special_tokens_of_no_role_are_written_only_by_name() -> None:
+    lm = lm_with([AddedToken("<sep>", special=True), AddedToken("<word>", special=False)], unused_rows=2)
+    sep, word = lm.token_id("<sep>"), lm.token_id("<word>")
+    assert sep not in lm.tokenizer.all_special_ids
+    assert not Support(stop=".").bind(lm).allowed[sep]
+    assert Support(stop=".").bind(lm).allowed[word]
+    assert Support(stop="<sep>").bind(lm).stop_ids == (sep,)
+    named = Support(stop=".", allowed_tokens=["a", "<sep>"], max_tokens=3)
+    policy = tiny_policy(lm, "{x}", named)
+    rollouts, _ = policy.sample(ROWS, 40)
+    for z in rollouts.completions():
+        assert lm.decode(z).count("<sep>") == z.count(sep), "constraints and verifiers see it"
+    assert rollouts.tokens.eq(sep).any()
+
+
+def test_every_token_of_a_default_support_shows_in_the_text(
+    embedded: LanguageModel, metaspace_lm: LanguageModel
+) -> None:
+    for lm in (embedded, metaspace_lm):
+        for token in Support(stop=".").bind(lm).allowed.nonzero().squeeze(1).tolist():
+            assert lm.decode([token]), lm.tokenizer.convert_ids_to_tokens(token)
+
+
+def test_tokens_that_the_model_does_not_have_are_one_error() -> None:
+    lm = lm_with([AddedToken("<new>")], unused_rows=0)
+    message = (
+        r"token '<new>' \(id 48\) that the model, with 48 embeddings, does not know; call model\.resize_token"
+    )
+    with pytest.raises(ConfigError, match=message):
+        Support(stop="<new>").bind(lm)
+    with pytest.raises(ConfigError, match=message):
+        Support(stop=".", allowed_tokens=["<new>"]).bind(lm)
+    policy = tiny_policy(lm, "{x}", Support(stop="."))
+    for use in (
+        lambda: policy.sample([{"x": "a<new>"}]),
+        lambda: policy.rollouts([{"x": "a"}], [["a<new>"]]),
+        lambda: lm.log_prob("{z}<new>").context({}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            use()
+    assert policy.sample([{"x": "a"}])[0].lengths.tolist(), "what it does not need does no harm"
 
 
 def test_rows_of_the_output_layer_without_a_token_are_never_written() -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from datetime import date, datetime
+from decimal import Decimal
+from pathlib import Path, PurePosixPath
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 
 from amortlm.errors import (
     AmortLMError,
@@ -64,6 +69,72 @@ def test_an_empty_value_says_what_to_do() -> None:
     with pytest.raises(DataError, match=r"column 'x' is empty \(None\) in a row; drop or fill such rows"):
         Template("{x}").split({"x": None})
     assert Template("{x}|").split({"x": ""}) == ("|", ""), "an empty text is a value"
+
+
+EMPTY = {
+    "None": None,
+    "NaN": float("nan"),
+    "numpy NaN": np.float32("nan"),
+    "pandas NA": pd.NA,
+    "pandas NaT": pd.NaT,
+    "numpy NaT": np.datetime64("NaT"),
+    "decimal NaN": Decimal("NaN"),
+    "torch NaN": torch.tensor(float("nan")),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_cells_are_refused(name: str) -> None:
+    with pytest.raises(DataError, match=r"column 'x' is empty \(.*\) in a row; drop or fill such rows"):
+        Template("{x}").split({"x": EMPTY[name]})
+
+
+VALUES = {
+    "7": 7,
+    "0.5": 0.5,
+    "True": True,
+    "1.5": np.float64(1.5),
+    "3": np.int64(3),
+    "4": torch.tensor(4),
+    "2020-02-01": date(2020, 2, 1),
+    "2020-02-01 03:00:00": datetime(2020, 2, 1, 3),
+    "2020-02-01T00:00:00.000000000": np.datetime64("2020-02-01", "ns"),
+    "1.10": Decimal("1.10"),
+    "a b": np.str_("a b"),
+    "a/b": PurePosixPath("a/b"),
+}
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_numbers_and_dates_are_written_as_text(text: str) -> None:
+    assert Template("{x}").split({"x": VALUES[text]}) == (text, "")
+
+
+NOT_TEXT = {
+    "list": ["a"],
+    "dict": {"a": 1},
+    "bytes": b"a",
+    "set": {"a"},
+    "tuple": ("a",),
+    "ndarray": np.array([1, 2]),
+    "Tensor": torch.tensor([1, 2]),
+    "object": object(),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TEXT)
+def test_values_that_are_not_text_are_refused(name: str) -> None:
+    with pytest.raises(DataError, match=rf"column 'x' holds a {name}, not text; turn it into the text"):
+        Template("{x}").split({"x": NOT_TEXT[name]})
+
+
+def test_infinite_cells_and_half_characters_are_refused() -> None:
+    for value in (float("inf"), np.float64("-inf"), Decimal("Infinity")):
+        with pytest.raises(DataError, match="column 'x' is infinite"):
+            Template("{x}").split({"x": value})
+    with pytest.raises(DataError, match="half a character"):
+        Template("{x}").split({"x": "a\ud800"})
+    assert Template("{x}").split({"x": "inf \U0001f600"}) == ("inf \U0001f600", "")
 
 
 def test_messages_are_filled_in() -> None:

@@ -19,11 +19,10 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from amortlm.errors import AmortLMError, ConfigError
-from amortlm.files import follow_umask
 from amortlm.language_model import LanguageModel
 from amortlm.passes import gather_log_probs, pad_right
 from amortlm.policy import Policy, Support
-from amortlm.policy.adapter import FULL, load_weights, trainable_copy
+from amortlm.policy.adapter import FULL, load_weights, save_weights, trainable_copy
 from amortlm.policy.sampling import seed_of
 from amortlm.posterior import Posterior
 from amortlm.targets.base import Target
@@ -118,8 +117,7 @@ class EM:
                     self.m_step,
                     (self.args.seed, number),
                 )
-                self.model.model.save_pretrained(str(here / "p"))
-                follow_umask(*(here / "p").glob("*.safetensors"))
+                save_weights(self.model.model, here / "p")
                 (here / DONE).write_text(json.dumps({"loss": losses}))
             q = str(here / "q")
         load_weights(self.model.model, self.is_full, here / "p")

@@ -171,9 +171,10 @@ class Posterior:
         return self.policy.evaluate(rollouts).final(rollouts.lengths).float().cpu()
 
     def texts(self, rollouts: Rollouts) -> list[str]:
-        """Completions with their stop symbols, as text."""
+        """Completions with their stop symbols, as text; a special token as stop symbol is left out."""
+        special = self.lm.special_ids
         pairs = zip(rollouts.completions(), rollouts.stops.tolist(), strict=True)
-        return [self.lm.decode([*tokens, stop]) for tokens, stop in pairs]
+        return [self.lm.decode(tokens if stop in special else [*tokens, stop]) for tokens, stop in pairs]
 
     def estimate(self, row: Row, n: int = 256, *, seed: object = 0) -> ImportanceEstimate:
         """Importance diagnostics of one row from n fresh samples. Small n flatter a bad proposal."""

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from amortlm.posterior import Posterior
 
 ROWS = 16  # rows at a time
-GREEDY = 1e-4  # a softmax temperature that leaves the argmax
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,8 @@ def predict(
     temperature: float = 1.0,
     seed: object = 0,
 ) -> list[Prediction]:
-    """p(y | x) = E[p(y | x z)] over z ~ q(z | x) for each row and answer, from n samples of z."""
+    """p(y | x) = E[p(y | x z)] over z ~ q(z | x) for each row and answer, from n samples of z; at temperature 0 z is
+    the greedy one, token by token."""
     target, (_, column, _) = _answer(posterior)
     likelihood = _likelihood(target)
     if len(answers) == 0 or n < 1:
@@ -125,7 +125,7 @@ def vote(
             prefix = lm.passes.extend(asked, row_of, [text for _, text in unique])
             index = torch.arange(len(unique), device=lm.device)
             uniforms = torch.full((len(unique), max_tokens + 1), 0.5, device=lm.device)
-            greedy = Exploration(torch.full((len(unique),), GREEDY, device=lm.device))
+            greedy = Exploration(torch.zeros(len(unique), device=lm.device))
             drawn = draw(lm.passes, prefix, index, support, uniforms, greedy)
         written = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
         answers = {q: lm.decode(z[:k]).strip() for q, (z, k) in zip(unique, written, strict=True)}

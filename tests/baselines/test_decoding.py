@@ -252,6 +252,8 @@ def test_sampling_leaves_the_global_generator_alone(one_lm: LanguageModel) -> No
         ("nucleus", 4, {"topp": 0.5}, "no setting 'topp'"),
         ("greedy", 4, {}, "greedy cannot give 4"),
         ("temperature", 4, {"temperature": 0.0}, "use 'greedy'"),
+        ("resampling", 4, {"temperature": float("nan")}, "need temperature > 0"),
+        ("temperature", 4, {"temperature": float("inf")}, "need temperature > 0"),
         ("nucleus", 4, {"top_p": 0.0}, "top_p"),
         ("top_k", 4, {"top_k": 0}, "at least 1"),
         ("beam", 4, {"num_beams": 2}, "cannot give 4"),

@@ -119,7 +119,9 @@ class SupportProcessor(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
         self.token_passes += len(scores)
-        return support_log_probs(self.support, scores, input_ids[:, self.prompt_width :], self.merge_stops)
+        log_q = support_log_probs(self.support, scores, input_ids[:, self.prompt_width :], self.merge_stops)
+        # Sampling asks for ratios alone: relative to the likeliest token no temperature overflows.
+        return log_q if self.merge_stops else log_q - log_q.amax(-1, keepdim=True)
 
 
 def _settings(policy: Policy, method: str, num_samples: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +142,7 @@ def _settings(policy: Policy, method: str, num_samples: int, given: dict[str, An
         raise ConfigError(
             f"{method} cannot give {num_samples} completions per row: ask for 1 (or more, if not greedy)"
         )
-    if settings.get("temperature", 1.0) <= 0 or not 0 < settings.get("top_p", 1.0) <= 1:
+    if not 0 < settings.get("temperature", 1.0) < float("inf") or not 0 < settings.get("top_p", 1.0) <= 1:
         raise ConfigError(
             f"{settings}: need temperature > 0 and 0 < top_p <= 1; for temperature 0 use 'greedy'"
         )
@@ -241,7 +243,12 @@ def _resampling(
     drawn = _generate(policy, rows, "temperature", num_samples * n, {"temperature": 1.0})
     rollouts = drawn.rollouts
     log_q = policy.evaluate(rollouts).final(rollouts.lengths)
-    log_r = log_q / temperature if score is None else score.score_final(rollouts).to(log_q.device)
+    if score is None:  # relative to the likeliest of the row: no temperature overflows
+        log_r = (log_q.view(len(rows), -1) - log_q.view(len(rows), -1).amax(1, keepdim=True)).view(
+            -1
+        ) / temperature
+    else:
+        log_r = score.score_final(rollouts).to(log_q.device)
     weights = (log_r - log_q).view(len(rows), -1).softmax(1)
     picked = torch.multinomial(weights, num_samples, replacement=True)
     first = torch.arange(len(rows), device=picked.device)[:, None] * weights.shape[1]

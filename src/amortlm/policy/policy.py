@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from amortlm.errors import DataError, ModelError, TemplateError
-from amortlm.files import follow_umask
 from amortlm.passes import Passes, length_groups, pad_right
-from amortlm.policy.adapter import FULL, load_weights, trainable_copy
+from amortlm.policy.adapter import FULL, load_weights, save_weights, trainable_copy
 from amortlm.policy.sampling import Exploration, draw, uniform_streams
 from amortlm.policy.support import BoundSupport, Support
 from amortlm.targets.template import Messages, PromptTemplate
@@ -156,6 +155,11 @@ class Policy(nn.Module):
             tokens = self.lm.encode_continuation(completion)
         else:
             tokens = list(completion)
+            if not all(isinstance(t, int) for t in tokens):
+                raise DataError(
+                    f"completion {completion!r} is neither a text nor a list of token ids; of chat messages give the "
+                    "text of the assistant's"
+                )
         stop = self.support.stop_ids[0]
         if tokens and tokens[-1] in self.support.stop_ids:
             stop = tokens.pop()
@@ -176,8 +180,7 @@ class Policy(nn.Module):
 
     def save_adapter(self, folder: str | Path) -> None:
         """A PEFT adapter folder, or a full model folder. safetensors and JSON."""
-        self.model.save_pretrained(str(folder), safe_serialization=True)
-        follow_umask(*Path(folder).glob("*.safetensors"))
+        save_weights(self.model, folder)
         if self.is_full:
             self.lm.tokenizer.save_pretrained(str(folder))
 

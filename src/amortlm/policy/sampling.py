@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from amortlm.errors import ConfigError
 from amortlm.passes import Passes, Prefix
 from amortlm.policy.support import BoundSupport
 from amortlm.policy.tools import ToolRun
@@ -20,10 +21,20 @@ from amortlm.policy.tools import ToolRun
 
 @dataclass(frozen=True)
 class Exploration:
-    """How the behaviour departs from the policy: softmax temperature [B] and a share of uniform choices."""
+    """How the behaviour departs from the policy: softmax temperature [B] and a share of uniform choices. At temperature
+    0 it takes the likeliest token. Raises ConfigError for temperatures below 0 or infinite, epsilon outside [0, 1]."""
 
     temperature: Tensor | None = None
     epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        heat = self.temperature
+        if heat is not None and not bool((torch.isfinite(heat) & (heat >= 0)).all()):
+            raise ConfigError(
+                f"a temperature must be a finite number, 0 (greedy) or above, not {heat.tolist()}"
+            )
+        if not 0 <= self.epsilon <= 1:
+            raise ConfigError(f"epsilon is a share of uniform choices, between 0 and 1, not {self.epsilon}")
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,11 @@ def _step(
     log_q = logits.log_softmax(-1)
     behaviour = log_q
     if exploration.temperature is not None:
-        behaviour = (logits / exploration.temperature[alive, None]).log_softmax(-1)
+        heat = exploration.temperature[alive, None].to(logits.dtype)
+        # Relative to the likeliest token, so that no temperature overflows; the first of equals at temperature 0.
+        scaled = (logits - logits.amax(-1, keepdim=True)) / heat
+        greedy = torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
+        behaviour = torch.where(heat > 0, scaled, greedy).log_softmax(-1)
     probs = behaviour.exp()
     if exploration.epsilon > 0:
         probs = (1 - exploration.epsilon) * probs + exploration.epsilon * legal / legal.sum(-1, keepdim=True)

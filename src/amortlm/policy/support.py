@@ -34,7 +34,7 @@ class Support:
     stop             one token or several (text or id); not part of the completion
     min_tokens       stopping is impossible before so many tokens
     max_tokens       stopping is sure after so many tokens
-    allowed_tokens   only these may be written (default: all but special tokens)
+    allowed_tokens   only these may be written (default: all but special tokens and tokens without text)
     banned_tokens    never written; wins over allowed_tokens
     tool             writes into the completion, whatever is allowed: a `Tool`, "calculator", or a JSON form
     separator        with it, a completion is a list of statements: "s1 SEP s2 SEP s3", none of them empty
@@ -44,8 +44,9 @@ class Support:
     pattern          the whole text, outer white space removed, matches this regular expression: what
                      `constraint.matches` takes. SupportError, on binding, for one that is not regular or too large
 
-    Stop tokens and the tokenizer's special tokens are never written inside a completion. The separator is one token,
-    allowed whatever allowed_tokens says, and counts as a token of the completion.
+    Stop tokens are never written inside a completion, special tokens only if allowed_tokens names them; then the text
+    that constraints and verifiers read shows them. The separator is one token, allowed whatever allowed_tokens says,
+    and counts as a token of the completion.
     """
 
     stop: str | int | Sequence[str | int]

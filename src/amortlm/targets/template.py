@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date, time, timedelta
+from numbers import Number
+from pathlib import PurePath
 from string import Formatter
 from typing import Any
+from uuid import UUID
+
+import numpy as np
 
 from amortlm.errors import DataError, TemplateError, nearest
 from amortlm.types import Row
 
 LATENT = "z"
 NUMBERED = re.compile(r"z\d+")
-Messages = Sequence[Mapping[str, str]]
+Messages = Sequence[Mapping[str, Any]]
+ROLE = re.compile(r"[A-Za-z][\w-]*")
+Pieces = Sequence[tuple[str, bool]]  # a text in parts: (part, whether it comes from the data)
+PLAIN = (str, Number, date, time, timedelta, PurePath, UUID)  # whose str() is what a reader expects
 
 
 class Template:
@@ -89,46 +98,157 @@ class Template:
             if field in latents:
                 out = after
             elif field is not None:
-                out.append(self._value(row, field))
+                out.append(cell_text(self._value(row, field), field))
         return "".join(before), "".join(after)
 
-    def _value(self, row: Row, column: str) -> str:
+    def pieces(self, row: Row) -> Pieces:
+        """The filled-in text of a template without a latent, in parts."""
+        out = []
+        for literal, field in self.parts:
+            out.append((literal, False))
+            if field is not None:
+                out.append((cell_text(self._value(row, field), field), True))
+        return out
+
+    @property
+    def only_column(self) -> str | None:
+        """The column of a template that is nothing but one: "{prompt}"."""
+        return self.parts[0][1] if len(self.parts) == 1 and self.parts[0][0] == "" and self.columns else None
+
+    def _value(self, row: Row, column: str) -> Any:
         if column not in row:
             raise TemplateError(
                 f"template {self.text!r} uses {{{column}}}, but the data has no such column; "
                 + nearest(column, [*map(str, row), LATENT])
             )
-        if row[column] is None:
-            raise DataError(f"column {column!r} is empty (None) in a row; drop or fill such rows")
-        return str(row[column])
+        return row[column]
+
+
+def cell_text(value: Any, column: str) -> str:
+    """A cell as text: texts as they are; numbers, truth values, dates and times, paths as Python writes them.
+
+    Raises DataError for what is empty (None, NaN, NaT, pandas.NA), infinite, or of another kind."""
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a single value of numpy or torch
+        is_date = getattr(value.dtype, "kind", "") in ("M", "m")
+        value = (None if value != value else str(value)) if is_date else value.item()
+    if is_empty(value):
+        raise DataError(f"column {column!r} is empty ({value}) in a row; drop or fill such rows")
+    if is_messages(value):
+        raise DataError(
+            f"column {column!r} holds chat messages where a template needs text; a prompt that is nothing but "
+            f'"{{{column}}}" takes messages, elsewhere give their text, such as row[{column!r}][-1]["content"]'
+        )
+    if not isinstance(value, PLAIN):
+        raise DataError(
+            f"column {column!r} holds a {type(value).__name__}, not text; turn it into the text that the model should "
+            "read (join a list, decode bytes)"
+        )
+    if isinstance(value, Number) and value in (float("inf"), -float("inf")):
+        raise DataError(
+            f"column {column!r} is infinite in a row; give it as text if it is one, or drop such rows"
+        )
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"column {column!r} holds half a character (a lone surrogate) in {text[:40]!r}; "
+            'read the data as UTF-8, or clean it with text.encode("utf-8", "replace").decode()'
+        ) from None
+    return text
+
+
+def is_empty(value: Any) -> bool:
+    """None, or what data frames write for it: NaN, NaT, pandas.NA."""
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):
+        return True
+    return isinstance(value, Number) and bool(value != value)
+
+
+def is_messages(value: Any) -> bool:
+    """A chat as data sets hold it: a list of {"role": .., "content": ..}."""
+    return (
+        isinstance(value, list | tuple)
+        and len(value) > 0
+        and all(isinstance(m, Mapping) and "role" in m for m in value)
+    )
 
 
 class PromptTemplate:
-    """What comes before the latent: a text template, or chat messages with templates as contents.
+    """What comes before the latent: a text template, or chat messages with templates as contents (a text, or text
+    parts as in `[{"type": "text", "text": "{x}"}]`).
 
-    Messages go through the tokenizer's chat template with the generation prompt added.
+    Messages go through the tokenizer's chat template: with the generation prompt added, or, if the last one is the
+    assistant's, to be continued. A text template that is nothing but one column, `"{prompt}"`, takes the messages that
+    it finds there (the conversational format of TRL).
     """
 
     def __init__(self, prompt: str | Messages):
+        if isinstance(prompt, Mapping):
+            prompt = [prompt]
         self.source = prompt
+        self.roles: list[dict[str, Any]] | None = None
         if isinstance(prompt, str):
             self.templates = [Template(prompt)]
-            self.roles: list[dict[str, Any]] | None = None
-        else:
-            self.templates = [Template(m["content"]) for m in prompt]
-            self.roles = [{k: v for k, v in m.items() if k != "content"} for m in prompt]
-            if any(t.has_latent for t in self.templates):
-                raise TemplateError("{z} cannot be inside chat messages: it follows them")
+            return
+        if not is_messages(prompt):
+            raise TemplateError(
+                f'{prompt!r} is no prompt: give a text, or messages such as {{"role": "user", "content": "{{x}}"}}'
+            )
+        self.templates = [Template(_content(m)) for m in prompt]
+        self.roles = [{k: v for k, v in m.items() if k != "content"} for m in prompt]
+        if any(t.has_latent for t in self.templates):
+            raise TemplateError("{z} cannot be inside chat messages: it follows them")
 
     @property
     def columns(self) -> set[str]:
         return set().union(*(t.columns for t in self.templates))
 
-    def messages(self, row: Row) -> list[dict[str, Any]] | None:
-        """The filled-in messages, or None for a text prompt."""
-        if self.roles is None:
+    def messages(self, row: Row, join: Callable[[Pieces], str] | None = None) -> list[dict[str, Any]] | None:
+        """The filled-in messages, or None for a text prompt. join: makes a text of its parts."""
+        join = join or (lambda pieces: "".join(text for text, _ in pieces))
+        if self.roles is not None:
+            return [
+                {**r, "content": join(t.pieces(row))} for r, t in zip(self.roles, self.templates, strict=True)
+            ]
+        column = self.templates[0].only_column
+        value: Any = None if column is None else row.get(column)
+        value = value.tolist() if isinstance(value, np.ndarray) else value  # as data frames hold lists
+        if column is None or not is_messages(value):
             return None
-        return [{**r, "content": t.split(row)[0]} for r, t in zip(self.roles, self.templates, strict=True)]
+        return [_from_data(m, column, join) for m in value]
+
+
+def _content(message: Mapping[str, Any]) -> str:
+    """The text of a message, of all its parts. Raises TemplateError for a message without text."""
+    content = message.get("content")
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list | tuple) and all(isinstance(part, Mapping) for part in content):
+        texts = [part.get("text") for part in content if part.get("type", "text") == "text"]
+        if len(texts) == len(content) > 0 and all(isinstance(text, str) for text in texts):
+            return "".join(texts)  # type: ignore[arg-type]
+    raise TemplateError(
+        f"message {dict(message)!r}: give its content as a text, or as parts of type 'text'; models that read images "
+        "or call tools are not supported"
+    )
+
+
+def _from_data(message: Mapping[str, Any], column: str, join: Callable[[Pieces], str]) -> dict[str, Any]:
+    """A message of a row. Roles choose what the chat template writes, so they are words."""
+    role = message["role"]
+    if not isinstance(role, str) or not ROLE.fullmatch(role):
+        raise DataError(f"column {column!r}: {role!r} is no role of a message, such as 'user'")
+    odd = sorted(str(k) for k, v in message.items() if k not in ("role", "content") and v is not None)
+    if odd:
+        raise DataError(
+            f"column {column!r}: a message has {odd[0]!r}; only 'role' and 'content' are read: drop it"
+        )
+    try:
+        text = cell_text(_content(message), column)
+    except TemplateError as e:
+        raise DataError(f"column {column!r}: {e}") from None
+    return {"role": role, "content": join([(text, True)])}
 
 
 def check_rows(rows: Sequence[Row], columns: set[str], what: str) -> None:
