@@ -18,7 +18,7 @@ from amortlm.policy import Support
 from amortlm.targets.functions import Trust
 from amortlm.targets.spec import _builders, target_from_spec
 from amortlm.tasks import TASKS, load_task
-from amortlm.tasks.spec import RunSpec, load_rows
+from amortlm.tasks.spec import RunSpec
 from reference import random_rollouts
 
 ROWS = [{"x": "the dog", "y": " ran"}, {"x": "a", "y": " a cat"}]
@@ -257,9 +257,9 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
     [
         ({"config": {"max_step": 1}}, ConfigError, "config: unknown key 'max_step'; did you mean 'max_steps'?"),
         ({"config": {"zzz": 1}}, ConfigError, "config: unknown key 'zzz'; no such setting."),
-        ({"config": {"max_steps": "ten"}}, ConfigError, "config: max_steps must be a number, got 'ten'"),
+        ({"config": {"max_steps": "ten"}}, ConfigError, "config: max_steps must be a whole number, got 'ten'"),
         ({"config": {"lr_scheduler_type": "ladder"}}, ConfigError, "ladder is not a valid SchedulerType"),
-        ({"config": {"temperature_range": 2.0}}, ConfigError, "support or config: "),
+        ({"config": {"temperature_range": 2.0}}, ConfigError, "config: temperature_range must be a list of 2: a number, a number, got 2.0"),
         ({"config": {"objective": "subbt"}}, ConfigError, "unknown objective 'subbt'; did you mean 'subtb'?"),
         ({"config": [1]}, ConfigError, "config must be a mapping of settings, got [1]"),
         ({"support": {"stop": ".", "max_token": 2}}, ConfigError, "support: unknown key 'max_token'; did you mean"),
@@ -269,8 +269,8 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
         ({"target": [{"contain": ["a"]}]}, ConfigError, "unknown target term 'contain'; did you mean 'contains'?"),
         ({"prompt": "{w}"}, DataError, "row 0 has no column 'w', which a template uses"),
         ({"prompt": "{x}{z}"}, TemplateError, "take {z} out"),
-        ({"data": []}, DataError, "data has no rows"),
-        ({"data": ["a"]}, DataError, "data has no rows; it needs one mapping of column to value per row"),
+        ({"data": []}, DataError, "data is empty: give at least one row"),
+        ({"data": ["a"]}, DataError, "data: row 0 is 'a', not a mapping of column to value"),
         ({"data": 3}, DataError, "data has no rows"),
         ({"model": "no/such/folder"}, ConfigError, "cannot load a causal LM from 'no/such/folder'"),
     ],
@@ -296,69 +296,6 @@ def test_built_in_tasks_are_valid_specs(name: str, tmp_path: Path) -> None:
 def test_unknown_tasks_name_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown task 'number'; did you mean 'numbers'\?.*ends in \.yaml"):
         load_task("number")
-
-
-# Data files
-
-TABLE = [{"x": "the dog", "y": "1"}, {"x": "a, cat", "y": ""}]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "rows"),
-    [
-        ("rows.jsonl", '{"x": "a"}\n\n{"x": "b"}\n', [{"x": "a"}, {"x": "b"}]),
-        ("rows.jsonl", '{"x": "a\u2028b\x85c"}\r\n{"x": 3}', [{"x": "a\u2028b\x85c"}, {"x": 3}]),
-        ("rows.json", '[{"x": "a"},\n {"x": null}]', [{"x": "a"}, {"x": None}]),
-        ("rows.json", '\ufeff[{"x": "ä"}]', [{"x": "ä"}]),
-        ("rows.csv", 'x,y\nthe dog,1\n"a, cat",\n', TABLE),
-        ("rows.csv", '\ufeffx,y\nthe dog,1\n"a, cat",\n', TABLE),
-        ("rows.csv", 'x,y\n"two\nlines","a ""quote"""\n', [{"x": "two\nlines", "y": 'a "quote"'}]),
-        ("rows.csv", "x,y\nonly x\n", [{"x": "only x", "y": None}]),
-        ("rows.tsv", "x\ty\nthe dog\t1\na, cat\t\n", TABLE),
-        ("rows.jsonl", "{}", [{}]),
-    ],
-)
-def test_data_files(tmp_path: Path, name: str, text: str, rows: list[dict]) -> None:
-    file = tmp_path / name
-    file.write_text(text, encoding="utf-8")
-    assert load_rows(file) == rows
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("rows.jsonl", "", "has no rows; it needs one mapping of column to value per row"),
-        ("rows.jsonl", "\n\n", "has no rows"),
-        ("rows.json", "", "Expecting value"),
-        ("rows.json", "[]", "has no rows"),
-        ("rows.json", '{"x": "a"}', "has no rows"),
-        ("rows.jsonl", "1\n2\n", "has no rows"),
-        ("rows.csv", "", "has no rows"),
-        ("rows.csv", "x,y\n", "has no rows"),
-        ("rows.csv", "x,y\n1,2,3\n", "more values than the header has columns"),
-        ("rows.jsonl", '{"x": "a"}\n{"x": \n', "Expecting value"),
-        ("rows.txt", "a\n", "use .jsonl, .json, .csv or .tsv"),
-        ("rows", "a\n", "use .jsonl, .json, .csv or .tsv"),
-    ],
-)
-def test_bad_data_files_say_what_is_wrong(tmp_path: Path, name: str, text: str, message: str) -> None:
-    file = tmp_path / name
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError) as e:
-        load_rows(file)
-    assert message in str(e.value)
-    assert str(file) in str(e.value)
-
-
-def test_data_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read data file .*none\.jsonl: No such file"):
-        load_rows(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="cannot read data file"):
-        load_rows(tmp_path)
-    latin = tmp_path / "latin.csv"
-    latin.write_bytes("x\ncafé\n".encode("latin-1"))
-    with pytest.raises(DataError, match="is not UTF-8 text"):
-        load_rows(latin)
 
 
 def test_a_data_path_is_relative_to_the_yaml_file(

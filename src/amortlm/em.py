@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import set_seed
 
+from amortlm.data import as_rows
 from amortlm.errors import AmortLMError, ConfigError
 from amortlm.files import follow_umask
 from amortlm.language_model import LanguageModel
@@ -82,7 +83,8 @@ class EM:
     ):
         self.term = _single_term(target)
         self.temperature = 1.0 / target.terms[0][0]
-        self.lm, self.prompt, self.support, self.rows = lm, prompt, support, list(train_dataset)
+        self.lm, self.prompt, self.support = lm, prompt, support
+        self.rows = as_rows(train_dataset, "train_dataset")
         self.args, self.m_step, self.rounds, self.seeds = args, m_step or MStep(), rounds, seeds
         if rounds < 1:
             raise ConfigError(f"rounds must be at least 1, got {rounds}")

@@ -129,17 +129,3 @@ class PromptTemplate:
         if self.roles is None:
             return None
         return [{**r, "content": t.split(row)[0]} for r, t in zip(self.roles, self.templates, strict=True)]
-
-
-def check_rows(rows: Sequence[Row], columns: set[str], what: str) -> None:
-    """Raise DataError unless `rows` is not empty and every row has `columns`."""
-    if len(rows) == 0:
-        raise DataError(f"{what} is empty: give at least one row")
-    for i in range(len(rows)):
-        missing = columns - set(rows[i])
-        if missing:
-            name = sorted(missing)[0]
-            raise DataError(
-                f"{what}: row {i} has no column {name!r}, which a template uses; "
-                + nearest(name, map(str, rows[i]))
-            )

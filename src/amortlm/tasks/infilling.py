@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from amortlm.data import load_rows
 from amortlm.errors import DataError
-from amortlm.tasks.spec import RunSpec, load_rows
+from amortlm.tasks.spec import RunSpec
 from amortlm.types import Row
 
 STORIES = load_rows(Path(__file__).parent / "stories.jsonl")  # x, y, and gold: the fourth sentence as written

@@ -24,6 +24,7 @@ from transformers.trainer_utils import TrainOutput
 
 from amortlm import objectives
 from amortlm.buffer import ReplayBuffer
+from amortlm.data import as_rows, check_rows
 from amortlm.errors import AmortLMError, DataError, RewardError
 from amortlm.files import replacing
 from amortlm.language_model import LanguageModel
@@ -33,7 +34,7 @@ from amortlm.policy.sampling import seed_of
 from amortlm.policy.support import Support
 from amortlm.posterior import Posterior
 from amortlm.targets.base import Softened, Target
-from amortlm.targets.template import Messages, check_rows
+from amortlm.targets.template import Messages
 from amortlm.train import checkpoints, run
 from amortlm.train.callbacks import ROWS, SAMPLES, DiagnoseCallback, TrainingProgress
 from amortlm.train.config import GFNConfig
@@ -55,7 +56,7 @@ CHUNK = 32  # rows at a time when every row of the data is visited
 class GFNTrainer(Trainer):
     """Trains a policy to sample from `target` (Hu et al. 2024, section 3).
 
-    train_dataset   rows with the columns the templates name: a `datasets.Dataset` or a list of dicts
+    train_dataset   rows with the columns the templates name: a list of dicts, a `datasets.Dataset`, a DataFrame
     peft_config     a LoraConfig, "full" for full fine-tuning, or None for LoRA on all linear layers
     seeds           gold completions that start in the replay buffer: a list per row (texts or tokens)
 
@@ -84,8 +85,8 @@ class GFNTrainer(Trainer):
         _check_objective(args.objective, target)
         set_seed(args.seed)
         policy = Policy(lm, prompt, support, peft_config)
-        check_rows(train_dataset, set(policy.prompt.columns) | set(target.columns), "train_dataset")
-        rows = [dict(row) for row in train_dataset]
+        rows = as_rows(train_dataset, "train_dataset")
+        check_rows(rows, set(policy.prompt.columns) | set(target.columns), "train_dataset")
         for start in range(0, len(rows), CHUNK):
             # Prompts that are too long fail here, not at step 500.
             policy.encode_rows(rows[start : start + CHUNK])
