@@ -25,6 +25,8 @@ SCALARS = {
     "merge": (r"<<", ["<"]),
 }
 
+LARGEST = 2**63 - 1  # what 64 bits hold
+
 
 class _Loader(yaml.SafeLoader):
     """Plain scalars as in JSON: true, false, null and decimal numbers; everything else is the text that it is.
@@ -146,8 +148,8 @@ def _number(value: Any, kind: type) -> int | float:
         raise TypeError from None
     if isinstance(number, bool) or not isinstance(number, int | float) or math.isnan(number):
         raise TypeError
-    if kind is int and isinstance(number, float):
-        if not number.is_integer():
+    if kind is int:
+        if not (isinstance(number, int) or number.is_integer()) or abs(number) > LARGEST:
             raise TypeError
         return int(number)
     return number
