@@ -39,9 +39,9 @@ ARGUMENTS: dict[str, Any] = {
     "allowed_tokens": str | int | list[str | int],
     "canonical": bool,
     "length": {"minimum": int, "maximum": int | None},
-    "predicate": str,
+    "predicate": {"function": str, "timeout": float | None},
     "unordered": {"target": list[dict[str, Any]], "separator": str | int},
-    "verifier": {"function": str, "every_prefix": bool},
+    "verifier": {"function": str, "every_prefix": bool, "timeout": float | None},
 }
 
 
@@ -53,7 +53,7 @@ def _builders(lm: LanguageModel, trust: Trust = NOBODY) -> dict[str, Callable[[A
         "allowed_tokens": lambda a, k: c.AllowedTokens(_listed(a), **k),
         "canonical": lambda a, k: _canonical(a, **k),
         "length": lambda a, k: c.Length(**a, **k),
-        "predicate": lambda a, k: _predicate(a, trust, **k),
+        "predicate": lambda a, k: _predicate(a.pop("function"), trust, **a, **k),
         "unordered": lambda a, k: Unordered(target_from_spec(a.pop("target"), lm, trust), **a, **k),
         "verifier": lambda a, k: c.Verifier(trust.find(a.pop("function")), **a, **k),
     }
@@ -65,9 +65,8 @@ def _canonical(wanted: Any, **extra: float) -> Target:
     return c.Canonical(**extra)
 
 
-def _predicate(a: Any, trust: Trust, **extra: float) -> Target:
-    settings = a if isinstance(a, dict) else {"function": a}
-    return c.Predicate(trust.find(settings.pop("function")), **settings, **extra)
+def _predicate(function: Any, trust: Trust, **settings: Any) -> Target:
+    return c.Predicate(trust.find(function), **settings)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -77,6 +76,8 @@ def _listed(value: Any) -> list[Any]:
 def _arguments(name: str, given: Any) -> Any:
     """What a term was given, its values as `ARGUMENTS` has them."""
     declared, where = ARGUMENTS[name], f"target term {name!r}"
+    if name == "predicate" and not isinstance(given, dict):
+        given = {"function": given}
     if not isinstance(declared, dict):
         return typed_value(given, declared, where)
     if not isinstance(given, dict):
@@ -110,7 +111,7 @@ def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel, trust: T
         names = set(term) - MODIFIERS
         unknown = names - set(builders)
         if unknown:
-            name = sorted(unknown)[0]
+            name = min(map(str, unknown))
             raise ConfigError(f"unknown target term {name!r}; {nearest(name, [*builders, *MODIFIERS])}")
         if len(names) != 1:
             raise ConfigError(f"a target term names exactly one of {sorted(builders)}, got {sorted(term)}")
