@@ -122,7 +122,7 @@ class EM:
                 )
                 self.model.model.save_pretrained(str(here / "p"))
                 follow_umask(*(here / "p").glob("*.safetensors"))
-                (here / DONE).write_text(json.dumps({"loss": losses}))
+                (here / DONE).write_text(json.dumps({"loss": losses}), encoding="utf-8")
             q = str(here / "q")
         load_weights(self.model.model, self.is_full, here / "p")
         return Posterior.from_pretrained(here / "q", lm=self.lm, target=self._target())
