@@ -34,7 +34,7 @@ class _Loader(yaml.SafeLoader):
     No tags but those of JSON's types, no key twice, nothing that contains itself.
     """
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
         tag: make
         for tag, make in yaml.SafeLoader.yaml_constructors.items()
