@@ -53,7 +53,7 @@ def _builders(lm: LanguageModel, trust: Trust = NOBODY) -> dict[str, Callable[[A
         "allowed_tokens": lambda a, k: c.AllowedTokens(_listed(a), **k),
         "canonical": lambda a, k: _canonical(a, **k),
         "length": lambda a, k: c.Length(**a, **k),
-        "predicate": lambda a, k: _predicate(a.pop("function"), trust, **a, **k),
+        "predicate": lambda a, k: c.Predicate(trust.find(a.pop("function")), **a, **k),
         "unordered": lambda a, k: Unordered(target_from_spec(a.pop("target"), lm, trust), **a, **k),
         "verifier": lambda a, k: c.Verifier(trust.find(a.pop("function")), **a, **k),
     }
@@ -63,10 +63,6 @@ def _canonical(wanted: Any, **extra: float) -> Target:
     if wanted is not True:
         raise ConfigError(f"canonical: {wanted!r}: write `canonical: true`, or leave the term out")
     return c.Canonical(**extra)
-
-
-def _predicate(function: Any, trust: Trust, **settings: Any) -> Target:
-    return c.Predicate(trust.find(function), **settings)
 
 
 def _listed(value: Any) -> list[Any]:

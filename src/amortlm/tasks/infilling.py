@@ -42,7 +42,7 @@ def read_stories(path: Path) -> list[Row]:
         names = ("stories.tsv", "train_head.txt", "stories.jsonl")
         path = next((path / name for name in names if (path / name).is_file()), path)
     if path.suffix in (".jsonl", ".json", ".csv"):
-        return load_rows(path)
+        return [*load_rows(path)]
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
