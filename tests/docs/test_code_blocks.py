@@ -20,6 +20,7 @@ import yaml
 from amortlm import GFNConfig, LanguageModel
 from amortlm.cli import _parser
 from amortlm.em import MStep
+from amortlm.targets.functions import Trust
 from amortlm.targets.spec import target_from_spec
 from amortlm.tasks.spec import RunSpec
 
@@ -113,7 +114,7 @@ def test_yaml_is_a_run(
         rest = yaml.safe_dump({key: value for key, value in RUN.items() if key not in stated})
         file.write_text(block.text if whole else block.text + rest, encoding="utf-8")
         spec = RunSpec.from_yaml(file)
-        target_from_spec(spec.target, embedded)
+        target_from_spec(spec.target, embedded, Trust(["my_package"]))
         if whole:
             spec.trainer(str(short / "out")).train()
             assert (short / "out" / "posterior.json").exists()
