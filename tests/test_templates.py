@@ -22,7 +22,7 @@ from amortlm.errors import (
 )
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Support
-from amortlm.targets.template import PromptTemplate, Template, check_rows
+from amortlm.targets.template import PromptTemplate, Template
 from reference import CONTEXT, tiny_policy, tiny_tokenizer
 
 
@@ -199,14 +199,6 @@ def test_long_targets_say_what_to_do(one_lm: LanguageModel) -> None:
     with pytest.raises(PromptTooLongError, match=r"\{z\}\{y\}.*shorten the prompt"):
         target.score(rollouts)
     target.score(policy.rollouts([{"y": "b" * (CONTEXT - 4)}], [[[5, 6]]]))
-
-
-def test_check_rows() -> None:
-    check_rows([{"x": 1, "y": 2}], {"x"}, "train_dataset")
-    with pytest.raises(DataError, match="train_dataset is empty: give at least one row"):
-        check_rows([], {"x"}, "train_dataset")
-    with pytest.raises(DataError, match=r"row 1 has no column 'text'.*did you mean 'texts'.*Valid: texts"):
-        check_rows([{"text": "a"}, {"texts": "b"}], {"text"}, "train_dataset")
 
 
 def test_nearest() -> None:

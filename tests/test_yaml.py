@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
 
-from amortlm import LanguageModel, Target, Unordered, constraint, verifier
-from amortlm.errors import ConfigError, DataError, SupportError, TemplateError
+from amortlm import GFNConfig, LanguageModel, Target, Unordered, constraint, verifier
+from amortlm.errors import AmortLMError, ConfigError, DataError, SupportError, TemplateError
 from amortlm.policy import Support
+from amortlm.settings import load_yaml
 from amortlm.targets.functions import Trust
-from amortlm.targets.spec import _builders, target_from_spec
+from amortlm.targets.spec import ARGUMENTS, _builders, target_from_spec
 from amortlm.tasks import TASKS, load_task
-from amortlm.tasks.spec import RunSpec, load_rows
+from amortlm.tasks.spec import RunSpec
 from reference import random_rollouts
 
 ROWS = [{"x": "the dog", "y": " ran"}, {"x": "a", "y": " a cat"}]
@@ -257,9 +261,9 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
     [
         ({"config": {"max_step": 1}}, ConfigError, "config: unknown key 'max_step'; did you mean 'max_steps'?"),
         ({"config": {"zzz": 1}}, ConfigError, "config: unknown key 'zzz'; no such setting."),
-        ({"config": {"max_steps": "ten"}}, ConfigError, "config: max_steps must be a number, got 'ten'"),
+        ({"config": {"max_steps": "ten"}}, ConfigError, "config: max_steps must be a whole number, got 'ten'"),
         ({"config": {"lr_scheduler_type": "ladder"}}, ConfigError, "ladder is not a valid SchedulerType"),
-        ({"config": {"temperature_range": 2.0}}, ConfigError, "support or config: "),
+        ({"config": {"temperature_range": 2.0}}, ConfigError, "config: temperature_range must be a list of 2: a number, a number, got 2.0"),
         ({"config": {"objective": "subbt"}}, ConfigError, "unknown objective 'subbt'; did you mean 'subtb'?"),
         ({"config": [1]}, ConfigError, "config must be a mapping of settings, got [1]"),
         ({"support": {"stop": ".", "max_token": 2}}, ConfigError, "support: unknown key 'max_token'; did you mean"),
@@ -269,8 +273,8 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
         ({"target": [{"contain": ["a"]}]}, ConfigError, "unknown target term 'contain'; did you mean 'contains'?"),
         ({"prompt": "{w}"}, DataError, "row 0 has no column 'w', which a template uses"),
         ({"prompt": "{x}{z}"}, TemplateError, "take {z} out"),
-        ({"data": []}, DataError, "data has no rows"),
-        ({"data": ["a"]}, DataError, "data has no rows; it needs one mapping of column to value per row"),
+        ({"data": []}, DataError, "data is empty: give at least one row"),
+        ({"data": ["a"]}, DataError, "data: row 0 is 'a', not a mapping of column to value"),
         ({"data": 3}, DataError, "data has no rows"),
         ({"model": "no/such/folder"}, ConfigError, "cannot load a causal LM from 'no/such/folder'"),
     ],
@@ -298,67 +302,194 @@ def test_unknown_tasks_name_the_nearest() -> None:
         load_task("number")
 
 
-# Data files
-
-TABLE = [{"x": "the dog", "y": "1"}, {"x": "a, cat", "y": ""}]
+# Values that YAML or a hand slips in
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "rows"),
+    ("text", "value"),
     [
-        ("rows.jsonl", '{"x": "a"}\n\n{"x": "b"}\n', [{"x": "a"}, {"x": "b"}]),
-        ("rows.jsonl", '{"x": "a\u2028b\x85c"}\r\n{"x": 3}', [{"x": "a\u2028b\x85c"}, {"x": 3}]),
-        ("rows.json", '[{"x": "a"},\n {"x": null}]', [{"x": "a"}, {"x": None}]),
-        ("rows.json", '\ufeff[{"x": "ä"}]', [{"x": "ä"}]),
-        ("rows.csv", 'x,y\nthe dog,1\n"a, cat",\n', TABLE),
-        ("rows.csv", '\ufeffx,y\nthe dog,1\n"a, cat",\n', TABLE),
-        ("rows.csv", 'x,y\n"two\nlines","a ""quote"""\n', [{"x": "two\nlines", "y": 'a "quote"'}]),
-        ("rows.csv", "x,y\nonly x\n", [{"x": "only x", "y": None}]),
-        ("rows.tsv", "x\ty\nthe dog\t1\na, cat\t\n", TABLE),
-        ("rows.jsonl", "{}", [{}]),
+        ("no", "no"), ("Yes", "Yes"), ("off", "off"), ("y", "y"), ("true", True), ("False", False), ("null", None),
+        ("2024-01-01", "2024-01-01"), ("2024-01-01 10:00:00", "2024-01-01 10:00:00"), ("1:30", "1:30"),
+        ("007", "007"), ("0x10", "0x10"), ("1_000", "1_000"), ("12", 12), ("-3", -3), ("1.5", 1.5), ("1.0e-3", 1e-3),
+        ("1e-3", "1e-3"), (".inf", math.inf), ("1.2.3", "1.2.3"), ("'12'", "12"), ("", None), ("a: &k [1]\nb: *k", {"a": [1], "b": [1]}),
+        ("a: &k {x: 1}\nb: {<<: *k, y: 2}", {"a": {"x": 1}, "b": {"x": 1, "y": 2}}),
     ],
-)
-def test_data_files(tmp_path: Path, name: str, text: str, rows: list[dict]) -> None:
-    file = tmp_path / name
-    file.write_text(text, encoding="utf-8")
-    assert load_rows(file) == rows
+)  # fmt: skip
+def test_yaml_reads_scalars_as_json_does(text: str, value: Any) -> None:
+    assert load_yaml(text, "t") == value
+    assert type(load_yaml(text, "t")) is type(value)
+
+
+@pytest.mark.parametrize("value", ["no", "007", "1:30", "2024-01-01", "1e5", "1e-3", "0o7", "~", "", " a", 1e-5, 1e20, 3, True, None])  # fmt: skip
+def test_what_pyyaml_writes_is_read_as_it_was(value: Any) -> None:
+    assert load_yaml(yaml.safe_dump({"x": value}), "t") == {"x": value}
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("text", "message"),
     [
-        ("rows.jsonl", "", "has no rows; it needs one mapping of column to value per row"),
-        ("rows.jsonl", "\n\n", "has no rows"),
-        ("rows.json", "", "Expecting value"),
-        ("rows.json", "[]", "has no rows"),
-        ("rows.json", '{"x": "a"}', "has no rows"),
-        ("rows.jsonl", "1\n2\n", "has no rows"),
-        ("rows.csv", "", "has no rows"),
-        ("rows.csv", "x,y\n", "has no rows"),
-        ("rows.csv", "x,y\n1,2,3\n", "more values than the header has columns"),
-        ("rows.jsonl", '{"x": "a"}\n{"x": \n', "Expecting value"),
-        ("rows.txt", "a\n", "use .jsonl, .json, .csv or .tsv"),
-        ("rows", "a\n", "use .jsonl, .json, .csv or .tsv"),
+        ("a: 1\nb: 2\na: 3", "line 3: 'a' is given twice"),
+        ("x:\n  - {a: 1, a: 2}", "line 2: 'a' is given twice"),
+        ("&a [*a]", "recursive"),
+        ("a: &a {b: *a}", "recursive"),
+        ("!!timestamp 2024-01-01", "line 1: could not determine a constructor"),
+        ("!!set {a, b}", "line 1: could not determine a constructor"),
+        ("!!binary aGk=", "could not determine a constructor"),
+        ("!!bool maybe", "maybe"),
+        ("!!int x", "is not valid YAML"),
+        ("9" * 5000, "is not valid YAML: Exceeds the limit"),
+        ("[" * 5000, "is not valid YAML"),
+        ("{[a]: b}", "line 1: found unhashable key"),
+        ("a: \x00", "is not valid YAML"),
+        ("a: b: c", "line 1: mapping values are not allowed here"),
     ],
 )
-def test_bad_data_files_say_what_is_wrong(tmp_path: Path, name: str, text: str, message: str) -> None:
-    file = tmp_path / name
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(DataError) as e:
-        load_rows(file)
+def test_yaml_that_is_no_data_names_the_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match="is not valid YAML") as e:
+        load_yaml(text, "t")
     assert message in str(e.value)
-    assert str(file) in str(e.value)
 
 
-def test_data_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot read data file .*none\.jsonl: No such file"):
-        load_rows(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="cannot read data file"):
-        load_rows(tmp_path)
-    latin = tmp_path / "latin.csv"
-    latin.write_bytes("x\ncafé\n".encode("latin-1"))
-    with pytest.raises(DataError, match="is not UTF-8 text"):
-        load_rows(latin)
+def written(tmp_path: Path, text: str, encoding: str = "utf-8") -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(text.encode(encoding))
+    return file
+
+
+RUN_TEXT = """prompt: '{x}'
+target: [{log_prob: {of: '{z}', given: '{x}'}}]
+support: {stop: STOP, max_tokens: 2}
+data: [{x: DATA}]
+lora: LORA
+config: {max_steps: STEPS, save_strategy: SAVE, num_samples: 2}
+"""
+
+
+def filled(**values: str) -> str:
+    text = RUN_TEXT
+    for key, value in {"STOP": "'.'", "DATA": "a", "LORA": "2", "STEPS": "1", "SAVE": "no", **values}.items():
+        text = text.replace(key, value)
+    return text
+
+
+def test_words_and_dates_stay_text(tmp_path: Path) -> None:
+    spec = RunSpec.from_yaml(written(tmp_path, filled(DATA="2024-01-01", STOP="no")))
+    assert spec.rows() == [{"x": "2024-01-01"}]
+    assert spec.bare_support().stop == "no"
+    assert spec.args("out").save_strategy == "no"
+    assert json.dumps(spec.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"STOP": "false"}, "support: stop must be text or a whole number or a list (of text or a whole number), got False; to mean the text, quote it: 'false'"),
+        ({"STOP": "1.5"}, "support: stop must be text"),
+        ({"STEPS": "1.5"}, "config: max_steps must be a whole number, got 1.5"),
+        ({"STEPS": "[1]"}, "config: max_steps must be a whole number, got [1]"),
+        ({"STEPS": "true"}, "config: max_steps must be a whole number, got True"),
+        ({"STEPS": "null"}, "config: max_steps must be a whole number, got None"),
+        ({"STEPS": ".nan"}, "config: max_steps must be a whole number, got nan"),
+        ({"SAVE": "false"}, "config: save_strategy must be text, got False; to mean the text, quote it: 'false'"),
+        ({"LORA": "0"}, "lora must be a rank of at least 1, or full, got 0"),
+        ({"LORA": "half"}, "lora must be a rank of at least 1, or full, got 'half'"),
+        ({"LORA": "1.5"}, "lora must be a whole number or text, got 1.5"),
+        ({"DATA": "[1], 0: 2"}, "data: row 0 has a column named 0, not text"),
+    ],
+)  # fmt: skip
+def test_values_of_another_kind_are_refused_by_name(
+    tmp_path: Path, values: dict[str, str], message: str
+) -> None:
+    file = written(tmp_path, filled(**values))
+    with pytest.raises(AmortLMError) as e:
+        RunSpec.from_yaml(file)
+    assert str(e.value).startswith(f"{file}: {message}")
+
+
+def test_a_file_in_another_encoding(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.yaml is not UTF-8 text: .*save it as UTF-8"):
+        RunSpec.from_yaml(written(tmp_path, filled(DATA="Café"), "latin-1"))
+    assert RunSpec.from_yaml(written(tmp_path, filled(DATA="Café"), "utf-8-sig")).rows() == [{"x": "Café"}]
+
+
+ODD: list[Any] = [None, True, -1, 0, 1.5, math.nan, math.inf, 10**30, "", "no", [], [1], [[]], {}, {"a": 1}]
+
+
+def accepts(tmp_path: Path, then: Callable[[RunSpec], Any], **changes: Any) -> bool:
+    """Is the run accepted? Any error but AmortLMError, which is one clear sentence, goes through."""
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({**RUN, **changes}), encoding="utf-8")
+    try:
+        then(RunSpec.from_yaml(file))
+    except AmortLMError:
+        return False
+    return True
+
+
+def sampled_fields() -> list[str]:
+    """Every field of ours, and of each kind of annotation in TrainingArguments the first two."""
+    own = {f.name for f in fields(GFNConfig)} - {f.name for f in fields(TrainingArguments)}
+    kinds = Counter[str]()
+    out = []
+    for f in fields(GFNConfig):
+        kinds[str(f.type)] += 1
+        if f.init and (f.name in own or kinds[str(f.type)] <= 2):
+            out.append(f.name)
+    return out
+
+
+@pytest.mark.parametrize("name", sampled_fields())
+def test_odd_settings_are_never_a_traceback(tmp_path: Path, name: str) -> None:
+    config = {"num_samples": 2, "use_cpu": True}
+    found = [accepts(tmp_path, lambda spec: None, config={**config, name: value}) for value in ODD]
+    assert not all(found)
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(Support)])
+def test_odd_supports_are_never_a_traceback(tmp_path: Path, one_lm: LanguageModel, name: str) -> None:
+    support = {"stop": ".", "max_tokens": 2}
+    found = [
+        accepts(tmp_path, lambda spec: spec.bare_support().bind(one_lm), support={**support, name: value})
+        for value in ODD
+    ]
+    assert not all(found)
+
+
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "of": lambda v: [{"log_prob": {"of": v, "given": "{x}"}}],
+    "given": lambda v: [{"log_prob": {"of": "{z}", "given": v}}],
+    "weight": lambda v: [{"log_prob": {"of": "{z}"}, "weight": v}],
+    "temperature": lambda v: [{"log_prob": {"of": "{z}"}, "temperature": v}],
+    "penalty": lambda v: [{"contains": "a", "penalty": v}],
+    "minimum": lambda v: [{"length": {"minimum": v}}],
+    "maximum": lambda v: [{"length": {"maximum": v}}],
+    "function": lambda v: [{"verifier": {"function": v}}],
+    "every_prefix": lambda v: [{"verifier": {"function": "test_yaml:minus_length", "every_prefix": v}}],
+    "unordered target": lambda v: [{"unordered": {"target": v, "separator": " a"}}],
+    "separator": lambda v: [{"unordered": {"target": [{"log_prob": {"of": "{z}"}}], "separator": v}}],
+    "a term": lambda v: [v],
+    "all": lambda v: v,
+    **{name: lambda v, name=name: [{name: v}] for name in ARGUMENTS},
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_odd_targets_are_never_a_traceback(tmp_path: Path, one_lm: LanguageModel, place: str) -> None:
+    def score(spec: RunSpec) -> None:
+        rollouts = random_rollouts(one_lm, SUPPORT, ROWS, per_row=2)
+        target_from_spec(spec.target, one_lm).score(rollouts)
+
+    found = [accepts(tmp_path, score, target=PLACES[place](value)) for value in ODD]
+    assert not all(found)
+
+
+@pytest.mark.parametrize("name", ["prompt", "data", "lora", "config", "support", "target"])
+def test_odd_runs_are_never_a_traceback(tmp_path: Path, model_folder: Path, name: str) -> None:
+    def build(spec: RunSpec) -> None:
+        spec.trainer(str(tmp_path / "out"))
+
+    found = [accepts(tmp_path, build, model=str(model_folder), **{name: value}) for value in ODD]
+    assert not all(found)
 
 
 def test_a_data_path_is_relative_to_the_yaml_file(

@@ -123,13 +123,13 @@ class ReplayBuffer:
             folder / "buffer.safetensors",
         )
         counts = {key: len(stored) for key, stored in self._entries.items()}
-        (folder / "buffer.json").write_text(json.dumps(counts))
+        (folder / "buffer.json").write_text(json.dumps(counts), encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
         """Replace the content by what `save` wrote. Raises CheckpointError if it is incomplete."""
         folder = Path(folder)
         try:
-            counts = json.loads((folder / "buffer.json").read_text())
+            counts = json.loads((folder / "buffer.json").read_text(encoding="utf-8"))
             data = load_file(str(folder / "buffer.safetensors"))
             flat = iter(_entries(data))
             entries = {key: [next(flat) for _ in range(n)] for key, n in counts.items()}

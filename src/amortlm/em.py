@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import set_seed
 
+from amortlm.data import as_rows
 from amortlm.errors import AmortLMError, ConfigError
 from amortlm.language_model import LanguageModel
 from amortlm.passes import gather_log_probs, pad_right
@@ -81,7 +82,8 @@ class EM:
     ):
         self.term = _single_term(target)
         self.temperature = 1.0 / target.terms[0][0]
-        self.lm, self.prompt, self.support, self.rows = lm, prompt, support, list(train_dataset)
+        self.lm, self.prompt, self.support = lm, prompt, support
+        self.rows = as_rows(train_dataset, "train_dataset")
         self.args, self.m_step, self.rounds, self.seeds = args, m_step or MStep(), rounds, seeds
         if rounds < 1:
             raise ConfigError(f"rounds must be at least 1, got {rounds}")
@@ -118,7 +120,7 @@ class EM:
                     (self.args.seed, number),
                 )
                 save_weights(self.model.model, here / "p")
-                (here / DONE).write_text(json.dumps({"loss": losses}))
+                (here / DONE).write_text(json.dumps({"loss": losses}), encoding="utf-8")
             q = str(here / "q")
         load_weights(self.model.model, self.is_full, here / "p")
         return Posterior.from_pretrained(here / "q", lm=self.lm, target=self._target())

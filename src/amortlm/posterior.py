@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from amortlm import saved
+from amortlm.data import as_row, check_rows, rows_or_row
 from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, diagnose
 from amortlm.diagnostics.exact import LIMIT
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
@@ -25,7 +26,6 @@ from amortlm.predictive import Prediction, Votes, predict, vote
 from amortlm.saved import FILE, FORMAT
 from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
-from amortlm.targets.template import check_rows
 from amortlm.types import Rollouts, Row
 
 BATCH = 256  # completions sampled and scored at once
@@ -112,7 +112,7 @@ class Posterior:
             return self._uncorrected(row, n, seed)
         if self.target is None:
             raise ConfigError(f"correct={correct!r} needs a target; pass target= to from_pretrained")
-        self._check_draw(row, n)
+        row = self._check_draw(row, n)
         got = corrected(
             self.policy, self.target, row, n, method=correct, budget=budget, seed=seed, batch=BATCH
         )
@@ -162,7 +162,7 @@ class Posterior:
 
         A completion outside the support raises DataError.
         """
-        self._check([row])
+        row = self._check(as_row(row))[0]
         if isinstance(completions, str):
             raise DataError(f"log_prob takes a list of completions: write [{completions!r}]")
         if len(completions) == 0:
@@ -210,9 +210,7 @@ class Posterior:
         gold: per row, completions known to be good (texts or tokens); they can show a mode that q misses. Raises
         ConfigError without a target, DataError for missing columns or gold completions outside the support.
         """
-        rows = [rows] if isinstance(rows, dict) else list(rows)  # type: ignore[arg-type]
-        self._check(rows)
-        return diagnose(self, rows, n, seed=seed, limit=limit, level=level, gold=gold)
+        return diagnose(self, self._check(rows), n, seed=seed, limit=limit, level=level, gold=gold)
 
     def predict(
         self, row: Row, answers: Sequence[str], n: int = 64, *, temperature: float = 1.0, seed: object = 0
@@ -229,17 +227,21 @@ class Posterior:
         return vote(self, [row], n, temperature=temperature, seed=seed)[0]
 
     def _draw(self, row: Row, n: int, seed: object) -> tuple[Rollouts, Tensor, Tensor | None]:
-        self._check_draw(row, n)
+        row = self._check_draw(row, n)
         return draw(self.policy, self.target, row, n, seed=seed, batch=BATCH)
 
-    def _check_draw(self, row: Row, n: int) -> None:
-        self._check([row])
+    def _check_draw(self, row: Row, n: int) -> Row:
+        row = self._check(as_row(row))[0]
         if n < 1:
             raise ConfigError(f"n must be at least 1, got {n}")
+        return row
 
-    def _check(self, rows: Sequence[Row]) -> None:
+    def _check(self, rows: Row | Sequence[Row]) -> list[Row]:
+        """These rows, or this row, as dicts that have the columns of prompt and target."""
+        checked: list[Row] = [*rows_or_row(rows)]
         columns = set(self.policy.prompt.columns) | (set(self.target.columns) if self.target else set())
-        check_rows(rows, columns, "rows")
+        check_rows(checked, columns, "rows")
+        return checked
 
     def save_pretrained(self, folder: str | Path) -> None:
         """A PEFT adapter (or full model) folder with `posterior.json`: model, prompt, support, target; and a tokenizer

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from amortlm.data import rows_or_row
 from amortlm.errors import ConfigError, DataError
 from amortlm.policy.sampling import Exploration, draw
 from amortlm.policy.support import Support
@@ -84,6 +85,7 @@ def predict(
     likelihood = _likelihood(target)
     if len(answers) == 0 or n < 1:
         raise DataError("predict needs at least one answer to compare, and n of at least 1")
+    rows = rows_or_row(rows)
     out: dict[int, Prediction] = {}
     for index in _by_length(posterior, rows):
         rollouts = _sample(posterior, [rows[i] for i in index], n, temperature, seed)
@@ -107,7 +109,7 @@ def vote(
     An answer is what the model writes between the text before and after the column, in at most `max_tokens`.
     """
     target, (lead, _, tail) = _answer(posterior)
-    lm = target.lm
+    rows, lm = rows_or_row(rows), target.lm
     lead_ids = lm.encode_continuation(lead.rstrip(" "))  # the space belongs to the answer's first token
     tail_ids = lm.encode_continuation(tail)
     end = lm.tokenizer.eos_token_id if not tail_ids else tail_ids[0]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from amortlm.data import as_rows
 from amortlm.errors import ConfigError, nearest
 from amortlm.passes import pad_left
 from amortlm.policy import BoundSupport, Policy
@@ -84,6 +85,7 @@ def decode_counted(
 
     The searches treat "one of the stop symbols" as one event, and report the first symbol. Raises ConfigError.
     """
+    rows = as_rows(rows, "rows")
     settings = _settings(policy, method, num_samples, settings)
     with _seeded(policy.device, seed):
         if method == "best_of_n":

@@ -20,6 +20,7 @@ from amortlm.baselines.finetune import (
     working_copy,
 )
 from amortlm.baselines.sft import padded_tokenizer
+from amortlm.data import as_rows
 from amortlm.errors import ConfigError, DataError, nearest
 from amortlm.passes import pad_right
 from amortlm.policy import Policy
@@ -72,6 +73,7 @@ def train_grpo(
     A step costs about three of our trainer at the same number of completions: TRL repeats the prompt for each
     completion in three passes (reference, forward, backward), and off a GPU projects its tokens on the vocabulary.
     """
+    rows = as_rows(rows, "rows")
     _check(policy, rows, method, num_samples, rows_per_step, beta)
     config_class, trainer_class = trl(f"{method.upper()}Config", f"{method.upper()}Trainer")
     from datasets import Dataset

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from amortlm.baselines.finetune import BoundedReward, Reward, working_copy, write_jsonl
+from amortlm.data import as_rows
 from amortlm.errors import AmortLMError, ConfigError
 from amortlm.passes import length_groups
 from amortlm.policy import Policy
@@ -112,7 +113,7 @@ def train_ppo(
     `target.score_final`; -inf counts as `floor`. Writes ppo.jsonl (a line per step) into output_dir.
     Raises RewardError for a reward that is NaN or +inf, AmortLMError for a loss that is not finite.
     """
-    config = config or PPOConfig()
+    config, rows = config or PPOConfig(), as_rows(rows, "rows")
     reference, bounded = working_copy(policy), BoundedReward.of(reward, floor)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from amortlm.baselines.finetune import adopt_weights, quiet, run_trl, trl, trl_settings, working_copy
+from amortlm.data import as_rows
 from amortlm.errors import DataError
 from amortlm.policy import Policy
 from amortlm.types import Row
@@ -66,6 +67,7 @@ def examples(
 
     The sure stop after max_tokens has mask 0: the policy does not choose it.
     """
+    rows = as_rows(rows, "rows")
     if len(rows) != len(completions):
         raise DataError(
             f"{len(completions)} lists of completions for {len(rows)} rows; give one list per row"

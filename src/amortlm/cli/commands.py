@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import sys
@@ -15,25 +16,25 @@ from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
 from amortlm.cli import run_folder
+from amortlm.data import check_rows, load_rows
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Gold
-from amortlm.errors import AmortLMError, ConfigError, DataError
+from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
 from amortlm.exactness import examine_policy
+from amortlm.inference.correct import check_method
 from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior, Samples
 from amortlm.reproduce import load_experiment, runner
 from amortlm.reproduce.report import table
-from amortlm.targets.template import check_rows
+from amortlm.settings import load_yaml
 from amortlm.tasks import load_task
-from amortlm.tasks.spec import RunSpec, load_rows
+from amortlm.tasks.spec import RunSpec, settings_from_text
 from amortlm.train.run import refuse_used
 from amortlm.types import Row, finite
 
@@ -42,24 +43,30 @@ TEXT_WIDTH = 60
 
 
 def train(args: Namespace) -> None:
+    output = run_folder(args)
+    _check_folder(output)
     is_file = args.spec.endswith((".yaml", ".yml"))
     spec: RunSpec = RunSpec.from_yaml(args.spec) if is_file else load_task(args.spec).SPEC
-    spec = spec.with_overrides(model=args.model, data=args.data, config=_settings(args.set), trust=args.trust)
-    output = run_folder(args)
+    config = settings_from_text(_pairs(args.set, "--set"))
+    spec = spec.with_overrides(model=args.model, data=args.data, config=config, trust=args.trust)
     if not (args.resume or args.overwrite):
         refuse_used(output)  # before a model is loaded
     trainer = spec.trainer(str(output))
     trainer.train(resume_from_checkpoint=args.resume, overwrite_output_dir=args.overwrite)
     if trainer.is_world_process_zero():
         rows = output / "rows.jsonl"
-        rows.write_text("".join(json.dumps(row, default=str) + "\n" for row in spec.rows()))
+        rows.write_text("".join(json.dumps(row, default=str) + "\n" for row in spec.rows()), encoding="utf-8")
         print(f"saved {output}")
         print(f"try:  {shlex.join(['amortlm', 'sample', str(output), *spec.trust_options()])}")
 
 
 def sample(args: Namespace) -> None:
-    posterior = _load(args)
-    for row in _rows(args)[: None if args.data else 1]:
+    _check_counts(("-n", args.n), ("--budget", args.budget))
+    check_method(args.correct)
+    if args.budget is not None and args.correct == "none":
+        raise ConfigError("--budget is for corrected samples: give --correct sir, smc or mh with it")
+    posterior, rows = _load(args)
+    for row in rows[: None if args.data else 1]:
         samples = posterior.sample(row, args.n, correct=args.correct, budget=args.budget, seed=args.seed)
         summary = {} if samples.method == "none" else {"correction": samples.summary()}
         if args.json:
@@ -69,7 +76,8 @@ def sample(args: Namespace) -> None:
         for name, value in row.items():
             print(textwrap.fill(f"{name}: {value}", 100, subsequent_indent="   "))
         table = [[_wrap(s.text), s.log_q, s.log_reward, s.weight] for s in samples]
-        print(tabulate(table, headers=["completion", "log q", "log R", "weight"], floatfmt=".3f"))
+        headers = ["completion", "log q", "log R", "weight"]
+        print(tabulate(table, headers=headers, floatfmt=".3f", disable_numparse=[0]))  # " 25." is text
         if summary:
             print(_how(samples))
         print()
@@ -83,25 +91,35 @@ def _how(samples: Samples) -> str:
 
 
 def evaluate(args: Namespace) -> int:
-    posterior = _load(args)
+    _check_counts(("-n", args.n), ("--rows", args.rows))
+    level = LEVEL if args.level is None else args.level
+    if not 0 < level < 1:
+        raise ConfigError(f"--level must lie between 0 and 1, got {level:g}")
+    if args.output:
+        _check_file(args.output)
     if args.check:
-        return _check(posterior, args)
-    rows = _rows(args)[: args.rows]
-    diagnosis = posterior.diagnose(
-        rows, args.n, seed=args.seed, level=args.level or LEVEL, gold=_gold(rows, args.gold)
-    )
+        return _check(args)
+    posterior, rows = _load(args)
+    rows = rows[: args.rows]
+    diagnosis = posterior.diagnose(rows, args.n, seed=args.seed, level=level, gold=_gold(rows, args.gold))
     print(diagnosis)
     if args.output:
-        Path(args.output).write_text(json.dumps(finite(diagnosis.reports), indent=2) + "\n")
+        text = json.dumps(finite(diagnosis.reports), indent=2) + "\n"
+        Path(args.output).write_text(text, encoding="utf-8")
         print(f"wrote {args.output}")
     return 0
 
 
-def _check(posterior: Posterior, args: Namespace) -> int:
+def _check(args: Namespace) -> int:
     folder = Path(args.folder)
-    known = args.data or (folder / "rows.jsonl").exists()
+    if (folder / "posterior.json").exists() and not (folder / certificate.FILE).exists():
+        raise CheckpointError(
+            f"{folder} has no certificate to check: a training with --set stop_at_gap=0.05 (in YAML: config: "
+            "{stop_at_gap: 0.05}) saves one when it gets there"
+        )
+    known = args.data or args.column or (folder / "rows.jsonl").exists()
     found = certificate.check(
-        posterior,
+        _posterior(args),
         certificate.Certificate.load(folder),
         seed=args.seed,
         data_hash=certificate.hash_rows(_rows(args)) if known else None,
@@ -128,6 +146,8 @@ def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:
 def reproduce(args: Namespace) -> None:
     experiment = load_experiment(args.experiment)
     output = Path(args.output or f"runs/{args.experiment}-{args.preset}")
+    _check_counts(("--jobs", args.jobs), ("--seeds", args.seeds))
+    _check_folder(output)
     plan = runner.make_plan(
         experiment,
         args.preset,
@@ -136,11 +156,9 @@ def reproduce(args: Namespace) -> None:
         data=Path(args.data) if args.data else None,
         methods=args.methods,
         seeds=args.seeds,
-        overrides=_settings(args.set),
+        overrides={key: load_yaml(text, f"--set {key}") for key, text in _pairs(args.set, "--set").items()},
         command=args.command_line,
     )
-    if args.jobs < 1:
-        raise ConfigError(f"--jobs must be at least 1, got {args.jobs}")
     if not sys.stderr.isatty():
         from datasets import disable_progress_bars  # slow to import, and of use here alone
 
@@ -210,14 +228,20 @@ def _help(args: Namespace, threads: int) -> None:
     sys.exit(run(args))
 
 
-def _load(args: Namespace) -> Posterior:
+def _load(args: Namespace) -> tuple[Posterior, Sequence[Row]]:
+    """The posterior and its rows; what the command line says of these is read first, for a model takes its time."""
+    given = _rows(args) if args.column or args.data else None
+    return _posterior(args), given or _rows(args)
+
+
+def _posterior(args: Namespace) -> Posterior:
     return Posterior.from_pretrained(args.folder, lm=args.model, trust=args.trust)
 
 
 def _rows(args: Namespace) -> Sequence[Row]:
     """--column, --data, or the rows that the posterior was trained on."""
     if args.column:
-        return [dict(_pair(text, "--column") for text in args.column)]
+        return [_pairs(args.column, "--column")]
     if args.data:
         return load_rows(args.data)
     saved = Path(args.folder) / "rows.jsonl"
@@ -226,15 +250,41 @@ def _rows(args: Namespace) -> Sequence[Row]:
     return load_rows(saved)
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    return {key: yaml.safe_load(value) for key, value in (_pair(text, "--set") for text in pairs)}
+def _pairs(texts: Sequence[str], option: str) -> dict[str, str]:
+    """NAME=VALUE, each name once."""
+    out: dict[str, str] = {}
+    for text in texts:
+        key, found, value = text.partition("=")
+        if not found:
+            raise ConfigError(f"{option} {text!r}: write {option} NAME=VALUE")
+        if key in out:
+            raise ConfigError(f"{option} {key}= is given twice")
+        out[key] = value
+    return out
 
 
-def _pair(text: str, option: str) -> tuple[str, str]:
-    key, found, value = text.partition("=")
-    if not found:
-        raise ConfigError(f"{option} {text!r}: write {option} NAME=VALUE")
-    return key, value
+def _check_counts(*options: tuple[str, int | None]) -> None:
+    for name, value in options:
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+
+
+def _check_folder(name: str | Path) -> None:
+    """Raise ConfigError for an output folder that cannot be made or written: before the work, not after it."""
+    folder = next(path for path in (Path(name), *Path(name).parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        why = "may not be written" if folder.is_dir() else "is a file"
+        raise ConfigError(f"cannot write to the folder {name}: {folder} {why}; give another --output")
+
+
+def _check_file(name: str) -> None:
+    """The same for a file, whose folder must be there."""
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ConfigError(f"cannot write the file {name}: {why}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"cannot write the file {name}: permission denied")
 
 
 def _wrap(text: str) -> str:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from amortlm.data import check_rows
 from amortlm.errors import ConfigError, DataError
 from amortlm.passes import Prefix
 from amortlm.policy.policy import Policy
 from amortlm.policy.support import BoundSupport
 from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
-from amortlm.targets.template import check_rows
 from amortlm.types import PolicyLogProbs, Rollouts, Row
 
 

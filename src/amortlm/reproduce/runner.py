@@ -330,7 +330,7 @@ def _unpack(plan: Plan) -> None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None  # a damaged file counts as absent: its run is made again
     return found if isinstance(found, dict) else None

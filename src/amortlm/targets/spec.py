@@ -17,11 +17,13 @@ Functions are references, imported only from modules that the user trusts (`amor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from amortlm.errors import ConfigError, nearest
 from amortlm.language_model import LanguageModel
+from amortlm.settings import typed_value
 from amortlm.targets import constraints as c
 from amortlm.targets.base import LinearCombination, Target
 from amortlm.targets.functions import Trust
@@ -29,6 +31,18 @@ from amortlm.targets.lists import Unordered
 
 NOBODY = Trust()
 MODIFIERS = {"weight", "temperature", "penalty"}
+# What the arguments of a term may be, as data. Names that are missing here are unknown to the term.
+ARGUMENTS: dict[str, Any] = {
+    "log_prob": {"of": str, "given": str | list[dict[str, Any]]},
+    "contains": str | list[str],
+    "matches": str,
+    "allowed_tokens": str | int | list[str | int],
+    "canonical": bool,
+    "length": {"minimum": int, "maximum": int | None},
+    "predicate": {"function": str, "timeout": float | None},
+    "unordered": {"target": list[dict[str, Any]], "separator": str | int},
+    "verifier": {"function": str, "every_prefix": bool, "timeout": float | None},
+}
 
 
 def _builders(lm: LanguageModel, trust: Trust = NOBODY) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
@@ -39,7 +53,7 @@ def _builders(lm: LanguageModel, trust: Trust = NOBODY) -> dict[str, Callable[[A
         "allowed_tokens": lambda a, k: c.AllowedTokens(_listed(a), **k),
         "canonical": lambda a, k: _canonical(a, **k),
         "length": lambda a, k: c.Length(**a, **k),
-        "predicate": lambda a, k: _predicate(a, trust, **k),
+        "predicate": lambda a, k: c.Predicate(trust.find(a.pop("function")), **a, **k),
         "unordered": lambda a, k: Unordered(target_from_spec(a.pop("target"), lm, trust), **a, **k),
         "verifier": lambda a, k: c.Verifier(trust.find(a.pop("function")), **a, **k),
     }
@@ -51,20 +65,29 @@ def _canonical(wanted: Any, **extra: float) -> Target:
     return c.Canonical(**extra)
 
 
-def _predicate(a: Any, trust: Trust, **extra: float) -> Target:
-    settings = a if isinstance(a, dict) else {"function": a}
-    return c.Predicate(trust.find(settings.pop("function")), **settings, **extra)
-
-
 def _listed(value: Any) -> list[Any]:
     return [value] if isinstance(value, str | int) else list(value)
 
 
+def _arguments(name: str, given: Any) -> Any:
+    """What a term was given, its values as `ARGUMENTS` has them."""
+    declared, where = ARGUMENTS[name], f"target term {name!r}"
+    if name == "predicate" and not isinstance(given, dict):
+        given = {"function": given}
+    if not isinstance(declared, dict):
+        return typed_value(given, declared, where)
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where} with {given!r}: write a mapping with {', '.join(declared)}")
+    return {
+        key: typed_value(value, declared.get(key, Any), f"{where}: {key}") for key, value in given.items()
+    }
+
+
 def _number(term: dict[str, Any], name: str) -> float:
-    try:
-        return float(term[name])
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} of a target term must be a number, got {term[name]!r}") from None
+    value = float(typed_value(term[name], float, f"{name} of a target term"))
+    if not math.isfinite(value):
+        raise ConfigError(f"{name} of a target term must be finite, got {value}")
+    return value
 
 
 def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel, trust: Trust = NOBODY) -> Target:
@@ -84,12 +107,12 @@ def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel, trust: T
         names = set(term) - MODIFIERS
         unknown = names - set(builders)
         if unknown:
-            name = sorted(unknown)[0]
+            name = min(map(str, unknown))
             raise ConfigError(f"unknown target term {name!r}; {nearest(name, [*builders, *MODIFIERS])}")
         if len(names) != 1:
             raise ConfigError(f"a target term names exactly one of {sorted(builders)}, got {sorted(term)}")
         name = names.pop()
-        arguments = dict(term[name]) if isinstance(term[name], dict) else term[name]
+        arguments = _arguments(name, term[name])
         extra = {"penalty": _number(term, "penalty")} if "penalty" in term else {}
         try:
             built = builders[name](arguments, extra)

@@ -249,17 +249,3 @@ def _from_data(message: Mapping[str, Any], column: str, join: Callable[[Pieces],
     except TemplateError as e:
         raise DataError(f"column {column!r}: {e}") from None
     return {"role": role, "content": join([(text, True)])}
-
-
-def check_rows(rows: Sequence[Row], columns: set[str], what: str) -> None:
-    """Raise DataError unless `rows` is not empty and every row has `columns`."""
-    if len(rows) == 0:
-        raise DataError(f"{what} is empty: give at least one row")
-    for i in range(len(rows)):
-        missing = columns - set(rows[i])
-        if missing:
-            name = sorted(missing)[0]
-            raise DataError(
-                f"{what}: row {i} has no column {name!r}, which a template uses; "
-                + nearest(name, map(str, rows[i]))
-            )

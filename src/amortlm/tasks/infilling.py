@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from amortlm.data import load_rows
 from amortlm.errors import DataError
-from amortlm.tasks.spec import RunSpec, load_rows
+from amortlm.tasks.spec import RunSpec
 from amortlm.types import Row
 
 STORIES = load_rows(Path(__file__).parent / "stories.jsonl")  # x, y, and gold: the fourth sentence as written
@@ -41,7 +42,7 @@ def read_stories(path: Path) -> list[Row]:
         names = ("stories.tsv", "train_head.txt", "stories.jsonl")
         path = next((path / name for name in names if (path / name).is_file()), path)
     if path.suffix in (".jsonl", ".json", ".csv"):
-        return load_rows(path)
+        return [*load_rows(path)]
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:

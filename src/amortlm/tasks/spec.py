@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from amortlm.errors import AmortLMError, ConfigError, DataError, nearest
-from amortlm.types import Row
+from amortlm.data import as_rows, load_rows
+from amortlm.errors import AmortLMError, ConfigError
+from amortlm.settings import check_keys, from_text, load_yaml, typed, typed_value
 
 if TYPE_CHECKING:
+    from amortlm.policy.support import Support
     from amortlm.targets.functions import Trust
+    from amortlm.train.config import GFNConfig
     from amortlm.train.trainer import GFNTrainer
 
 
@@ -29,7 +29,7 @@ class RunSpec:
              are the user's to say, not the file's
     """
 
-    prompt: Any
+    prompt: str | list[dict[str, Any]]
     target: list[dict[str, Any]]
     support: dict[str, Any]
     data: list[dict[str, Any]] | str
@@ -41,16 +41,16 @@ class RunSpec:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunSpec:
-        """Read a YAML file. Raises ConfigError for unknown or missing keys, with the nearest valid name."""
-        import yaml
-
+        """Read a YAML file, and the rows beside it. Raises ConfigError, DataError or SupportError that name the file,
+        the key, its value and what to write."""
         path = Path(path)
         try:
-            raw = yaml.safe_load(path.read_text())
+            text = path.read_text(encoding="utf-8-sig")
         except OSError as e:
             raise ConfigError(f"cannot read {path}: {e.strerror}") from None
-        except yaml.YAMLError as e:
-            raise ConfigError(f"{path} is not valid YAML: {e}") from None
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{path} is not UTF-8 text: {e}; save it as UTF-8") from None
+        raw = load_yaml(text, str(path))
         if not isinstance(raw, dict):
             raise ConfigError(f"{path} must be a mapping with the keys {', '.join(_keys(cls))}")
         check_keys(raw, [key for key in _keys(cls) if key not in ("trust", "folder")], str(path))
@@ -61,10 +61,48 @@ class RunSpec:
             )
         if isinstance(raw["data"], str):
             raw["data"] = str(path.parent / raw["data"])
-        return cls(**raw, folder=str(path.parent))
+        spec = cls(**raw, folder=str(path.parent))
+        try:
+            spec.check()
+        except AmortLMError as e:
+            raise type(e)(f"{path}: {e}") from e
+        return spec
 
-    def rows(self) -> list[Row]:
-        return load_rows(self.data) if isinstance(self.data, str) else _checked_rows(self.data, "data")
+    def check(self) -> None:
+        """Raise ConfigError, DataError or SupportError for a value that no model could make right."""
+        hints = get_type_hints(RunSpec)
+        for name in ("model", "lora", "prompt"):
+            typed_value(getattr(self, name), hints[name], name)
+        if self.lora != "full" and (isinstance(self.lora, str) or self.lora < 1):
+            raise ConfigError(f"lora must be a rank of at least 1, or full, got {self.lora!r}")
+        self.bare_support()
+        self.args("")
+        if not isinstance(self.data, str):
+            self.rows()
+
+    def rows(self) -> list[dict[str, Any]]:
+        return load_rows(self.data) if isinstance(self.data, str) else as_rows(self.data, "data")
+
+    def bare_support(self) -> Support:
+        """The support, not yet bound to a model. Raises ConfigError, SupportError."""
+        from amortlm.policy.support import Support
+
+        check_keys(self.support, _keys(Support), "support")
+        if "stop" not in self.support:
+            raise ConfigError("support: 'stop' is missing: name the token, or tokens, that end a completion")
+        return Support(**typed(self.support, Support, "support"))
+
+    def args(self, output_dir: str) -> GFNConfig:
+        """The settings under `config`. Raises ConfigError."""
+        from amortlm.train.config import GFNConfig
+
+        check_keys(self.config, _keys(GFNConfig), "config")
+        try:
+            return GFNConfig(**{**typed(self.config, GFNConfig, "config"), "output_dir": output_dir})
+        except AmortLMError:
+            raise
+        except Exception as e:  # transformers checks its settings with errors of every kind
+            raise ConfigError(f"config: {e}") from e
 
     def with_overrides(self, **given: Any) -> RunSpec:
         """A copy with the arguments that are not None; `config` is merged."""
@@ -75,28 +113,21 @@ class RunSpec:
     def trainer(self, output_dir: str) -> GFNTrainer:
         """Load the model and build the trainer. Raises ConfigError, DataError, SupportError, TemplateError."""
         from amortlm.language_model import LanguageModel
-        from amortlm.policy import Support, default_lora
+        from amortlm.policy import default_lora
         from amortlm.targets.spec import target_from_spec
-        from amortlm.train import GFNConfig, GFNTrainer
+        from amortlm.train import GFNTrainer
 
-        check_keys(self.config, _keys(GFNConfig), "config")
-        check_keys(self.support, _keys(Support), "support")
-        try:
-            support = Support(**self.support)
-            args = GFNConfig(**{**_numbers(self.config, GFNConfig), "output_dir": output_dir})
-        except AmortLMError:
-            raise
-        except (TypeError, ValueError) as e:
-            raise ConfigError(f"support or config: {e}") from e
+        self.check()
+        rows = self.rows()
         lm = LanguageModel.from_pretrained(self.model)
         return GFNTrainer(
             lm,
             target=target_from_spec(self.target, lm, self._trust()),
             prompt=self.prompt,
-            support=support,
-            train_dataset=self.rows(),
-            args=args,
-            peft_config=self.lora if isinstance(self.lora, str) else default_lora(self.lora),
+            support=self.bare_support(),
+            train_dataset=rows,
+            args=self.args(output_dir),
+            peft_config=self.lora if isinstance(self.lora, str) else default_lora(int(self.lora)),
         )
 
     def _trust(self) -> Trust:
@@ -121,59 +152,10 @@ def _keys(cls: type) -> list[str]:
     return [f.name for f in fields(cls) if f.init]
 
 
-def check_keys(given: dict[str, Any], valid: Sequence[str], where: str) -> None:
-    """Raise ConfigError for a key that is not valid, naming the nearest that is."""
-    if not isinstance(given, dict):
-        raise ConfigError(f"{where} must be a mapping of settings, got {given!r}")
-    for key in given:
-        if key not in valid:
-            close = nearest(key, valid).split("Valid:")[0]
-            listing = f"Valid: {', '.join(sorted(valid))}." if len(valid) < 20 else ""
-            raise ConfigError(
-                f"{where}: unknown key {key!r}; {close or 'no such setting. '}{listing}".strip()
-            )
+def settings_from_text(pairs: dict[str, str]) -> dict[str, Any]:
+    """`--set KEY=VALUE` of the command line as `config`: "no" is text where a setting is text."""
+    from amortlm.train.config import GFNConfig
 
-
-def _numbers(config: dict[str, Any], cls: type) -> dict[str, Any]:
-    """The settings with numbers for strings such as "1e-3", which YAML does not read as a number."""
-    numeric = {f.name: type(f.default) for f in fields(cls) if type(f.default) in (int, float)}
-    out = dict(config)
-    for key, value in config.items():
-        if key in numeric and isinstance(value, str):
-            try:
-                number = float(value)
-            except ValueError:
-                raise ConfigError(f"config: {key} must be a number, got {value!r}") from None
-            out[key] = int(number) if numeric[key] is int and number.is_integer() else number
-    return out
-
-
-def load_rows(path: str | Path) -> list[Row]:
-    """Rows of a .jsonl, .json, .csv or .tsv file. Raises DataError naming what is wrong."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as e:
-        raise DataError(f"cannot read data file {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise DataError(f"data file {path} is not UTF-8 text: {e}") from None
-    try:
-        if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-        elif path.suffix == ".json":
-            rows = json.loads(text)
-        elif path.suffix in (".csv", ".tsv"):
-            rows = list(csv.DictReader(StringIO(text), delimiter="," if path.suffix == ".csv" else "\t"))
-            if any(None in row for row in rows):
-                raise DataError(f"data file {path}: a line has more values than the header has columns")
-        else:
-            raise DataError(f"data file {path}: use .jsonl, .json, .csv or .tsv")
-    except json.JSONDecodeError as e:
-        raise DataError(f"data file {path}: {e}") from None
-    return _checked_rows(rows, f"data file {path}")
-
-
-def _checked_rows(rows: Any, what: str) -> list[Row]:
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{what} has no rows; it needs one mapping of column to value per row")
-    return rows
+    check_keys(pairs, _keys(GFNConfig), "--set")
+    hints = get_type_hints(GFNConfig)
+    return {key: from_text(value, hints[key]) for key, value in pairs.items()}

@@ -105,7 +105,8 @@ class RewardMemory(Target):
             "log_reward": torch.tensor(self._log_r, dtype=torch.float32),
         }
         save_tensors(tensors, folder / "memory.safetensors")
-        (folder / "memory.json").write_text(json.dumps({"target": repr(self), "roots": self._roots}))
+        about = json.dumps({"target": repr(self), "roots": self._roots})
+        (folder / "memory.json").write_text(about, encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
         """Replace the content by what `save` wrote for the same target. What cannot be used is left with a warning:
@@ -117,7 +118,7 @@ class RewardMemory(Target):
             logger.warning("%s: rewards are asked for again (%s: %s)", folder, type(e).__name__, e)
 
     def _load(self, folder: Path) -> None:
-        about = json.loads((folder / "memory.json").read_text())
+        about = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
         data = load_file(str(folder / "memory.safetensors"))
         if about["target"] != repr(self):
             raise ValueError(f"they are those of {about['target']}, not of {self!r}")

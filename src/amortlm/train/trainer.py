@@ -25,6 +25,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from amortlm import objectives
 from amortlm.buffer import ReplayBuffer
+from amortlm.data import as_rows, check_rows
 from amortlm.errors import AmortLMError, ConfigError, DataError, RewardError
 from amortlm.files import replacing
 from amortlm.language_model import LanguageModel
@@ -34,7 +35,7 @@ from amortlm.policy.sampling import seed_of
 from amortlm.policy.support import Support
 from amortlm.posterior import Posterior
 from amortlm.targets.base import Softened, Target
-from amortlm.targets.template import Messages, check_rows
+from amortlm.targets.template import Messages
 from amortlm.train import checkpoints, run
 from amortlm.train.callbacks import ROWS, SAMPLES, DiagnoseCallback, TrainingProgress, diagnosis_seed, mean
 from amortlm.train.config import METRICS, REFUSED, GFNConfig
@@ -62,7 +63,7 @@ TRAINER = (
 class GFNTrainer(Trainer):
     """Trains a policy to sample from `target` (Hu et al. 2024, section 3).
 
-    train_dataset   rows with the columns the templates name: a `datasets.Dataset` or a list of dicts
+    train_dataset   rows with the columns the templates name: a list of dicts, a `datasets.Dataset`, a DataFrame
     peft_config     a LoraConfig, "full" for full fine-tuning, or None for LoRA on all linear layers
     seeds           gold completions that start in the replay buffer: a list per row (texts or tokens)
     eval_dataset    rows that are diagnosed in place of the first ones trained on: a few every `diagnose_steps`, and
@@ -149,8 +150,8 @@ class GFNTrainer(Trainer):
 
     def _checked_rows(self, rows: Sequence[Row], name: str) -> list[Row]:
         """Copies of the rows. Prompts that are too long fail here, not at step 500."""
-        check_rows(rows, set(self.policy.prompt.columns) | set(self.target.columns), name)
-        copies: list[Row] = [dict(row) for row in rows]
+        copies: list[Row] = [*as_rows(rows, name)]
+        check_rows(copies, set(self.policy.prompt.columns) | set(self.target.columns), name)
         for start in range(0, len(copies), CHUNK):
             self.policy.encode_rows(copies[start : start + CHUNK])
         return copies
