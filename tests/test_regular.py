@@ -8,7 +8,7 @@ import re
 import pytest
 
 from amortlm.errors import ConfigError
-from amortlm.targets.positions import START, Positions
+from amortlm.targets.positions import Positions
 from amortlm.targets.regular import check_pattern
 
 REFUSED = {
@@ -88,12 +88,7 @@ def readings(pattern):
         positions = Positions(pattern)
     except ConfigError:  # not regular
         return None
-    theirs = []
-    for text in TEXTS:
-        reached = START
-        for c in text:
-            reached = positions.after(reached) & positions.readers(c)[0]
-        theirs += [text] * bool(reached & positions.final)
+    theirs = [text for text in TEXTS if positions.matches(text)]
     python = [t for t in TEXTS if re.fullmatch(pattern, t)]
     return python, [t for t in TEXTS if regex.fullmatch(pattern, t)], theirs
 

@@ -28,6 +28,7 @@ from amortlm.targets.functions import (
     require_reference,
     takes_row,
 )
+from amortlm.targets.positions import Positions
 from amortlm.targets.regular import check_pattern
 from amortlm.types import Rollouts, Row
 
@@ -151,8 +152,8 @@ class Contains(_TextConstraint):
 class Matches(_TextConstraint):
     """The whole text, outer white space removed, matches a regular expression.
 
-    Read by the library `regex`, whose classes are those of a support's pattern and which can be told to give up: one
-    that backtracks for more than SECONDS on one text raises ConfigError.
+    Read as a support's pattern is, without backtracking. One that is not regular (look-around, back-references, ^)
+    is read by the library `regex`, which can be told to give up: more than SECONDS on one text raise ConfigError.
     """
 
     def __init__(self, pattern: str, penalty: float | None = None):
@@ -160,11 +161,17 @@ class Matches(_TextConstraint):
         check_pattern(pattern)
         self.pattern = pattern
         try:
+            self._positions: Positions | None = Positions(pattern)
+        except ConfigError:
+            self._positions = None
+        try:
             self._compiled = regex.compile(pattern)
         except (regex.error, RecursionError) as e:
             raise ConfigError(f"regular expression {pattern!r}: {e}") from None
 
     def accepts(self, text: str, row: Row) -> bool:
+        if self._positions is not None:
+            return self._positions.matches(text.strip())
         try:
             return self._compiled.fullmatch(text.strip(), timeout=SECONDS) is not None
         except TimeoutError:

@@ -73,6 +73,7 @@ class Positions:
         self.pattern = pattern
         self.follow = [0]
         self.leaves: dict[re.Pattern[str], int] = {}
+        self._readers: dict[str, int] = {}  # of the characters that were met
         tree = _parser.parse(pattern)
         try:
             whole = self._sequence(tree, tree.state.flags)
@@ -80,6 +81,17 @@ class Positions:
             raise self._error("its groups are nested too deeply") from None
         self.follow[0] = whole.first
         self.final = whole.last | (START if whole.nullable else 0)
+
+    def matches(self, text: str) -> bool:
+        """Does the whole text match? In a time that grows with its length alone."""
+        reached = START
+        for c in text:
+            if c not in self._readers:
+                self._readers[c] = self.readers(c)[0]
+            reached = self.after(reached) & self._readers[c]
+            if not reached:
+                return False
+        return bool(reached & self.final)
 
     def after(self, positions: int) -> int:
         """The positions that may read the next character, whichever it is."""
