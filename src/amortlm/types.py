@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,20 @@ def row_key(row: Row) -> str:
 def _plain(value: Any) -> Any:
     """What JSON does not know: arrays by their values, which their text shortens."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+def to_json(value: Any) -> str:
+    """A line of strict JSON, whatever a row holds: a date as its text, an array as a list, NaN and infinity as null."""
+    return json.dumps(finite(json.loads(json.dumps(value, default=_plain))))
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null stands for both."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

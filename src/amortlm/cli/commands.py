@@ -24,7 +24,6 @@ from transformers.utils import logging as hf_logging
 
 from amortlm.cli import run_folder
 from amortlm.diagnostics import certificate
-from amortlm.diagnostics.certificate import finite
 from amortlm.diagnostics.diagnose import LEVEL, Gold
 from amortlm.errors import AmortLMError, ConfigError, DataError
 from amortlm.exactness import examine_policy
@@ -36,7 +35,7 @@ from amortlm.targets.template import check_rows
 from amortlm.tasks import load_task
 from amortlm.tasks.spec import RunSpec, load_rows
 from amortlm.train.run import refuse_used
-from amortlm.types import Row
+from amortlm.types import Row, finite
 
 hf_logging.disable_progress_bar()
 TEXT_WIDTH = 60

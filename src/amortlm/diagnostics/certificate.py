@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, diagnose
 from amortlm.errors import CheckpointError, ConfigError
 from amortlm.targets.functions import NAMES
-from amortlm.types import Row, row_key
+from amortlm.types import Row, finite, row_key
 
 if TYPE_CHECKING:
     from amortlm.posterior import Posterior
@@ -296,12 +296,3 @@ def hash_adapter(folder: str | Path) -> str:
     for file in sorted(Path(folder).glob("*.safetensors")):
         found.update(file.read_bytes())
     return found.hexdigest()
-
-
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +132,12 @@ class Policy(nn.Module):
 
     def forward(self, rollouts: Rollouts) -> PolicyLogProbs:
         return self.evaluate(rollouts)
+
+    def activation_checkpointing_enable(self, **settings: Any) -> None:
+        """What `gradient_checkpointing=True` asks for: activations are computed again in the backward pass."""
+        if not self.is_full:
+            self.model.enable_input_require_grads()  # else reentrant checkpoints of frozen layers have no gradient
+        self.model.activation_checkpointing_enable(**settings)
 
     def rollouts(self, rows: Sequence[Row], completions: Sequence[Sequence[Sequence[int] | str]]) -> Rollouts:
         """Rollouts from given completions (texts or token lists), a list per row.

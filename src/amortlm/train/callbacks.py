@@ -3,30 +3,37 @@ stops: where `stop_at_gap` is reached."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerate.utils import broadcast_object_list
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from amortlm.diagnostics import certificate
-from amortlm.diagnostics.diagnose import LEVEL, diagnose
+from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose
 from amortlm.diagnostics.importance import ImportanceEstimate
-from amortlm.types import Row, row_key
+from amortlm.types import Row, row_key, to_json
 
 if TYPE_CHECKING:
     from amortlm.train.trainer import GFNTrainer
 
-SHOWN = {"loss": "loss", "log_w_variance": "var log w", "ess": "ESS"}
+SHOWN = {"loss": "loss", "log_w_variance": "var log w", "ess": "ESS", "eval_ess": "eval ESS"}
+WIDTH = 80  # columns of a terminal that does not tell, for which tqdm would draw nothing
 ROWS, SAMPLES, EXAMPLES = 4, 64, 4  # what one diagnosis costs: 4 prompts x 64 samples
 GOLD = 16  # completions of the buffer per prompt
 
 
 class TrainingProgress(ProgressCallback):
     """The trainer's progress bar (rate, time left) with loss, log-weight variance and ESS beside it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and self.training_bar.ncols == 0:
+            self.training_bar.close()
+            self.training_bar = tqdm(total=state.max_steps, ncols=WIDTH)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
@@ -40,11 +47,12 @@ class TrainingProgress(ProgressCallback):
 class DiagnoseCallback(TrainerCallback):
     """Every `diagnose_steps` updates: ESS, log-weight variance and ELBO of fresh samples of a few prompts go to
     the log and its trackers, and the samples to `samples.jsonl` in the output folder. With `stop_at_gap`, training
-    ends where these prompts allow it (`StopWhenRight`)."""
+    ends where these prompts allow it (`StopWhenRight`). Each process diagnoses its part of the prompts."""
 
-    def __init__(self, trainer: GFNTrainer, rows: Sequence[Row]):
+    def __init__(self, trainer: GFNTrainer, rows: Sequence[Row], data: Sequence[Row]):
+        """rows: the first few of them are diagnosed; data: what is trained on."""
         self.trainer, self.rows = trainer, list(rows[:ROWS])
-        self.stop = StopWhenRight(trainer, self.rows, rows) if trainer.args.stop_at_gap else None
+        self.stop = StopWhenRight(trainer, self.rows, data) if trainer.args.stop_at_gap else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stop is not None and state.is_world_process_zero:
@@ -58,28 +66,41 @@ class DiagnoseCallback(TrainerCallback):
             return
         reports = self._diagnose(state.global_step)
         if self.stop is not None:
-            # The first process decides: the others have no reports, and must end with it.
-            right = [bool(reports) and self.stop.reached(state.global_step, reports)]
-            control.should_training_stop |= broadcast_object_list(right)[0]
+            control.should_training_stop |= self.stop.reached(state.global_step, reports)
 
     def _diagnose(self, step: int) -> list[ImportanceEstimate]:
-        trainer = self.trainer
-        if not trainer.is_world_process_zero():
-            return []
-        seed = ("diagnose", trainer.args.seed)
-        reports = [trainer.posterior.estimate(row, SAMPLES, seed=seed) for row in self.rows]
-        names = ("ess", "log_w_variance", "elbo")
-        means = {n: sum(getattr(r, n) for r in reports) / len(reports) for n in names}
-        trainer.log(
-            {"ess": means["ess"], "fresh_log_w_variance": means["log_w_variance"], "elbo": means["elbo"]}
+        trainer, posterior = self.trainer, self.trainer.posterior
+        seed = diagnosis_seed(trainer)
+        found = trainer.processes.share(
+            lambda row: (
+                posterior.estimate(row, SAMPLES, seed=seed),
+                [sample.to_dict() for sample in posterior.sample(row, EXAMPLES, seed=seed)],
+            ),
+            self.rows,
         )
-        folder = Path(str(trainer.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "samples.jsonl").open("a") as file:
-            for row in self.rows:
-                for sample in trainer.posterior.sample(row, EXAMPLES, seed=seed):
-                    file.write(json.dumps({"step": step, "row": row, **sample.to_dict()}) + "\n")
+        reports = [report for report, _ in found]
+        trainer.log(
+            {
+                "ess": mean(reports, "ess"),
+                "fresh_log_w_variance": mean(reports, "log_w_variance"),
+                "elbo": mean(reports, "elbo"),
+            }
+        )
+        if trainer.is_world_process_zero():
+            folder = Path(str(trainer.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+                for row, (_, samples) in zip(self.rows, found, strict=True):
+                    file.writelines(to_json({"step": step, "row": row, **s}) + "\n" for s in samples)
         return reports
+
+
+def diagnosis_seed(trainer: GFNTrainer) -> object:
+    return ("diagnose", trainer.args.seed)
+
+
+def mean(reports: Sequence[ImportanceEstimate], name: str) -> float:
+    return sum(getattr(r, name) for r in reports) / len(reports)
 
 
 class StopWhenRight:
@@ -100,38 +121,48 @@ class StopWhenRight:
             return False
         exact = posterior.policy.support.size() <= certificate.LIMIT
         n = SAMPLES if exact else certificate.samples_for(args.stop_at_gap)
-        gold = [self._gold(row) for row in self.rows]
-        diagnosis = diagnose(
-            posterior,
-            self.rows,
-            n,
-            seed=("gap", args.seed, step),
-            limit=certificate.LIMIT,
-            level=certificate.look_level(step // args.diagnose_steps),
-            gold=gold,
+        level = certificate.look_level(step // args.diagnose_steps)
+        gold = self._gold()
+        reports = self.trainer.processes.share(
+            lambda i: diagnose(
+                posterior,
+                [self.rows[i]],
+                n,
+                seed=("gap", args.seed, step),
+                limit=certificate.LIMIT,
+                level=level,
+                gold=[gold[i]],
+            ).reports[0],
+            range(len(self.rows)),
         )
+        diagnosis = Diagnosis(reports)
         found = certificate.worst(diagnosis)
         self.trainer.log({"gap": found})
         if not found <= args.stop_at_gap:
             return False
-        posterior.save_pretrained(str(args.output_dir))
-        certificate.issue(
-            posterior,
-            diagnosis,
-            str(args.output_dir),
-            mark=args.stop_at_gap,
-            level=LEVEL,
-            step=step,
-            n=n,
-            seed=args.seed,
-            rows=self.rows,
-            gold=gold,
-            data=self.data,
-        )
+        if self.trainer.is_world_process_zero():
+            posterior.save_pretrained(str(args.output_dir))
+            certificate.issue(
+                posterior,
+                diagnosis,
+                str(args.output_dir),
+                mark=args.stop_at_gap,
+                level=LEVEL,
+                step=step,
+                n=n,
+                seed=args.seed,
+                rows=self.rows,
+                gold=gold,
+                data=self.data,
+            )
         return True
 
-    def _gold(self, row: Row) -> list[list[int]]:
-        return [[*e.tokens, e.stop] for e in self.trainer.buffer.entries(row_key(row))[-GOLD:]]
+    def _gold(self) -> list[list[list[int]]]:
+        """For each prompt, what the buffers of all processes hold, each completion once."""
+        buffer = self.trainer.buffer
+        own = [[(*e.tokens, e.stop) for e in buffer.entries(row_key(row))[-GOLD:]] for row in self.rows]
+        everyone = zip(*self.trainer.processes.gather(own), strict=True)
+        return [list(map(list, dict.fromkeys(chain(*parts)))) for parts in everyone]
 
 
 def _guess(e: ImportanceEstimate) -> float:

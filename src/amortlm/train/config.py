@@ -3,18 +3,85 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
+from datetime import timedelta
+from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.utils import is_in_notebook
 
 from amortlm.errors import ConfigError, nearest
 from amortlm.objectives import GROUP_OBJECTIVES, OBJECTIVES
+
+UPDATES = 200  # where neither max_steps nor num_train_epochs is given
+
+# Fields of TrainingArguments that would do nothing here, or not what they say, and what to do instead.
+_NO_PREDICTIONS = (
+    "an evaluation diagnoses rows (eval_ess, eval_elbo, ..) and gathers no predictions: leave it out"
+)
+_SHARDED = (
+    "the policy also samples, which a sharded model cannot do: use torchrun alone, one whole model a process"
+)
+_COMPILE = "passes change their shape with every batch of completions: leave it out"
+_HUB = "save, and upload the folder: hf upload NAME FOLDER"
+_FULL_EVAL = "an evaluation runs in the precision of the model: load it with the dtype you want"
+_LIGER = "apply the kernels to lm.model before the trainer is made"
+REFUSED = {
+    "average_tokens_across_devices": "losses are means per trajectory, whatever the number of tokens: leave it out",
+    "label_smoothing_factor": "there are no labels: epsilon= and temperature_range= explore",
+    "bf16_full_eval": _FULL_EVAL,
+    "fp16_full_eval": _FULL_EVAL,
+    "torch_compile": _COMPILE,
+    "torch_compile_backend": _COMPILE,
+    "torch_compile_mode": _COMPILE,
+    "use_liger_kernel": _LIGER,
+    "liger_kernel_config": _LIGER,
+    "use_cache": "each pass decides for itself: leave it out",
+    "neftune_noise_alpha": "with noise in the embeddings the policy that samples is not the one that is trained: "
+    "epsilon= and temperature_range= explore",
+    "include_num_input_tokens_seen": "tokens are sampled, not read from the data: the log has `length`",
+    "per_device_eval_batch_size": "rows are diagnosed one at a time: leave it out",
+    "prediction_loss_only": _NO_PREDICTIONS,
+    "eval_do_concat_batches": _NO_PREDICTIONS,
+    "eval_use_gather_object": _NO_PREDICTIONS,
+    "eval_accumulation_steps": _NO_PREDICTIONS,
+    "include_for_metrics": _NO_PREDICTIONS,
+    "batch_eval_metrics": _NO_PREDICTIONS,
+    "push_to_hub": _HUB,
+    "hub_token": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
+    "parallelism_config": _SHARDED,
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "deepspeed": _SHARDED,
+    "remove_unused_columns": "templates name the columns they use: leave it out",
+    "label_names": "there are no labels: leave it out",
+    "length_column_name": "rows are not grouped by length: leave it out",
+    "do_predict": "sample from trainer.posterior",
+    "resume_from_checkpoint": "pass it to trainer.train(resume_from_checkpoint=...)",
+}
+# Means over the rows of an evaluation, logged with "eval_" before them; the higher the better?
+METRICS = {
+    "ess": True,
+    "elbo": True,
+    "log_z": True,
+    "log_reward": True,
+    "valid": True,
+    "log_w_variance": False,
+}
 
 
 @dataclass
 class GFNConfig(TrainingArguments):
     """Arguments of `GFNTrainer`. One update sees `per_device_train_batch_size` prompts (times processes and
     accumulation steps), with `num_samples` completions each.
+
+    Fields of TrainingArguments that mean nothing for it (`REFUSED`) raise ConfigError.
 
     The paper's values are those of the next-sentence experiment of Hu et al. 2024 unless said otherwise; why
     ours differ is told in docs/training.md.
@@ -100,7 +167,12 @@ class GFNConfig(TrainingArguments):
     # Defaults of TrainingArguments that differ here. See docs/training.md.
     output_dir: str | None = field(default="runs/amortlm")
     learning_rate: float = 3e-4
-    max_steps: int = 200
+    max_steps: int = field(
+        default=-1, metadata={"help": "Updates; -1: as num_train_epochs says, or 200 where that is 0."}
+    )
+    num_train_epochs: float = field(
+        default=0.0, metadata={"help": "Passes through the data, instead of max_steps."}
+    )
     warmup_steps: float = 10
     lr_scheduler_type: str = "cosine"
     logging_steps: float = 5
@@ -109,10 +181,13 @@ class GFNConfig(TrainingArguments):
     remove_unused_columns: bool = False
     disable_tqdm: bool | None = None
     dataloader_pin_memory: bool = False
+    ddp_timeout: int = field(
+        default=600, metadata={"help": "Seconds that processes wait for one that is late, before all end."}
+    )
 
     def __post_init__(self) -> None:
         if self.disable_tqdm is None:
-            self.disable_tqdm = not sys.stderr.isatty()
+            self.disable_tqdm = not (sys.stderr.isatty() or is_in_notebook())
         self.temperature_range = tuple(self.temperature_range)  # type: ignore[assignment]
         self.reward_temperature = tuple(self.reward_temperature)  # type: ignore[assignment]
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
@@ -120,8 +195,61 @@ class GFNConfig(TrainingArguments):
                 setattr(self, name, "no")  # as YAML reads a bare `no`
         if self.data_seed is None:
             self.data_seed = self.seed  # else the order of the data depends on the global random state
+        self._check_inherited()
+        if self.max_steps == -1 and self.num_train_epochs == 0:
+            self.max_steps = UPDATES
+        self._choose_metric()
         self._check()
-        super().__post_init__()
+        if self.use_cpu:
+            # Starts the processes, for TrainingArguments forgets ddp_timeout on a CPU.
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError) as e:
+            raise ConfigError(f"training arguments: {e}") from e
+        if self.fp16 and self.device.type == "cpu":
+            raise ConfigError("fp16 needs a GPU: set bf16, or neither")
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1, for nn.DataParallel cannot split rollouts: with several, use torchrun."""
+        return min(1, super().n_gpu)
+
+    def _check_inherited(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name in REFUSED and (value or None) != (_default(f) or None):
+                raise ConfigError(f"{f.name}={value!r} has no use here: {REFUSED[f.name]}")
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ConfigError(
+                f"train_sampling_strategy is 'random' or 'sequential', not {self.train_sampling_strategy!r}: rows have "
+                "no length before they are sampled"
+            )
+        whole = self.max_steps == -1 or (self.max_steps >= 1 and self.max_steps % 1 == 0)
+        if not whole or self.num_train_epochs < 0:
+            raise ConfigError(
+                f"max_steps={self.max_steps}, num_train_epochs={self.num_train_epochs}: give a whole number of updates "
+                "from 1, or epochs above 0 (a posterior is usable and can be saved without training)"
+            )
+        if self.max_steps > 0 and self.num_train_epochs > 0:
+            raise ConfigError(
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: give one of them"
+            )
+
+    def _choose_metric(self) -> None:
+        """metric_for_best_model, and which way it goes, where something needs it."""
+        needed = self.load_best_model_at_end or self.save_strategy == "best"
+        if self.metric_for_best_model is None:
+            if not (needed or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")):
+                return
+            self.metric_for_best_model = "elbo"
+        name = self.metric_for_best_model.removeprefix("eval_")
+        if name not in METRICS:
+            raise ConfigError(
+                f"metric_for_best_model={self.metric_for_best_model!r}: {nearest(name, METRICS)}"
+            )
+        if self.greater_is_better is None:
+            self.greater_is_better = METRICS[name]
 
     def _check(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -166,3 +294,7 @@ class GFNConfig(TrainingArguments):
         """Temperature of log R at an update: linear from start to end, then constant."""
         start, end, steps = self.reward_temperature
         return start + (end - start) * min(1.0, step / steps)
+
+
+def _default(f: Field[Any]) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()

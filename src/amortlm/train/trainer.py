@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState, set_seed
-from transformers.trainer_utils import TrainOutput
+from transformers import PrinterCallback, Trainer, TrainerState, set_seed
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from amortlm import objectives
 from amortlm.buffer import ReplayBuffer
-from amortlm.errors import AmortLMError, DataError, RewardError
+from amortlm.errors import AmortLMError, ConfigError, DataError, RewardError
 from amortlm.files import replacing
 from amortlm.language_model import LanguageModel
 from amortlm.policy.adapter import FULL
@@ -35,11 +37,12 @@ from amortlm.posterior import Posterior
 from amortlm.targets.base import Softened, Target
 from amortlm.targets.template import Messages, check_rows
 from amortlm.train import checkpoints, run
-from amortlm.train.callbacks import ROWS, SAMPLES, DiagnoseCallback, TrainingProgress
-from amortlm.train.config import GFNConfig
+from amortlm.train.callbacks import ROWS, SAMPLES, DiagnoseCallback, TrainingProgress, diagnosis_seed, mean
+from amortlm.train.config import METRICS, REFUSED, GFNConfig
 from amortlm.train.interruption import Interruption
 from amortlm.train.memory import RewardMemory
 from amortlm.train.outcome import complaint
+from amortlm.train.processes import Processes
 from amortlm.train.source import TrajectorySource
 from amortlm.types import Rollouts, Row, row_key
 
@@ -50,6 +53,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 CARD = "README.md"
 CHUNK = 32  # rows at a time when every row of the data is visited
+# Arguments of Trainer that mean the same here.
+TRAINER = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 
 
 class GFNTrainer(Trainer):
@@ -58,6 +63,8 @@ class GFNTrainer(Trainer):
     train_dataset   rows with the columns the templates name: a `datasets.Dataset` or a list of dicts
     peft_config     a LoraConfig, "full" for full fine-tuning, or None for LoRA on all linear layers
     seeds           gold completions that start in the replay buffer: a list per row (texts or tokens)
+    eval_dataset    rows that are diagnosed in place of the first ones trained on: a few every `diagnose_steps`, and
+                    all in `evaluate`, which `eval_strategy` calls
 
     `trainer.posterior` is usable before, during and after training. Everything else is `transformers.Trainer`:
     callbacks, optimizers, trackers, checkpoints, `torchrun`.
@@ -65,6 +72,7 @@ class GFNTrainer(Trainer):
 
     args: GFNConfig
     train_dataset: Any  # a list of rows
+    eval_dataset: Any  # a list of rows, or None
 
     def __init__(
         self,
@@ -77,20 +85,21 @@ class GFNTrainer(Trainer):
         args: GFNConfig | None = None,
         peft_config: LoraConfig | str | None = None,
         seeds: Sequence[Sequence[str | list[int]]] | None = None,
+        eval_dataset: Sequence[Row] | None = None,
         **kwargs: Any,
     ):
         args = args or GFNConfig()
+        for name in kwargs.keys() - set(TRAINER):
+            raise ConfigError(f"GFNTrainer takes no {name}; of Trainer it takes {', '.join(TRAINER)}")
+        if args.eval_strategy != "no" and eval_dataset is None:
+            raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs rows: give eval_dataset")
         target = target.bind(lm)
         _check_objective(args.objective, target)
         set_seed(args.seed)
         policy = Policy(lm, prompt, support, peft_config)
-        check_rows(train_dataset, set(policy.prompt.columns) | set(target.columns), "train_dataset")
-        rows = [dict(row) for row in train_dataset]
-        for start in range(0, len(rows), CHUNK):
-            # Prompts that are too long fail here, not at step 500.
-            policy.encode_rows(rows[start : start + CHUNK])
-
         self.lm, self.target, self.policy = lm, target, policy
+        rows = self._checked_rows(train_dataset, "train_dataset")
+        diagnosed = rows if eval_dataset is None else self._checked_rows(eval_dataset, "eval_dataset")
         self._seeds = seeds
         trained = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
         given = isinstance(peft_config, str | Path) and peft_config != FULL
@@ -106,19 +115,49 @@ class GFNTrainer(Trainer):
         self._micro_step = (-1, 0)
         if self._learns_log_z(args):
             policy.log_z = torch.nn.Parameter(torch.full((len(rows),), torch.nan))
+            if args.ddp_find_unused_parameters is None:
+                args.ddp_find_unused_parameters = False  # by the forward pass, which log Z is no part of
 
-        super().__init__(model=policy, args=args, train_dataset=rows, data_collator=_collate, **kwargs)
+        super().__init__(
+            model=policy,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=None if eval_dataset is None else diagnosed,
+            data_collator=_collate,
+            **kwargs,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(f"accelerate launch with FSDP or DeepSpeed: {REFUSED['fsdp']}")
+        self.processes = Processes(args)
+        batch = args.train_batch_size * self.processes.count
+        if args.dataloader_drop_last and len(rows) < batch:
+            raise ConfigError(
+                f"dataloader_drop_last leaves nothing of {len(rows)} rows in batches of {batch}"
+            )
         lm.model.to(args.device)
         self.loss_is_scaled_for_ga = False
         self.remove_callback(PrinterCallback)
-        if self.pop_callback(ProgressCallback) is not None:
+        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+        if not args.disable_tqdm:
             self.add_callback(TrainingProgress())
         if args.diagnose_steps:
-            self.add_callback(DiagnoseCallback(self, rows))
+            self.add_callback(DiagnoseCallback(self, diagnosed, rows))
         if seeds is not None:
             self.seed_buffer(rows, seeds)
 
+    def _checked_rows(self, rows: Sequence[Row], name: str) -> list[Row]:
+        """Copies of the rows. Prompts that are too long fail here, not at step 500."""
+        check_rows(rows, set(self.policy.prompt.columns) | set(self.target.columns), name)
+        copies: list[Row] = [dict(row) for row in rows]
+        for start in range(0, len(copies), CHUNK):
+            self.policy.encode_rows(copies[start : start + CHUNK])
+        return copies
+
     # One update
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self.processes.blaming():
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -128,6 +167,7 @@ class GFNTrainer(Trainer):
         distinct, place = rollouts.distinct()  # samples of a sharp policy repeat
         log_reward = self.training_target.score(distinct)[place]
         self.buffer.add(rollouts, log_reward.gather(1, rollouts.lengths[:, None]).squeeze(1))
+        self.processes.meet()
         log_probs = model(distinct).select(place)
         log_reward = log_reward / self.args.reward_temperature_at(self.state.global_step)
         log_w = objectives.log_weights(log_reward, log_probs, rollouts.stop_mask)
@@ -187,11 +227,48 @@ class GFNTrainer(Trainer):
             self._metrics[name].append(value)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of our metrics since the last log."""
+        """Add the means of our metrics since the last log, over all processes, to that of the loss."""
         if "loss" in logs:
-            logs = {**logs, **{name: sum(v) / len(v) for name, v in self._metrics.items()}}
+            own = {name: sum(v) / len(v) for name, v in self._metrics.items()}
+            everyone = self.processes.gather(own)
+            logs = {**logs, **{name: sum(m[name] for m in everyone) / len(everyone) for name in own}}
             self._metrics.clear()
-        super().log(logs, start_time)
+            super().log(logs, start_time)
+        else:
+            # Trainer takes any log for that of the loss, which would then be left out.
+            due = self.control.should_log
+            super().log(logs, start_time)
+            self.control.should_log = due
+
+    # Evaluation
+
+    def evaluate(  # type: ignore[override]
+        self,
+        eval_dataset: Sequence[Row] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Diagnose every row of `eval_dataset` (default: the trainer's) from fresh samples, and log the means.
+
+        Returns eval_ess, eval_elbo, eval_log_z, eval_log_reward, eval_valid and eval_log_w_variance
+        (`ImportanceEstimate`, nats). In several processes, all must call it. Raises DataError without rows.
+        """
+        if eval_dataset is None and self.eval_dataset is None:
+            raise DataError("evaluate() has no rows: give it some, or eval_dataset to the trainer")
+        rows = self.eval_dataset if eval_dataset is None else self._checked_rows(eval_dataset, "eval_dataset")
+        start, seed = time.time(), diagnosis_seed(self)
+        found = self.processes.share(lambda row: self.posterior.estimate(row, SAMPLES, seed=seed), rows)
+        metrics = {f"{metric_key_prefix}_{name}": mean(found, name) for name in METRICS}
+        metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(rows))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        raise ConfigError("a GFNTrainer predicts no labels: use trainer.posterior (sample, predict, vote)")
+
+    def _load_best_model(self) -> None:
+        self.policy.load_adapter(str(self.state.best_model_checkpoint))
 
     # Buffer and log Z
 
@@ -290,14 +367,14 @@ class GFNTrainer(Trainer):
         self.save_state()
         if self.is_world_process_zero():
             run.write(folder, stated, finished=True)
-            diagnosed: Any = self.eval_dataset or self.train_dataset
-            rows = diagnosed[:ROWS]
-            n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
-            end = [self.posterior.estimate(row, n, seed=("diagnose", self.args.seed)) for row in rows]
-            start = next((e for e in self.state.log_history if "elbo" in e and e["step"] == 0), None)
-            if (sentence := complaint(start, end)) is not None:
-                logger.warning("%s", sentence)
-        self.accelerator.wait_for_everyone()
+        diagnosed = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
+        end = self.processes.share(
+            lambda row: self.posterior.estimate(row, n, seed=diagnosis_seed(self)), diagnosed[:ROWS]
+        )
+        start = next((e for e in self.state.log_history if "elbo" in e and e["step"] == 0), None)
+        if (sentence := complaint(start, end)) is not None and self.is_world_process_zero():
+            logger.warning("%s", sentence)
 
     def _agreed(self, find: Callable[[], T]) -> T:
         """What the first process finds, or the error that it meets, for all of them."""
@@ -345,9 +422,9 @@ class GFNTrainer(Trainer):
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(folder, ignore_errors=True)  # files of a save that was cut short
-        self.accelerator.wait_for_everyone()
+        self.processes.meet()
         try:
-            checkpoints.save_state(folder, self.args.process_index, self._stores, self._log_z())
+            checkpoints.save_state(folder, self.processes.index, self._stores, self._log_z())
             if self.args.should_save:
                 shutil.copy(Path(str(self.args.output_dir)) / run.FILE, folder)
             super()._save_checkpoint(model, trial)
@@ -360,14 +437,14 @@ class GFNTrainer(Trainer):
         super()._save_rng_state(output_dir)
         # That was each process's last file. What follows: trainer_state.json, without which a checkpoint was cut
         # short, and the end of checkpoints beyond save_total_limit.
-        self.accelerator.wait_for_everyone()
+        self.processes.meet()
         if self.args.should_save:
-            checkpoints.seal(Path(output_dir), self.args.world_size)
+            checkpoints.seal(Path(output_dir), self.processes.count)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.policy.load_adapter(resume_from_checkpoint)
         folder = Path(resume_from_checkpoint)
-        checkpoints.load_state(folder, self.args.process_index, self._stores, self._log_z())
+        checkpoints.load_state(folder, self.processes.index, self._stores, self._log_z())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(checkpoint, "the state of optimizer and schedule"):

@@ -1,0 +1,73 @@
+"""Several processes of one run (torchrun): work is shared out, all wait for each other at the same places, and one that
+is late or gone ends the others with a sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch.distributed as dist
+from accelerate.utils import gather_object
+
+from amortlm.errors import AmortLMError
+from amortlm.train.config import GFNConfig
+
+T = TypeVar("T")
+S = TypeVar("S")
+
+
+class Processes:
+    """The processes of a run, or the only one. All must enter every method, in the same order."""
+
+    def __init__(self, args: GFNConfig):
+        self.args = args
+        self.count, self.index = args.world_size, args.process_index
+        self._group = None
+        if self.count > 1:
+            # Of its own: NCCL has no barrier that names who is missing. Its timeout is that of waiting for process 0,
+            # which may itself still be waiting for others.
+            self._group = dist.new_group(backend="gloo", timeout=2 * args.ddp_timeout_delta)
+
+    def share(self, function: Callable[[T], S], items: Sequence[T]) -> list[S]:
+        """[function(x) for x in items] in every process, each doing its part."""
+        own = {i: function(items[i]) for i in range(self.index, len(items), self.count)}
+        done = {i: result for part in self.gather(own) for i, result in part.items()}
+        return [done[i] for i in range(len(items))]
+
+    def gather(self, value: T) -> list[T]:
+        """What each process has for `value`."""
+        self.meet()
+        return gather_object([value])
+
+    def meet(self) -> None:
+        """Wait for all, `ddp_timeout` seconds at most. Raises AmortLMError naming who has not come."""
+        if self._group is not None:
+            with self.blaming():
+                dist.monitored_barrier(self._group, self.args.ddp_timeout_delta, wait_all_ranks=True)
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """What goes wrong between processes as one sentence, an AmortLMError."""
+        try:
+            yield
+        except RuntimeError as e:
+            who = _missing(str(e))
+            if self.count == 1 or who is None:
+                raise
+            raise AmortLMError(
+                f"process {self.index} of {self.count} ends: {who} stopped, or came more than ddp_timeout="
+                f"{self.args.ddp_timeout} seconds late. Look at the output of the others for why (a slow verifier "
+                "needs a longer ddp_timeout); checkpoints already saved are intact"
+            ) from e
+
+
+def _missing(message: str) -> str | None:
+    """Whom an error of torch.distributed names; None where it is another error."""
+    if found := re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", message):
+        return f"process {found[1].strip()}"
+    if "monitoredBarrier" in message:
+        return "process 0"
+    # Within a collective: gloo and NCCL name no process.
+    return "another process" if re.search(r"Connection (closed|reset)|[Tt]imed out|NCCL", message) else None
