@@ -30,8 +30,9 @@ ROWS = [
 
 
 def make_trainer(lm: LanguageModel, folder: Path, rows: Any = None, **settings: Any) -> GFNTrainer:
-    """A trainer of the infilling target with small batches; `settings` go to GFNConfig or GFNTrainer."""
-    own = {
+    """A trainer of the infilling target with small batches; `settings` go to GFNConfig or GFNTrainer, those in
+    `extra` to the latter."""
+    own = settings.pop("extra", {}) | {
         k: settings.pop(k) for k in ("target", "prompt", "support", "seeds", "peft_config") if k in settings
     }
     config = {
