@@ -11,6 +11,7 @@ import re
 import struct
 import sys
 import termios
+from collections import Counter
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -111,8 +112,14 @@ def test_checkpointed_activations_give_the_same_gradients(one_lm: LanguageModel,
         if settings is not None:
             policy.activation_checkpointing_enable(**settings)
             assert policy.model.is_activation_checkpointing
+        count = Counter[str]()
+        layer = next(m for name, m in policy.named_modules() if name.endswith("self_attn"))
+        layer.register_forward_pre_hook(lambda *_, count=count: count.update(["passes"]))
         rollouts = policy.rollouts(ROWS[:2], [[" a b", " c"], [" the cat"]])
-        policy.train()(rollouts).final(rollouts.lengths).sum().backward()
+        log_q = policy.train()(rollouts).final(rollouts.lengths).sum()
+        forward = count["passes"]
+        log_q.backward()
+        assert (count["passes"] > forward) == (settings is not None), "computed again in the backward pass"
         gradients.append({n: p.grad for n, p in policy.named_parameters() if p.grad is not None})
     plain, *checkpointed = gradients
     assert sum(g.norm() for g in plain.values()) > 1
@@ -226,7 +233,7 @@ def test_progress_on_a_terminal(
 ) -> None:
     """Rate, time left, loss and ESS, also where the terminal does not know its width."""
     master, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", columns // 3, columns, 0, 0))
     shown: list[bytes] = []
     reader = Thread(target=read_all, args=(master, shown))
     reader.start()
