@@ -92,7 +92,7 @@ class GFNTrainer(Trainer):
         for name in kwargs.keys() - set(TRAINER):
             raise ConfigError(f"GFNTrainer takes no {name}; of Trainer it takes {', '.join(TRAINER)}")
         if args.eval_strategy != "no" and eval_dataset is None:
-            raise ConfigError(f"eval_strategy={args.eval_strategy.value!r} needs rows: give eval_dataset")
+            raise ConfigError("eval_strategy needs rows: give eval_dataset")
         target = target.bind(lm)
         _check_objective(args.objective, target)
         set_seed(args.seed)
