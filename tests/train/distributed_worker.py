@@ -44,10 +44,10 @@ class Accident(TrainerCallback):
             time.sleep(600)
 
 
-def trainer(**settings: Any) -> GFNTrainer:
+def trainer(folder: Path, **settings: Any) -> GFNTrainer:
     lm = tiny_lm("llama", tiny_tokenizer(add_bos=True), tied=False)
     return make_trainer(
-        lm, output, rows=ROWS[:4], per_device_train_batch_size=prompts, ddp_timeout=10, **settings
+        lm, folder, rows=ROWS[:4], per_device_train_batch_size=prompts, ddp_timeout=10, **settings
     )
 
 
@@ -55,7 +55,7 @@ def updates() -> None:
     found: dict[str, Any] = {}
     once = {"max_steps": 1, "warmup_steps": 0, "replay_ratio": 0.0, "max_grad_norm": 0.0, "optim": "sgd"}
     for name, settings in UPDATES.items():
-        done = trainer(**once, **settings)
+        done = trainer(output / name, **once, **settings)
         done.train()
         found[name] = weights(done)
         world = done.args.world_size
@@ -65,7 +65,7 @@ def updates() -> None:
 
 def run(kind: str) -> None:
     settings = {"logging_steps": 5, "diagnose_steps": 25, "save_strategy": "steps", "save_steps": 15}
-    going = trainer(max_steps=64, replay_ratio=0.5, stop_at_gap=1e-6, **settings)
+    going = trainer(output, max_steps=64, replay_ratio=0.5, stop_at_gap=1e-6, **settings)
     if kind in ("dies", "late"):
         going.add_callback(Accident(kind))
     going.train(resume_from_checkpoint=kind == "resume" or None)

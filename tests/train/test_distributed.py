@@ -79,7 +79,7 @@ def test_two_processes_through_diagnosis_saving_death_and_resume(tmp_path: Path)
     assert not (cut / "adapter_model.safetensors").exists()
     # A checkpoint that lacks a process's part is passed over, however new.
     shutil.copytree(cut / "checkpoint-45", cut / "checkpoint-46")
-    (cut / "checkpoint-46" / "process-1" / "process.json").unlink()
+    (cut / "checkpoint-46" / "process-1" / "buffer.json").unlink()
     for status, stderr in two(cut, "resume"):
         assert status == 0, stderr[-2000:]
     assert (cut / "adapter_model.safetensors").read_bytes() == (

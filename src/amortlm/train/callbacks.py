@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from amortlm.train.trainer import GFNTrainer
 
 SHOWN = {"loss": "loss", "log_w_variance": "var log w", "ess": "ESS", "eval_ess": "eval ESS"}
-WIDTH = 80  # columns of a terminal that does not tell, for which tqdm would draw nothing
+TERMINAL = {"ncols": 80, "nrows": 24}  # one that does not tell its size, for which tqdm would draw nothing
 ROWS, SAMPLES, EXAMPLES = 4, 64, 4  # what one diagnosis costs: 4 prompts x 64 samples
 GOLD = 16  # completions of the buffer per prompt
 
@@ -31,9 +31,9 @@ class TrainingProgress(ProgressCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None and self.training_bar.ncols == 0:
+        if self.training_bar is not None and (self.training_bar.nrows or 1) < 1:
             self.training_bar.close()
-            self.training_bar = tqdm(total=state.max_steps, ncols=WIDTH)
+            self.training_bar = tqdm(total=state.max_steps, **TERMINAL)
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any

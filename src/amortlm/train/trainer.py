@@ -53,11 +53,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 CARD = "README.md"
 CHUNK = 32  # rows at a time when every row of the data is visited
-TRAINER = (
-    "callbacks",
-    "optimizers",
-    "optimizer_cls_and_kwargs",
-)  # arguments of Trainer that mean the same here
+# Arguments of Trainer that mean the same here.
+TRAINER = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 
 
 class GFNTrainer(Trainer):
@@ -95,12 +92,14 @@ class GFNTrainer(Trainer):
         for name in kwargs.keys() - set(TRAINER):
             raise ConfigError(f"GFNTrainer takes no {name}; of Trainer it takes {', '.join(TRAINER)}")
         if args.eval_strategy != "no" and eval_dataset is None:
-            raise ConfigError(f"eval_strategy={str(args.eval_strategy)!r} needs rows: give eval_dataset")
+            raise ConfigError("eval_strategy needs rows: give eval_dataset")
         target = target.bind(lm)
         _check_objective(args.objective, target)
         set_seed(args.seed)
         policy = Policy(lm, prompt, support, peft_config)
         self.lm, self.target, self.policy = lm, target, policy
+        rows = self._checked_rows(train_dataset, "train_dataset")
+        diagnosed = rows if eval_dataset is None else self._checked_rows(eval_dataset, "eval_dataset")
         self._seeds = seeds
         trained = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
         given = isinstance(peft_config, str | Path) and peft_config != FULL
@@ -370,14 +369,14 @@ class GFNTrainer(Trainer):
         self.save_state()
         if self.is_world_process_zero():
             run.write(folder, stated, finished=True)
-            diagnosed: Any = self.eval_dataset or self.train_dataset
-            rows = diagnosed[:ROWS]
-            n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
-            end = [self.posterior.estimate(row, n, seed=("diagnose", self.args.seed)) for row in rows]
-            start = next((e for e in self.state.log_history if "elbo" in e and e["step"] == 0), None)
-            if (sentence := complaint(start, end)) is not None:
-                logger.warning("%s", sentence)
-        self.processes.meet()
+        diagnosed = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
+        end = self.processes.share(
+            lambda row: self.posterior.estimate(row, n, seed=diagnosis_seed(self)), diagnosed[:ROWS]
+        )
+        start = next((e for e in self.state.log_history if "elbo" in e and e["step"] == 0), None)
+        if (sentence := complaint(start, end)) is not None and self.is_world_process_zero():
+            logger.warning("%s", sentence)
 
     def _agreed(self, find: Callable[[], T]) -> T:
         """What the first process finds, or the error that it meets, for all of them."""
