@@ -104,8 +104,6 @@ class GFNTrainer(Trainer):
         trained = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
         given = isinstance(peft_config, str | Path) and peft_config != FULL
         self._start = run.name_of(trained) if given else None
-        rows = self._checked_rows(train_dataset, "train_dataset")
-        diagnosed = rows if eval_dataset is None else self._checked_rows(eval_dataset, "eval_dataset")
         softened = Softened(target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
         self.training_target = RewardMemory(softened)
         self.posterior = Posterior(policy, target)
