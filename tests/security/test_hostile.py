@@ -100,7 +100,7 @@ TARGETS: dict[str, tuple[list[Any], str]] = {
     "a path": ([{"predicate": "../hostile:judge"}], "write 'package.module:function'"),
     "a relative import": ([{"predicate": ".hostile:judge"}], "write 'package.module:function'"),
     "an import path of ours": ([{"predicate": "amortlm.tasks.spec:load_rows"}], "--trust amortlm.tasks.spec"),
-    "no text": ([{"predicate": ["hostile:judge"]}], "write 'package.module:function'"),
+    "no text": ([{"predicate": ["hostile:judge"]}], "target term 'predicate': function must be text"),
 }  # fmt: skip
 
 

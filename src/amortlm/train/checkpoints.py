@@ -108,14 +108,15 @@ def seal(folder: Path, processes: int) -> None:
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _hash(file)}
         for file in files
     }
-    (folder / MANIFEST).write_text(json.dumps({"processes": processes, "files": found}, indent=1))
+    manifest = json.dumps({"processes": processes, "files": found}, indent=1)
+    (folder / MANIFEST).write_text(manifest, encoding="utf-8")
 
 
 def damage(folder: Path) -> str | None:
     """Why this checkpoint cannot be gone on from; None if it is as it was written."""
     try:
-        state = json.loads((folder / STATE).read_text())
-        files: dict[str, Any] = json.loads((folder / MANIFEST).read_text())["files"]
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        files: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError as e:
         missing = Path(e.filename).name
         return f"has no {missing}: it was cut short while it was written, or made by another version"

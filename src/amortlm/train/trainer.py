@@ -395,9 +395,9 @@ class GFNTrainer(Trainer):
         if folder == Path(str(self.args.output_dir)):
             return True
         with checkpoints.reading(folder, checkpoints.STATE):
-            control = json.loads((folder / checkpoints.STATE).read_text())["stateful_callbacks"][
-                "TrainerControl"
-            ]
+            control = json.loads((folder / checkpoints.STATE).read_text(encoding="utf-8"))[
+                "stateful_callbacks"
+            ]["TrainerControl"]
             return bool(control["args"]["should_training_stop"])
 
     def _load_finished(self, folder: Path) -> TrainOutput:
@@ -416,7 +416,7 @@ class GFNTrainer(Trainer):
             if (folder / CARD).exists():
                 shutil.copy(folder / CARD, part)  # peft adds to a card that is there
             self.posterior.save_pretrained(part)
-            (part / "training_args.json").write_text(self.args.to_json_string())
+            (part / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         output_dir = Path(self._get_output_dir(trial))
