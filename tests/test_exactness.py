@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from amortlm import LanguageModel, Policy, Support
+from amortlm.cli import main
 from amortlm.errors import ModelError, PromptTooLongError
 from amortlm.exactness import attention_windows, examine, examine_policy
 from reference import tiny_tokenizer
@@ -147,3 +149,15 @@ def test_without_the_check_a_model_is_taken_for_one_of_full_attention(one_lm):
     lm = LanguageModel(one_lm.model, one_lm.tokenizer, self_check=False)
     assert lm.sharing.packed
     assert "exactness" not in vars(lm)
+
+
+def test_the_doctor_on_the_command_line(capsys, tmp_path):
+    assert main(["doctor", "embedded"]) == 0
+    assert "prompts are encoded once" in capsys.readouterr().out
+    assert main(["doctor", "embedded", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sharing"]["packed"] is True
+    lm = tiny("bert")
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    assert main(["doctor", str(tmp_path)]) == 2
+    assert "not a causal LM" in capsys.readouterr().err
