@@ -138,7 +138,8 @@ class Passes:
         last = torch.tensor([p[-1] for p in prompts], device=self.model.device)
         ids, mask = pad_left(heads, self.model.device)
         # Recurrent states are written in place, which gradients cannot go back through.
-        if not self._shares([len(p) for p in prompts]) or (torch.is_grad_enabled() and self._recurrent):
+        vain = torch.is_grad_enabled() and (self._recurrent or bool(self._checkpointed()))
+        if vain or not self._shares([len(p) for p in prompts]):
             return Prefix(None, mask, last, prompts, shared=False)
         if ids.shape[1] == 0:
             return Prefix(None, mask, last, prompts)
@@ -253,9 +254,7 @@ class Passes:
     @contextmanager
     def _recomputing(self) -> Iterator[bool]:
         """Does activation checkpointing recompute this pass? It keeps no cache, and wants layers in training mode."""
-        layers = [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) is True]
-        if not torch.is_grad_enabled():
-            layers = []
+        layers = self._checkpointed() if torch.is_grad_enabled() else []
         before = [m.training for m in layers]
         for m in layers:
             m.training = True
@@ -264,6 +263,9 @@ class Passes:
         finally:
             for m, mode in zip(layers, before, strict=True):
                 m.training = mode
+
+    def _checkpointed(self) -> list[Any]:
+        return [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) is True]
 
     # The model
 
