@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -15,6 +16,10 @@ from amortlm.language_model import EMBEDDED_PATH, LanguageModel
 from reference import tiny_lm, tiny_tokenizer
 
 torch.set_num_threads(1)
+# A shell in the background (nohup, CI) may have these ignored, which amortlm leaves so; the tests send them.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, usual)
 transformers_logging.set_verbosity_error()
 
 FAMILIES = ("llama", "gpt2", "gpt_neox")

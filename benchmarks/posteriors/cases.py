@@ -12,6 +12,7 @@ import torch
 
 from amortlm import LanguageModel, Policy, Support, Target
 from amortlm.diagnostics.exact import enumerate_posterior
+from amortlm.targets.functions import Trust
 from amortlm.targets.spec import target_from_spec
 from amortlm.types import Row
 
@@ -60,7 +61,7 @@ class Case:
 
     def build(self, lm: LanguageModel) -> Target:
         # A copy: building takes the function out of a verifier's mapping.
-        return target_from_spec([dict(term) for term in self.target], lm)
+        return target_from_spec([dict(term) for term in self.target], lm, Trust([__name__]))
 
 
 def model(given: str, of: str = "{z}", **more: Any) -> dict[str, Any]:

@@ -248,15 +248,33 @@ def _leave_out_routers(config: Any, model: nn.Module) -> None:
         config.exclude_modules, str
     ):
         return
-    own = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and type(module).__module__ == type(model).__module__
-    ]
+    kinds: dict[type, bool] = {}  # the model's own kinds of linear layers: are they linear?
+    own = []
+    for name, module in model.named_modules():
+        kind = type(module)
+        if isinstance(module, nn.Linear) and kind.__module__ == type(model).__module__:
+            if kind not in kinds:
+                kinds[kind] = _is_linear(module)
+            own += [] if kinds[kind] else [name]
     if getattr(model.config, "model_type", None) in MAMBAS:
         own.append("out_proj")
     if own:
         config.exclude_modules = [*(config.exclude_modules or []), *own]
+
+
+@torch.no_grad()
+def _is_linear(module: nn.Linear) -> bool:
+    x = torch.linspace(-1, 1, 2 * module.in_features).to(module.weight).view(2, -1)
+    try:
+        out = module(x)
+    except Exception:  # it wants other inputs than a linear layer
+        return False
+    expected = nn.functional.linear(x, module.weight, module.bias)
+    return (
+        isinstance(out, torch.Tensor)
+        and out.shape == expected.shape
+        and torch.allclose(out, expected, atol=1e-2)
+    )
 
 
 def _is_plain(config: Any) -> bool:
