@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -17,9 +18,15 @@ from amortlm.train.run import can_resume
 from reference import tiny_lm, tiny_tokenizer
 
 
+def say(what: str) -> None:
+    """One process speaks for all: two that write at once would mix their lines."""
+    if os.environ.get("RANK", "0") == "0":
+        print(what, flush=True)
+
+
 class Say(TrainerCallback):
     def on_train_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:
-        print("training", flush=True)
+        say("training")
 
 
 folder = Path(sys.argv[1])
@@ -41,4 +48,4 @@ trainer = make_trainer(
 trainer.add_callback(Say())
 found = can_resume(folder) if "two" not in sys.argv else "resume" in sys.argv
 trainer.train(resume_from_checkpoint=found, overwrite_output_dir=not found)
-print("finished", flush=True)
+say("finished")

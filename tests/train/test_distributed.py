@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -75,7 +76,8 @@ def test_two_processes_through_diagnosis_saving_death_and_resume(tmp_path: Path)
         assert status == 0, stderr[-2000:]
     (status, stderr), (killed, _) = two(cut, "dies")
     assert (status, killed) == (1, -9)
-    assert "process 0 of 2 ends: process 1 stopped" in stderr
+    # A collective that was under way names no process, a barrier does.
+    assert re.search("process 0 of 2 ends: (process 1|another process) stopped", stderr), stderr[-2000:]
     assert not (cut / "adapter_model.safetensors").exists()
     # A checkpoint that lacks a process's part is passed over, however new.
     shutil.copytree(cut / "checkpoint-45", cut / "checkpoint-46")
