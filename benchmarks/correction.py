@@ -11,7 +11,7 @@ from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
 from amortlm import LanguageModel, Policy, Posterior, Support
-from amortlm.diagnostics.exact import enumerate_posterior
+from amortlm.inference.exact import enumerate_posterior
 
 ROW = {
     "x": "Anna painted a big picture. The colors in it were",

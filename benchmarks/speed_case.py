@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Rollouts, Support, default_lora
+from amortlm.engine.passes import pad_left, select_cache
+from amortlm.lab.tasks.infilling import STORIES
 from amortlm.language_model import EMBEDDED_PATH
-from amortlm.passes import pad_left, select_cache
-from amortlm.tasks.infilling import STORIES
 
 from . import paper_loop
 

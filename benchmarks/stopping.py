@@ -18,7 +18,7 @@ from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
 from amortlm import LanguageModel
-from amortlm.diagnostics.exact import distance, enumerate_posterior, policy_log_probs
+from amortlm.inference.exact import distance, enumerate_posterior, policy_log_probs
 
 from .posteriors.cases import BY_NAME, ROW
 from .posteriors.methods import trainer_of

@@ -22,10 +22,10 @@ from transformers import set_seed
 from transformers.utils import logging as hf_logging
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Posterior, Support, Target, default_lora
+from amortlm.engine.passes import gather_log_probs, pad_right
 from amortlm.errors import ConfigError
 from amortlm.files import write_text
-from amortlm.passes import gather_log_probs, pad_right
-from amortlm.reproduce.storage import environment, finite, write_json
+from amortlm.lab.reproduce.storage import environment, finite, write_json
 from amortlm.types import Row
 
 Metrics = dict[str, float]

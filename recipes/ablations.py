@@ -14,7 +14,7 @@ from typing import Any
 
 from _common import Metrics, Results, average, load_model, parser, train
 from amortlm import LanguageModel, Posterior, Support, exact
-from amortlm.tasks import infilling
+from amortlm.lab.tasks import infilling
 from amortlm.types import Row
 
 WORDS = [" he", " she", " found", " the", " dog", " home", " was", " her"]

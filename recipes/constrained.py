@@ -18,7 +18,7 @@ import torch
 from _common import Metrics, Results, average, load_model, parser, train, untrained
 from amortlm import Posterior, Support, constraint, importance
 from amortlm.errors import DataError
-from amortlm.tasks.infilling import STORIES
+from amortlm.lab.tasks.infilling import STORIES
 from amortlm.types import Row
 
 HINTED = "{words}.</s><s>{x}"  # the words as a document of their own, then the story

@@ -17,7 +17,7 @@ from _common import Metrics, Results, average, load_model, parser, train, untrai
 from amortlm import LanguageModel, Posterior, Support, Target, exact, importance
 from amortlm.diagnostics.diversity import distinct
 from amortlm.errors import ConfigError
-from amortlm.tasks.infilling import STORIES
+from amortlm.lab.tasks.infilling import STORIES
 from amortlm.types import Row
 
 PROMPT = "{x}"

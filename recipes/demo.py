@@ -23,8 +23,8 @@ from transformers.utils import logging as hf_logging
 
 from amortlm import GFNTrainer, Posterior, __version__, importance
 from amortlm.diagnostics.diversity import diversity
-from amortlm.report.plots import InfillingData, NumbersData, demo_figure
-from amortlm.tasks import infilling, numbers
+from amortlm.lab.plots import InfillingData, NumbersData, demo_figure
+from amortlm.lab.tasks import infilling, numbers
 from amortlm.types import Row
 
 SAMPLES = 256  # per story: fewer flatter a bad sampler

@@ -19,7 +19,7 @@ import torch
 
 from _common import base_model_parser, fine_tune
 from amortlm import LanguageModel
-from amortlm.passes import gather_log_probs
+from amortlm.engine.passes import gather_log_probs
 
 sys.path.insert(0, str(Path(__file__).parent / "embedded"))
 from stories import story

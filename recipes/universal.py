@@ -12,9 +12,9 @@ from typing import Any
 
 from _common import Metrics, Results, average, load_model, parser, train, untrained
 from amortlm import LanguageModel, Posterior, Support
+from amortlm.lab.tasks import arithmetic
+from amortlm.lab.tasks.infilling import STORIES
 from amortlm.predictive import vote
-from amortlm.tasks import arithmetic
-from amortlm.tasks.infilling import STORIES
 from amortlm.types import Row
 
 # A row brings its own prompt and the texts around z, so that both tasks are one target on one support.

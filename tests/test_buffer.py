@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from amortlm.buffer import Entry, ReplayBuffer, near_duplicates
+from amortlm.engine.passes import pad_right
 from amortlm.errors import CheckpointError
-from amortlm.passes import pad_right
 from amortlm.types import Rollouts, Row, row_key
 from stats import LEVEL, g_test
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 
 from amortlm import EM, GFNConfig, GFNTrainer, LanguageModel, Posterior
-from amortlm.baselines.decoding import decode
-from amortlm.baselines.ppo import PPOConfig, train_ppo
-from amortlm.baselines.sft import examples
 from amortlm.data import as_row, as_rows, check_rows, load_rows, rows_or_row
 from amortlm.errors import DataError
-from amortlm.policy import Policy, Support
+from amortlm.lab.baselines.decoding import decode
+from amortlm.lab.baselines.ppo import PPOConfig, train_ppo
+from amortlm.lab.baselines.sft import examples
+from amortlm.policy import Policy
 from amortlm.predictive import predict, vote
+from amortlm.support import Support
 
 ROWS = [{"x": "the dog", "y": " ran"}, {"x": "a", "y": " a cat"}]
 TABLE = datasets.Dataset.from_list(ROWS)

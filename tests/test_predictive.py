@@ -7,14 +7,16 @@ import math
 import pytest
 import torch
 
-from amortlm.baselines.decoding import decode
-from amortlm.diagnostics.exact import policy_log_probs
+from amortlm.engine.decoding import Exploration
 from amortlm.errors import ConfigError
+from amortlm.inference.exact import policy_log_probs
+from amortlm.lab.baselines.decoding import decode
 from amortlm.language_model import LanguageModel
-from amortlm.policy import Exploration, Policy, Support
+from amortlm.policy import Policy
 from amortlm.policy.laws import support_completions
 from amortlm.posterior import Posterior
 from amortlm.predictive import predict, vote
+from amortlm.support import Support
 from reference import plain_ids, sequence_log_prob, tiny_policy
 from stats import LEVEL
 

@@ -23,7 +23,7 @@ from transformers.utils import logging as hf_logging
 
 from amortlm import LanguageModel
 from amortlm.errors import ConfigError, nearest
-from amortlm.reproduce.storage import environment, finite, write_json
+from amortlm.lab.reproduce.storage import environment, finite, write_json
 
 from . import methods as m
 from .cases import BY_NAME

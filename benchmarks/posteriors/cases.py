@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from amortlm import LanguageModel, Policy, Support, Target
-from amortlm.diagnostics.exact import enumerate_posterior
+from amortlm.inference.exact import enumerate_posterior
 from amortlm.targets.functions import Trust
 from amortlm.targets.spec import target_from_spec
 from amortlm.types import Row

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import set_seed
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Target, default_lora
-from amortlm.baselines.finetune import BoundedReward
+from amortlm.lab.baselines.finetune import BoundedReward
 from amortlm.targets.base import Softened
 from amortlm.types import Rollouts
 
@@ -198,7 +198,7 @@ def gflownet(problem: Problem, budget: Budget, seed: int, objective: str) -> Pol
 
 def sft(problem: Problem, budget: Budget, seed: int) -> Policy:
     """On exact draws of the posterior, which only an oracle has: as many as the others draw completions."""
-    from amortlm.baselines.sft import train_sft
+    from amortlm.lab.baselines.sft import train_sft
 
     truth = problem.truth
     index = np.random.default_rng([seed, 3]).choice(len(truth.p), budget.passes, p=truth.p / truth.p.sum())
@@ -229,7 +229,7 @@ def reward_of(problem: Problem) -> Callable[[Rollouts], Tensor]:
 
 
 def ppo(problem: Problem, budget: Budget, seed: int) -> Policy:
-    from amortlm.baselines.ppo import PPOConfig, train_ppo
+    from amortlm.lab.baselines.ppo import PPOConfig, train_ppo
 
     policy = problem.policy(seed)
     config = PPOConfig(
@@ -245,7 +245,7 @@ def ppo(problem: Problem, budget: Budget, seed: int) -> Policy:
 
 def grpo(problem: Problem, budget: Budget, seed: int) -> Policy:
     """As it is used: advantages divided by their spread, and a small KL penalty; its optimum is not the posterior."""
-    from amortlm.baselines.grpo import train_grpo
+    from amortlm.lab.baselines.grpo import train_grpo
 
     policy = problem.policy(seed)
     with tempfile.TemporaryDirectory() as folder:

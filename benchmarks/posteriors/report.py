@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate
 
 from amortlm.files import write_text
-from amortlm.reproduce.storage import write_json
+from amortlm.lab.reproduce.storage import write_json
 
 from .cases import CASES
 from .figures import curves_figure, table_figure

@@ -15,17 +15,17 @@ _HOMES = {
     "Unordered": "amortlm.targets.lists",
     "Verifier": "amortlm.targets.constraints",
     "verifier": "amortlm.targets.constraints",
-    "Support": "amortlm.policy.support",
+    "Support": "amortlm.support.spec",
     "Policy": "amortlm.policy.policy",
-    "Exploration": "amortlm.policy.sampling",
-    "Tool": "amortlm.policy.tools",
-    "Calculator": "amortlm.policy.tools",
-    "Lookup": "amortlm.policy.tools",
+    "Exploration": "amortlm.engine.decoding",
+    "Tool": "amortlm.support.tools",
+    "Calculator": "amortlm.support.tools",
+    "Lookup": "amortlm.support.tools",
     "EM": "amortlm.em",
     "MStep": "amortlm.em",
     "Prediction": "amortlm.predictive",
     "Votes": "amortlm.predictive",
-    "default_lora": "amortlm.policy.adapter",
+    "default_lora": "amortlm.engine.adapter",
     "GFNConfig": "amortlm.train.config",
     "GFNTrainer": "amortlm.train.trainer",
     "ReplayBuffer": "amortlm.buffer",
@@ -41,7 +41,7 @@ _MODULES = {
     "constraint": "amortlm.targets.constraints",
     "objectives": "amortlm.objectives",
     "bounds": "amortlm.diagnostics.bounds",
-    "exact": "amortlm.diagnostics.exact",
+    "exact": "amortlm.inference.exact",
     "importance": "amortlm.diagnostics.importance",
     "errors": "amortlm.errors",
 }
@@ -52,25 +52,25 @@ if TYPE_CHECKING:
     from amortlm import objectives as objectives
     from amortlm.buffer import ReplayBuffer as ReplayBuffer
     from amortlm.diagnostics import bounds as bounds
-    from amortlm.diagnostics import exact as exact
     from amortlm.diagnostics import importance as importance
     from amortlm.diagnostics.diagnose import Diagnosis as Diagnosis
     from amortlm.em import EM as EM
     from amortlm.em import MStep as MStep
+    from amortlm.engine.adapter import default_lora as default_lora
+    from amortlm.engine.decoding import Exploration as Exploration
     from amortlm.errors import AmortLMError as AmortLMError
+    from amortlm.inference import exact as exact
     from amortlm.language_model import LanguageModel as LanguageModel
-    from amortlm.policy.adapter import default_lora as default_lora
     from amortlm.policy.policy import Policy as Policy
-    from amortlm.policy.sampling import Exploration as Exploration
-    from amortlm.policy.support import Support as Support
-    from amortlm.policy.tools import Calculator as Calculator
-    from amortlm.policy.tools import Lookup as Lookup
-    from amortlm.policy.tools import Tool as Tool
     from amortlm.posterior import Posterior as Posterior
     from amortlm.posterior import Sample as Sample
     from amortlm.posterior import Samples as Samples
     from amortlm.predictive import Prediction as Prediction
     from amortlm.predictive import Votes as Votes
+    from amortlm.support.spec import Support as Support
+    from amortlm.support.tools import Calculator as Calculator
+    from amortlm.support.tools import Lookup as Lookup
+    from amortlm.support.tools import Tool as Tool
     from amortlm.targets import constraints as constraint  # noqa: F401
     from amortlm.targets.base import Target as Target
     from amortlm.targets.constraints import Verifier as Verifier

@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from amortlm.engine.passes import pad_right
 from amortlm.errors import CheckpointError
 from amortlm.files import save_tensors
-from amortlm.passes import pad_right
 from amortlm.types import Rollouts, row_key
 
 NEAR = 0.25  # Hu et al. 2024: two completions are near-duplicates below 25 % of their summed lengths

@@ -14,16 +14,16 @@ from torch import Tensor
 from amortlm import saved
 from amortlm.data import as_row, check_rows, rows_or_row
 from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, diagnose
-from amortlm.diagnostics.exact import LIMIT
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
+from amortlm.engine.adapter import FULL
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
 from amortlm.inference.correct import Weighted, check_method, corrected, draw
+from amortlm.inference.exact import LIMIT
 from amortlm.language_model import LanguageModel
-from amortlm.policy.adapter import FULL
 from amortlm.policy.policy import Policy
-from amortlm.policy.support import Support
 from amortlm.predictive import Prediction, Votes, predict, vote
 from amortlm.saved import FILE, FORMAT
+from amortlm.support.spec import Support
 from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
 from amortlm.types import Rollouts, Row

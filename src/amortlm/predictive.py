@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from amortlm.data import rows_or_row
+from amortlm.engine.decoding import Exploration, draw
 from amortlm.errors import ConfigError, DataError
-from amortlm.policy.sampling import Exploration, draw
-from amortlm.policy.support import Support
+from amortlm.support.spec import Support
 from amortlm.targets.base import Scoring
 from amortlm.targets.lm import LogProb
-from amortlm.targets.template import Template
+from amortlm.text.template import Template
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:

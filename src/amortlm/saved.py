@@ -10,10 +10,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from amortlm.engine.adapter import FULL
 from amortlm.errors import CheckpointError, ConfigError
 from amortlm.language_model import LanguageModel
-from amortlm.policy.adapter import FULL
-from amortlm.policy.support import Support
+from amortlm.support.spec import Support
 
 logger = logging.getLogger(__name__)
 FILE = "posterior.json"

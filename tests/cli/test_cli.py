@@ -21,7 +21,7 @@ from amortlm import GFNTrainer, LanguageModel, Posterior
 from amortlm.cli import main
 from amortlm.diagnostics.certificate import finite
 from amortlm.posterior import Sample, Samples
-from amortlm.tasks.spec import settings_from_text
+from amortlm.train.spec import settings_from_text
 
 ROWS = [{"x": "the dog", "y": " ran"}, {"x": "a", "y": " a cat"}]
 Cli = Callable[..., tuple[int, str, str]]

@@ -22,7 +22,7 @@ from amortlm.cli import _parser
 from amortlm.em import MStep
 from amortlm.targets.functions import Trust
 from amortlm.targets.spec import target_from_spec
-from amortlm.tasks.spec import RunSpec
+from amortlm.train.spec import RunSpec
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from amortlm import Support
-from amortlm.policy.sampling import Exploration, draw, uniform_streams
+from amortlm.engine.decoding import Exploration, draw, uniform_streams
 from reference import tiny_policy
 
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=4)

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from amortlm import LanguageModel, Support, constraint, verifier
-from amortlm.diagnostics.exact import ExactPosterior, enumerate_posterior
 from amortlm.errors import ConfigError, DataError
 from amortlm.inference import mcmc
+from amortlm.inference.exact import ExactPosterior, enumerate_posterior
 from amortlm.inference.mcmc import Chains, metropolis_hastings
 from amortlm.inference.paths import Paths, paths_of, prepare, redraw, sample_paths
 from amortlm.policy import Policy

@@ -8,16 +8,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from reference import tiny_policy
 from torch import Tensor
 
 from amortlm import LanguageModel, Support, constraint, verifier
-from amortlm.diagnostics.exact import enumerate_posterior
 from amortlm.errors import ConfigError, DataError, RewardError
 from amortlm.inference import smc as module
-from amortlm.inference.smc import smc, systematic, twists
+from amortlm.inference.exact import enumerate_posterior
+from amortlm.inference.smc import smc, twists
 from amortlm.policy import Policy
 from amortlm.targets.base import Target
-from reference import tiny_policy
+from amortlm.weights import systematic
 
 ROW = {"x": "the dog", "y": " ran"}
 TOKENS = (" a", " cat", "s")

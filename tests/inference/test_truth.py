@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from amortlm import LanguageModel, Posterior, Support, constraint
-from amortlm.diagnostics.exact import enumerate_posterior
 from amortlm.errors import ConfigError, DataError
 from amortlm.inference import truth as module
+from amortlm.inference.exact import enumerate_posterior
 from amortlm.inference.truth import Truth, posterior_draws
 from amortlm.types import Rollouts
 from reference import tiny_policy

@@ -21,8 +21,8 @@ from genlm_cases import (
 )
 
 from amortlm import LanguageModel, Policy, verifier
-from amortlm.diagnostics.exact import enumerate_posterior, policy_log_probs
 from amortlm.errors import ConfigError
+from amortlm.inference.exact import enumerate_posterior, policy_log_probs
 from amortlm.targets.base import Target
 from reference import tiny_policy
 

@@ -17,7 +17,7 @@ from genlm_cases import (
 )
 
 from amortlm import LanguageModel, Policy, Support, constraint
-from amortlm.diagnostics.exact import enumerate_posterior
+from amortlm.inference.exact import enumerate_posterior
 from amortlm.targets.base import Target
 from reference import random_rollouts
 

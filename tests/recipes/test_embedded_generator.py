@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "embedded"
-sys.path.insert(0, str(RECIPE))
 
 import arithmetic  # noqa: E402
 import integers  # noqa: E402

@@ -6,21 +6,17 @@ import importlib
 import json
 import random
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from amortlm.errors import ConfigError, DataError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
 
 import constrained
 import review_model
 import universal
 from _common import Results
 from amortlm import LanguageModel, Posterior, constraint
+from amortlm.errors import ConfigError, DataError
 
 TINY = ["--steps", "1", "--seeds", "1", "--samples", "8"]
 RUNS = {

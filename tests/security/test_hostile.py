@@ -22,7 +22,7 @@ from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Posterior, Sup
 from amortlm.cli import main
 from amortlm.diagnostics.certificate import Certificate
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError
-from amortlm.tasks.spec import RunSpec
+from amortlm.train.spec import RunSpec
 
 ROW = {"x": "the dog"}
 SUPPORT = Support(stop=".", max_tokens=2)
@@ -99,7 +99,7 @@ TARGETS: dict[str, tuple[list[Any], str]] = {
     "an attribute of an attribute": ([{"predicate": "harmless:os.system"}], "write 'package.module:function'"),
     "a path": ([{"predicate": "../hostile:judge"}], "write 'package.module:function'"),
     "a relative import": ([{"predicate": ".hostile:judge"}], "write 'package.module:function'"),
-    "an import path of ours": ([{"predicate": "amortlm.tasks.spec:load_rows"}], "--trust amortlm.tasks.spec"),
+    "an import path of ours": ([{"predicate": "amortlm.train.spec:load_rows"}], "--trust amortlm.train.spec"),
     "no text": ([{"predicate": ["hostile:judge"]}], "target term 'predicate': function must be text"),
 }  # fmt: skip
 
@@ -175,7 +175,7 @@ def test_a_target_given_takes_the_place_of_the_saved_one(
 
 
 def test_functions_that_ship_need_no_trust(folder: Path) -> None:
-    for name in ("numbers.is_valid", "amortlm.tasks.numbers:is_valid"):  # as it was saved before
+    for name in ("numbers.is_valid", "amortlm.lab.tasks.numbers:is_valid"):  # as it was saved before
         edit(folder / "posterior.json", target=[{"predicate": name}])
         posterior = Posterior.from_pretrained(folder)
         assert posterior.target is not None

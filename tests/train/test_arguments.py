@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import ROWS, losses, make_trainer, weights
+from trainers import ROWS, losses, make_trainer, weights
 from transformers import TrainingArguments
 
 from amortlm import GFNConfig, LanguageModel, Policy, Support
+from amortlm.engine.adapter import default_lora
 from amortlm.errors import CheckpointError, ConfigError, DataError
-from amortlm.policy import default_lora
 from amortlm.train.config import REFUSED
 from amortlm.types import to_json
 

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from test_trainer import ROWS, EmptyBuffer, losses, make_trainer, weights
+from stats import LEVEL
+from trainers import ROWS, EmptyBuffer, losses, make_trainer, weights
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Lookup, Support
 from amortlm.buffer import ReplayBuffer
-from amortlm.diagnostics.exact import enumerate_posterior
 from amortlm.errors import ConfigError
+from amortlm.inference.exact import enumerate_posterior
 from amortlm.train.source import TrajectorySource
 from amortlm.types import row_key
-from stats import LEVEL
 
 WORDS = Support(
     stop=".", min_tokens=1, max_tokens=3, allowed_tokens=[" a", " the", " cat", " dog", " ran", "b"]

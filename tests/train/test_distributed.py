@@ -15,7 +15,7 @@ import pytest
 import torch
 from distributed_worker import UPDATES
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "distributed_worker.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 BOUND = 240  # seconds; hours if processes wait for each other for ever
 

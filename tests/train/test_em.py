@@ -10,10 +10,10 @@ from peft import LoraConfig
 
 from amortlm import EM, GFNConfig, LanguageModel, Lookup, MStep, Support
 from amortlm import em as em_module
-from amortlm.diagnostics.exact import enumerate_posterior
 from amortlm.em import joint_log_prob, posterior_weights
+from amortlm.engine.adapter import trainable_copy
 from amortlm.errors import CheckpointError, ConfigError
-from amortlm.policy.adapter import trainable_copy
+from amortlm.inference.exact import enumerate_posterior
 from reference import tiny_policy
 
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=(" a", " cat", "s", " dog"))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).with_name("killed_worker.py")
+WORKER = Path(__file__).parents[1] / "helpers" / "killed_worker.py"
 TRAINING = 2.0  # seconds that a worker is let train at most
 
 

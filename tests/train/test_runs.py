@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from test_trainer import ROWS, losses, make_trainer, weights
+from trainers import ROWS, losses, make_trainer, weights
 from transformers import TrainerCallback
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Posterior, Support, verifier
 from amortlm.diagnostics.importance import estimate
+from amortlm.engine.adapter import default_lora
 from amortlm.errors import CheckpointError, ConfigError
-from amortlm.policy import default_lora
 from amortlm.train import checkpoints, run
 from amortlm.train.interruption import SIGNALS
 from amortlm.train.outcome import complaint

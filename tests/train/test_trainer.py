@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from trainers import ROWS, EmptyBuffer, losses, make_trainer, weights
 
-from amortlm import GFNConfig, GFNTrainer, LanguageModel, Support, verifier
+from amortlm import GFNConfig, LanguageModel, Support, verifier
 from amortlm import constraint as c
+from amortlm.engine.adapter import default_lora
 from amortlm.errors import (
     AmortLMError,
     CheckpointError,
@@ -22,51 +23,6 @@ from amortlm.errors import (
     RewardError,
 )
 from amortlm.objectives import log_weights
-from amortlm.policy import default_lora
-
-ROWS = [
-    {"x": x, "y": y} for x, y in (("a b", " c"), ("b", " a"), ("c a b", " b"), ("a", " d"), ("d c", " a"))
-]
-
-
-def make_trainer(lm: LanguageModel, folder: Path, rows: Any = None, **settings: Any) -> GFNTrainer:
-    """A trainer of the infilling target with small batches; `settings` go to GFNConfig or GFNTrainer, those in
-    `extra` to the latter."""
-    own = settings.pop("extra", {}) | {
-        k: settings.pop(k) for k in ("target", "prompt", "support", "seeds", "peft_config") if k in settings
-    }
-    config = {
-        "max_steps": 4,
-        "num_samples": 4,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "diagnose_steps": 0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        **settings,
-    }
-    arguments = {
-        "target": lm.log_prob("{z}{y}", given="{x}"),
-        "prompt": "{x}{y}",
-        "support": Support(stop=".", min_tokens=1, max_tokens=3),
-        "peft_config": default_lora(4),
-        **own,
-    }
-    return GFNTrainer(
-        lm,
-        train_dataset=ROWS if rows is None else rows,
-        args=GFNConfig(output_dir=str(folder), **config),
-        **arguments,
-    )
-
-
-def weights(trainer: GFNTrainer) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in trainer.policy.parameters() if p.requires_grad])
-
-
-def losses(trainer: GFNTrainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.mark.parametrize(
@@ -175,14 +131,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     other.add_callback(EmptyBuffer(other))
     other.train(resume_from_checkpoint=True)
     assert losses(other) != losses(whole)
-
-
-class EmptyBuffer(TrainerCallback):
-    def __init__(self, trainer: GFNTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer.buffer._entries.clear()
 
 
 def test_accumulated_micro_batches_equal_one_batch(one_lm: LanguageModel, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 
 from amortlm import __version__
-from amortlm.reproduce import EXPERIMENTS, PRESETS
-from amortlm.tasks import TASKS
+from amortlm.lab.reproduce import EXPERIMENTS, PRESETS
+from amortlm.lab.tasks import TASKS
 
 
 def main(argv: Sequence[str] | None = None) -> int:

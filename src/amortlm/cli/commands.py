@@ -26,16 +26,16 @@ from amortlm.data import check_rows, load_rows
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Gold
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
-from amortlm.exactness import examine_policy
 from amortlm.inference.correct import check_method
+from amortlm.lab.reproduce import load_experiment, runner
+from amortlm.lab.reproduce.report import table
+from amortlm.lab.tasks import load_task
 from amortlm.language_model import LanguageModel
+from amortlm.policy.laws import examine_policy
 from amortlm.posterior import Posterior, Samples
-from amortlm.reproduce import load_experiment, runner
-from amortlm.reproduce.report import table
 from amortlm.settings import load_yaml
-from amortlm.tasks import load_task
-from amortlm.tasks.spec import RunSpec, settings_from_text
 from amortlm.train.run import refuse_used
+from amortlm.train.spec import RunSpec, settings_from_text
 from amortlm.types import Row, finite
 
 hf_logging.disable_progress_bar()

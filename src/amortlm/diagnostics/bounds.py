@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.diagnostics.importance import check_log_weights
 from amortlm.errors import ConfigError
+from amortlm.weights import check_log_weights
 
 GRID = 16  # ratio between the group sizes that are tried
 BETS = 1 / (

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from amortlm.diagnostics.bounds import Bounds, bounds
 from amortlm.diagnostics.diversity import diversity
-from amortlm.diagnostics.exact import LIMIT
 from amortlm.errors import DataError
+from amortlm.inference.exact import LIMIT
 from amortlm.inference.truth import Truth, posterior_draws
 from amortlm.types import Row
 

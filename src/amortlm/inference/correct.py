@@ -15,15 +15,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from amortlm.diagnostics.importance import effective_sample_size
+from amortlm.engine.decoding import seed_of
 from amortlm.errors import ConfigError, RewardError, nearest
 from amortlm.inference.mcmc import Chains, metropolis_hastings
 from amortlm.inference.paths import refuse_tool
-from amortlm.inference.smc import smc, systematic
+from amortlm.inference.smc import smc
 from amortlm.policy.policy import Policy
-from amortlm.policy.sampling import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
+from amortlm.weights import effective_sample_size, log_mean_exp, systematic
 
 METHODS = ("none", "sir", "smc", "mh")
 START = 4  # Metropolis-Hastings spends one draw in so many on where its chains start
@@ -45,12 +45,12 @@ class Weighted:
 
     @property
     def log_z(self) -> float:
-        return (self.log_weights.double().logsumexp(0) - math.log(len(self.log_weights))).item()
+        return log_mean_exp(self.log_weights.double()).item()
 
     @property
     def ess(self) -> float:
         """Effective sample size, 1 to N; 0 where R = 0 for all."""
-        return effective_sample_size(self.log_weights.double()) if self.log_z > -math.inf else 0.0
+        return effective_sample_size(self.log_weights.double())
 
     def resample(self, n: int, seed: object) -> Weighted:
         """n of them by weight, with replacement, in random order, each of log weight 0.

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from amortlm.engine.decoding import seed_of
 from amortlm.errors import ConfigError
 from amortlm.inference.paths import Paths, paths_of, prepare, redraw, sample_paths, uniforms
 from amortlm.policy.policy import Policy
-from amortlm.policy.sampling import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
 

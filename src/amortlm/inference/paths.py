@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from amortlm.data import check_rows
+from amortlm.engine.passes import Prefix
 from amortlm.errors import ConfigError, DataError
-from amortlm.passes import Prefix
 from amortlm.policy.policy import Policy
-from amortlm.policy.support import BoundSupport
+from amortlm.support import SupportLaw
 from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
 from amortlm.types import PolicyLogProbs, Rollouts, Row
@@ -164,7 +164,7 @@ def redraw(policy: Policy, prefix: Prefix, paths: Paths, keep: Tensor, generator
 
 
 def _state_log_probs(
-    logits: Tensor, state: Tensor, support: BoundSupport, legal: Tensor
+    logits: Tensor, state: Tensor, support: SupportLaw, legal: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(log q [b, V] over tokens and stop symbols, log q(stop) [b]) at the states [b] of logits, legal [b, V]."""
     stop_ids = list(support.stop_ids)

@@ -37,13 +37,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.diagnostics.importance import effective_sample_size
+from amortlm.engine.decoding import seed_of
 from amortlm.errors import ConfigError, RewardError
 from amortlm.inference.paths import Paths, prepare, redraw, sample_paths, uniforms
 from amortlm.policy.policy import Policy
-from amortlm.policy.sampling import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
+from amortlm.weights import effective_sample_size, log_mean_exp, systematic
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def smc(
     # At max_tokens nothing is left to draw: resampling there would only add noise.
     while ess_threshold > 0 and t < policy.support.max_tokens and bool((paths.lengths >= t).any()):
         log_twist = twists(log_w, log_c, paths.lengths, t, twisted)
-        history.append(_ess(log_c + log_twist))
+        history.append(effective_sample_size(log_c + log_twist))
         # The margin keeps rounding from resampling equal values at a threshold of 1.
         if history[-1] < ess_threshold * num_particles * (1 - 1e-9):
             ancestors, log_c = resampled(log_c, log_twist, uniforms(generator, (), policy))
@@ -135,8 +135,8 @@ def smc(
         log_weights=log_weights,
         log_reward=final + paths.log_q,
         log_q=paths.log_q,
-        log_z=_log_mean(log_weights).item(),
-        ess=[*history, _ess(log_weights)],
+        log_z=log_mean_exp(log_weights).item(),
+        ess=[*history, effective_sample_size(log_weights)],
         resampled_at=resampled_at,
         tokens_decoded=decoded,
         completions_scored=scored,
@@ -181,20 +181,4 @@ def resampled(log_c: Tensor, log_twist: Tensor, u: Tensor) -> tuple[Tensor, Tens
     """(ancestors [N], their new log c [N]): copies share the mean value, whatever their twist."""
     log_value = log_c + log_twist
     ancestors = systematic(log_value, len(log_value), u)
-    return ancestors, _log_mean(log_value) - log_twist[ancestors]
-
-
-def systematic(log_weights: Tensor, n: int, u: Tensor) -> Tensor:
-    """n indices, each drawn n * w_i / sum(w) times in expectation and at most one time off, from one uniform u."""
-    cdf = log_weights.double().softmax(0).cumsum(0)
-    positions = (torch.arange(n, device=cdf.device) + u) / n
-    # right=True: never an index of weight zero.
-    return torch.searchsorted(cdf / cdf[-1], positions, right=True).clamp(max=len(cdf) - 1)
-
-
-def _log_mean(log_values: Tensor) -> Tensor:
-    return log_values.logsumexp(0) - math.log(len(log_values))
-
-
-def _ess(log_weights: Tensor) -> float:
-    return 0.0 if torch.isneginf(log_weights).all() else effective_sample_size(log_weights)
+    return ancestors, log_mean_exp(log_value) - log_twist[ancestors]

@@ -28,7 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.diagnostics.exact import (
+from amortlm.engine.decoding import seed_of
+from amortlm.engine.passes import pad_right
+from amortlm.errors import ConfigError
+from amortlm.inference.correct import weigh
+from amortlm.inference.exact import (
     LIMIT,
     Distance,
     ExactPosterior,
@@ -36,16 +40,12 @@ from amortlm.diagnostics.exact import (
     enumerate_posterior,
     policy_log_probs,
 )
-from amortlm.diagnostics.importance import effective_sample_size, pareto_khat
-from amortlm.errors import ConfigError
-from amortlm.inference.correct import weigh
 from amortlm.inference.mcmc import metropolis_hastings
 from amortlm.inference.smc import smc
-from amortlm.passes import pad_right
 from amortlm.policy.policy import Policy
-from amortlm.policy.sampling import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
+from amortlm.weights import effective_sample_size, pareto_khat
 
 POOL, LARGE_POOL = 4, 16  # draws of q per posterior draw asked for; the second where the first will not do
 BATCH = 256  # of them sampled and scored at once

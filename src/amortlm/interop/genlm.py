@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amortlm.engine.passes import pad_right
 from amortlm.errors import ConfigError, MissingExtraError
-from amortlm.passes import pad_right
 from amortlm.policy.policy import Policy
-from amortlm.policy.support import BoundSupport, Support
+from amortlm.support import Support, SupportLaw
 from amortlm.targets.base import LinearCombination, Scoring, Softened, Target
 from amortlm.targets.constraints import Length, _TextTerm
 from amortlm.types import Rollouts, Row
@@ -42,13 +42,14 @@ except ImportError as e:
     raise MissingExtraError("amortlm.interop.genlm needs genlm-control: pip install 'amortlm[genlm]'") from e
 
 if TYPE_CHECKING:
-    from amortlm.language_model import LanguageModel
+    from amortlm.engine.model import CausalLM
+    from amortlm.text.codec import Codec
 
 T = TypeVar("T")
 Context = Sequence[Token]
 
 
-def to_potential(target: Target, support: Support, row: Row, lm: LanguageModel) -> Potential:
+def to_potential(target: Target, support: Support, row: Row, lm: CausalLM) -> Potential:
     """The target of one row as a potential: complete(z) = log R(z) in nats, -inf outside the support.
 
     prefix(z) is log R of stopping at z, without the terms that are zero there (z may still come right) or that judge
@@ -87,7 +88,7 @@ def from_potential(potential: Potential) -> Target:
     return PotentialTarget(potential)
 
 
-def vocabulary(lm: LanguageModel) -> list[Token]:
+def vocabulary(lm: Codec) -> list[Token]:
     """Every token of the model's tokenizer, by id."""
     try:
         return decode_vocab(lm.tokenizer, byte2str_fallback="latin1")[0]
@@ -100,7 +101,7 @@ def vocabulary(lm: LanguageModel) -> list[Token]:
 class CompletionPotential(Potential):
     """A weight on the completions of one row in a support; a subclass says how rollouts are scored."""
 
-    def __init__(self, lm: LanguageModel, support: BoundSupport, row: Row):
+    def __init__(self, lm: CausalLM, support: SupportLaw, row: Row):
         if support.tool is not None:
             raise ConfigError("a potential chooses every token itself: use a support without a tool")
         super().__init__([t for t in vocabulary(lm) if t.token_id not in support.stop_ids])
@@ -186,7 +187,7 @@ class CompletionPotential(Potential):
 class TargetPotential(CompletionPotential):
     """R (`to_potential`)."""
 
-    def __init__(self, lm: LanguageModel, support: BoundSupport, row: Row, target: Target):
+    def __init__(self, lm: CausalLM, support: SupportLaw, row: Row, target: Target):
         super().__init__(lm, support, row)
         self.target = target.bind(lm)
         self.twist = prefix_terms(self.target)
@@ -293,7 +294,7 @@ class PotentialTarget(_TextTerm):
         self.potential = potential
         self._tokens: list[Token] = []
 
-    def bind(self, lm: LanguageModel) -> Target:
+    def bind(self, lm: Codec) -> Target:
         bound: Any = super().bind(lm)
         bound._tokens = vocabulary(lm)
         return bound

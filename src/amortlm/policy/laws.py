@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from amortlm.engine.exactness import Check, Finding
+from amortlm.engine.model import CausalLM
 from amortlm.policy.policy import Policy
+from amortlm.support import Support
 from amortlm.types import PolicyLogProbs, Rollouts, Row
 
 MAX_SUPPORT = 20_000
@@ -80,3 +83,23 @@ def _assert_same(
                 f"{law}: trajectory {i} {rollouts.completions()[i]}, log q of {what} {t} is {a[i, t].item():.6g} and "
                 f"{b[i, t].item():.6g} (allowed: {atol:g} nats)"
             )
+
+
+@torch.no_grad()
+def examine_policy(lm: CausalLM) -> tuple[Finding, ...]:
+    """What making a policy with the default adapter does to p, and whether q computes in training as in evaluation.
+
+    Raises ModelError, and what peft raises for a model that it cannot adapt.
+    """
+    check = Check(lm.model, lm.name)
+    before = check.alone(check.texts[0])
+    policy = Policy(lm, "", Support(stop=check.texts[0][0], max_tokens=4))
+    pairs = {
+        "p after a policy is made": (check.alone(check.texts[0]), before),
+        "q in training mode, untrained": (
+            Check(policy.train().model, lm.name).alone(check.texts[0]),
+            before,
+        ),
+    }
+    errors = {what: (a - b).abs().nan_to_num().max().item() for what, (a, b) in pairs.items()}
+    return tuple(Finding(what, error, error <= check.tolerance) for what, error in errors.items())

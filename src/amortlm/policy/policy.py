@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
+from amortlm.engine.decoding import Exploration, draw, uniform_streams
+from amortlm.engine.passes import Passes, length_groups, pad_right
 from amortlm.errors import DataError, ModelError, TemplateError
-from amortlm.passes import Passes, length_groups, pad_right
-from amortlm.policy.adapter import FULL, load_weights, save_weights, trainable_copy
-from amortlm.policy.sampling import Exploration, draw, uniform_streams
-from amortlm.policy.support import BoundSupport, Support
-from amortlm.targets.template import Messages, PromptTemplate
+from amortlm.support import Support, SupportLaw
+from amortlm.text.template import Messages, PromptTemplate
 from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from amortlm.language_model import LanguageModel
+    from amortlm.engine.model import CausalLM
 
 
 class Policy(nn.Module):
@@ -32,7 +32,7 @@ class Policy(nn.Module):
 
     def __init__(
         self,
-        lm: LanguageModel,
+        lm: CausalLM,
         prompt: str | Messages,
         support: Support,
         adapter: LoraConfig | str | Path | None = None,
@@ -47,7 +47,7 @@ class Policy(nn.Module):
                 f"policy prompt {prompt!r}: take {{z}} out; the completion follows the prompt"
             )
         self.support_spec = support
-        self.support: BoundSupport = support.bind(lm)
+        self.support: SupportLaw = support.bind(lm)
         self.model = trainable_copy(lm, adapter)
         self.is_full = adapter == FULL
         if isinstance(adapter, str | Path) and not self.is_full:

@@ -16,7 +16,7 @@ from amortlm.errors import RewardError
 from amortlm.types import Rollouts
 
 if TYPE_CHECKING:
-    from amortlm.language_model import LanguageModel
+    from amortlm.text.codec import Codec
 
 
 class Scoring:
@@ -57,7 +57,7 @@ class Target(ABC):
     def to_spec(self) -> list[dict[str, Any]]:
         """The target as JSON/YAML: a list of terms (see `amortlm.targets.spec`)."""
 
-    def bind(self, lm: LanguageModel) -> Target:
+    def bind(self, lm: Codec) -> Target:
         """The same target with its text terms reading `lm`'s tokenizer. Sums with a `log_prob` are bound."""
         return self
 
@@ -131,7 +131,7 @@ class LinearCombination(Target):
         self.every_prefix = all(t.every_prefix for _, t in self._terms)
         self.columns = frozenset().union(*(t.columns for _, t in self._terms))
 
-    def bind(self, lm: LanguageModel) -> Target:
+    def bind(self, lm: Codec) -> Target:
         return LinearCombination([(w, t.bind(lm)) for w, t in self._terms])
 
     @property

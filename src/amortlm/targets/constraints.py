@@ -28,12 +28,12 @@ from amortlm.targets.functions import (
     require_reference,
     takes_row,
 )
-from amortlm.targets.positions import Positions
-from amortlm.targets.regular import check_pattern
+from amortlm.text.positions import Positions
+from amortlm.text.regular import check_pattern
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:
-    from amortlm.language_model import LanguageModel
+    from amortlm.text.codec import Codec
 
 Decode = Callable[[Sequence[int]], str]
 SECONDS = 1  # for `matches`, on one text; a regular expression takes microseconds
@@ -66,15 +66,15 @@ def _rows_of(rollouts: Rollouts) -> list[Row]:
 class _TextTerm(Target):
     """A term that reads text or tokens: it borrows the model's tokenizer when the target is bound."""
 
-    lm: LanguageModel | None = None
+    lm: Codec | None = None
 
-    def bind(self, lm: LanguageModel) -> Target:
+    def bind(self, lm: Codec) -> Target:
         bound = copy.copy(self)
         bound.lm = lm
         return bound
 
     @property
-    def bound_lm(self) -> LanguageModel:
+    def bound_lm(self) -> Codec:
         if self.lm is None:
             raise ConfigError(
                 f"{self!r} does not know the tokenizer yet: call target.bind(lm) before score()"

@@ -22,7 +22,7 @@ import torch
 
 from amortlm.errors import ConfigError, RewardError
 
-SHIPPED = {"numbers.is_valid": ("amortlm.tasks.numbers", "is_valid")}
+SHIPPED = {"numbers.is_valid": ("amortlm.lab.tasks.numbers", "is_valid")}
 NAMES = {f"{module}:{name}": fixed for fixed, (module, name) in SHIPPED.items()}  # as they were saved before
 REFERENCE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)")
 WRITE = "write 'package.module:function'"

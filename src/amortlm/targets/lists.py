@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, permutations
 from typing import TYPE_CHECKING, Any
@@ -15,29 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from amortlm.engine.passes import pad_right
 from amortlm.errors import ConfigError, SupportError
-from amortlm.passes import pad_right
+from amortlm.support.law import SupportLaw
+from amortlm.support.lists import split_statements
 from amortlm.targets.base import Scoring, Target
 from amortlm.targets.lm import LogProb
 from amortlm.types import Rollouts
 
 if TYPE_CHECKING:
-    from amortlm.language_model import LanguageModel
-    from amortlm.policy.support import BoundSupport
+    from amortlm.support.spec import SupportLaw
+    from amortlm.text.codec import Codec
 
 MAX_STATEMENTS = 5  # 120 orders
 String = tuple[int, tuple[int, ...]]  # (row, tokens)
-
-
-def split_statements(tokens: Sequence[int], separator: int) -> list[list[int]]:
-    """What stands between the separators: [a SEP b c] -> [[a], [b, c]]. Nothing at all is no statement."""
-    out: list[list[int]] = [[]]
-    for token in tokens:
-        if token == separator:
-            out.append([])
-        else:
-            out[-1].append(token)
-    return out if tokens else []
 
 
 class Unordered(Target):
@@ -58,11 +48,11 @@ class Unordered(Target):
         # With a constraint inside, a rejected list has no other reward to fall back on (see `Softened`).
         self.normalised = all(t.normalised for _, t in target.terms)
         self.hard = any(getattr(t, "hard", False) for _, t in target.terms)
-        self.lm: LanguageModel | None = next(
+        self.lm: Codec | None = next(
             (lm for _, t in target.terms if (lm := getattr(t, "lm", None)) is not None), None
         )
 
-    def bind(self, lm: LanguageModel) -> Target:
+    def bind(self, lm: Codec) -> Target:
         bound = copy.copy(self)
         bound.target, bound.lm = self.target.bind(lm), lm
         return bound
@@ -133,7 +123,7 @@ class Unordered(Target):
         return dict(zip(place, self.target.score(batch)[b, t].cpu(), strict=True))
 
 
-def check_statements(target: Target, support: BoundSupport) -> None:
+def check_statements(target: Target, support: SupportLaw) -> None:
     """Raise SupportError where the latents of `target` are not the statements of `support`'s completions."""
     lists = support.lists
     for _, term in target.terms:

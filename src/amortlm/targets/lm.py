@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from amortlm.engine.exactness import branch_mask
+from amortlm.engine.passes import Prefix, gather_log_probs, length_groups, pad_right, select_cache
 from amortlm.errors import TemplateError
-from amortlm.exactness import branch_mask
-from amortlm.passes import Prefix, gather_log_probs, length_groups, pad_right, select_cache
 from amortlm.targets.base import Scoring, Target
-from amortlm.targets.template import Messages, PromptTemplate, Template
+from amortlm.text.template import Messages, PromptTemplate, Template
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:
-    from amortlm.language_model import LanguageModel
+    from amortlm.engine.model import CausalLM
 
 MAX_WIDTH = 64  # branch tokens per trajectory in one pass
 
@@ -51,12 +51,12 @@ class CompletionPass:
 
 
 class LogProb(Target):
-    """log p(of | given); see `LanguageModel.log_prob`. Hu et al. 2024, section 3.1: tempered, contrastive,
+    """log p(of | given); see `amortlm.LanguageModel.log_prob`. Hu et al. 2024, section 3.1: tempered, contrastive,
     infilling and chain-of-thought posteriors are sums of such terms.
 
     Where a tool writes into z, p is the model with the same tool: its tokens are certain, and cost nothing."""
 
-    def __init__(self, lm: LanguageModel, of: str, given: str | Messages = ""):
+    def __init__(self, lm: CausalLM, of: str, given: str | Messages = ""):
         self.lm, self.of, self.given = lm, Template(of), PromptTemplate(given)
         text_given = self.given.templates[0] if self.given.roles is None else None
         self._z_in_given = text_given is not None and text_given.has_latent
@@ -129,9 +129,7 @@ class LogProb(Target):
         return out
 
 
-def completion_pass(
-    lm: LanguageModel, prompts: tuple[tuple[int, ...], ...], rollouts: Rollouts
-) -> CompletionPass:
+def completion_pass(lm: CausalLM, prompts: tuple[tuple[int, ...], ...], rollouts: Rollouts) -> CompletionPass:
     passes = lm.passes
     prefix = passes.encode(prompts)
     logits, cache = passes.states(prefix, rollouts.row_index, rollouts.tokens)
@@ -175,7 +173,7 @@ class Branches:
 
 
 def score_branches(
-    lm: LanguageModel, shared: CompletionPass, contexts: list[Context], rollouts: Rollouts
+    lm: CausalLM, shared: CompletionPass, contexts: list[Context], rollouts: Rollouts
 ) -> Tensor:
     """[B, S, T+1] log p(scored text after z | prompt z_1:t s); 0 where stopping is not allowed.
 
@@ -202,9 +200,7 @@ def score_branches(
     return out.gather(0, owner[:, None].expand_as(out))
 
 
-def _score_each(
-    lm: LanguageModel, prefix: Prefix, rollouts: Rollouts, branches: Branches, out: Tensor
-) -> None:
+def _score_each(lm: CausalLM, prefix: Prefix, rollouts: Rollouts, branches: Branches, out: Tensor) -> None:
     """Write log p of every branch to `out`, each as a text of its own behind its prompt."""
     z, passes = rollouts.completions(), lm.passes
     valid = torch.arange(branches.state.shape[1], device=out.device) < branches.count[:, None]
@@ -234,7 +230,7 @@ def owners(rollouts: Rollouts) -> Tensor:
     return torch.stack(columns, 1)
 
 
-def _tokens_per_chunk(lm: LanguageModel, rollouts: Rollouts, shared: CompletionPass, longest: int) -> int:
+def _tokens_per_chunk(lm: CausalLM, rollouts: Rollouts, shared: CompletionPass, longest: int) -> int:
     """Branch tokens per trajectory in one pass: within the memory budget (logits with their float32 copies, and
     the attention mask), at least one branch, and no more than MAX_WIDTH, since attention is quadratic in it."""
     keys = shared.prefix.mask.shape[1] + rollouts.stop_mask.shape[1] + MAX_WIDTH
@@ -243,7 +239,7 @@ def _tokens_per_chunk(lm: LanguageModel, rollouts: Rollouts, shared: CompletionP
 
 
 def _score_packs(
-    lm: LanguageModel,
+    lm: CausalLM,
     shared: CompletionPass,
     rollouts: Rollouts,
     branches: Branches,

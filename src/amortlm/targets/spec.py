@@ -21,13 +21,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from amortlm.engine.model import CausalLM
 from amortlm.errors import ConfigError, nearest
-from amortlm.language_model import LanguageModel
 from amortlm.settings import typed_value
 from amortlm.targets import constraints as c
 from amortlm.targets.base import LinearCombination, Target
 from amortlm.targets.functions import Trust
 from amortlm.targets.lists import Unordered
+from amortlm.targets.lm import LogProb
 
 NOBODY = Trust()
 MODIFIERS = {"weight", "temperature", "penalty"}
@@ -45,9 +46,9 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
-def _builders(lm: LanguageModel, trust: Trust = NOBODY) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
+def _builders(lm: CausalLM, trust: Trust = NOBODY) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
     return {
-        "log_prob": lambda a, k: lm.log_prob(**a, **k),
+        "log_prob": lambda a, k: LogProb(lm, **a, **k),
         "contains": lambda a, k: c.Contains(_listed(a), **k),
         "matches": lambda a, k: c.Matches(a, **k),
         "allowed_tokens": lambda a, k: c.AllowedTokens(_listed(a), **k),
@@ -90,7 +91,7 @@ def _number(term: dict[str, Any], name: str) -> float:
     return value
 
 
-def target_from_spec(spec: Sequence[dict[str, Any]], lm: LanguageModel, trust: Trust = NOBODY) -> Target:
+def target_from_spec(spec: Sequence[dict[str, Any]], lm: CausalLM, trust: Trust = NOBODY) -> Target:
     """Build a target from its JSON/YAML form. trust: whose functions it may name (default: those that ship).
 
     Raises ConfigError for an unknown term, bad arguments, or a function that is not trusted.

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from amortlm.buffer import ReplayBuffer
+from amortlm.engine.decoding import Exploration, seed_of
 from amortlm.errors import ConfigError
-from amortlm.inference.smc import smc, systematic
+from amortlm.inference.smc import smc
 from amortlm.policy.policy import Policy
-from amortlm.policy.sampling import Exploration, seed_of
 from amortlm.targets.base import Target
 from amortlm.train.config import GFNConfig
 from amortlm.types import Rollouts, Row, row_key
+from amortlm.weights import systematic
 
 Step = tuple[int, int]  # update, micro-batch
 

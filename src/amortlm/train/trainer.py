@@ -26,16 +26,16 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from amortlm import objectives
 from amortlm.buffer import ReplayBuffer
 from amortlm.data import as_rows, check_rows
+from amortlm.engine.adapter import FULL
+from amortlm.engine.decoding import seed_of
 from amortlm.errors import AmortLMError, ConfigError, DataError, RewardError
 from amortlm.files import replacing
 from amortlm.language_model import LanguageModel
-from amortlm.policy.adapter import FULL
 from amortlm.policy.policy import Policy
-from amortlm.policy.sampling import seed_of
-from amortlm.policy.support import Support
 from amortlm.posterior import Posterior
+from amortlm.support.spec import Support
 from amortlm.targets.base import Softened, Target
-from amortlm.targets.template import Messages
+from amortlm.text.template import Messages
 from amortlm.train import checkpoints, run
 from amortlm.train.callbacks import ROWS, SAMPLES, DiagnoseCallback, TrainingProgress, diagnosis_seed, mean
 from amortlm.train.config import METRICS, REFUSED, GFNConfig

@@ -1,0 +1,94 @@
+"""A frozen causal language model as the engine sees it: its weights, and which ways through it are exact."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from amortlm.engine.exactness import Exactness, examine, rotary_limit, rotary_switch
+from amortlm.engine.passes import Passes, Sharing
+from amortlm.errors import PromptTooLongError
+from amortlm.text.codec import Codec
+
+
+class CausalLM(Codec):
+    """The frozen p: `amortlm.LanguageModel` without the ways to load one and to state targets."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str | None = None,
+        score_memory_mb: int = 256,
+        self_check: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(
+            tokenizer,
+            name=name or str(model.config.name_or_path),
+            vocab_size=_rows(model.get_output_embeddings()),
+            num_embeddings=_rows(model.get_input_embeddings()),
+            context=_context(model.config),
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        self.model = model.eval().requires_grad_(False)
+        self.score_memory_mb, self.self_check = score_memory_mb, self_check
+
+    def with_model(self, model: Any) -> Self:
+        """The same with a copy of the model that has weights of its own; what is exact for one is for the other."""
+        other = copy.copy(self)
+        other.model = model.eval().requires_grad_(False)
+        return other
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @cached_property
+    def exactness(self) -> Exactness:
+        """What the self-check found. Raises ModelError."""
+        return examine(self.model, self.name)
+
+    @cached_property
+    def sharing(self) -> Sharing:
+        """How prompts are shared: by the self-check, or as full attention allows."""
+        if self.self_check:
+            return self.exactness.sharing
+        return Sharing(switch=rotary_switch(self.model.config))
+
+    @property
+    def passes(self) -> Passes:
+        """The forward passes of p."""
+        return Passes(self.model, self.sharing)
+
+    def check_context(self, prompt: int, total: int, what: str) -> None:
+        """Raise PromptTooLongError when `total` tokens, the first `prompt` of which are given, do not fit the model."""
+        if self.context is not None and total > self.context:
+            raise PromptTooLongError(
+                f"{what} needs {total} tokens, but {self.name} has a context of {self.context}; "
+                "shorten the prompt, lower max_tokens, or drop such rows"
+            )
+        switch = rotary_switch(self.model.config)
+        if switch is not None and prompt - 1 <= switch < total:
+            raise PromptTooLongError(
+                f"{what} goes from {prompt} to {total} tokens, and at {switch} {self.name} changes the rotary "
+                "embedding of the whole text (LongRoPE): what is written before and after would be of two models. "
+                f"Keep texts below {switch} tokens, or give prompts that are longer, or drop such rows"
+            )
+
+
+def _rows(layer: Any) -> int:
+    """Tokens that an embedding or output layer knows."""
+    return int(layer.weight.shape[0])
+
+
+def _context(config: Any) -> int | None:
+    """The longest sequence that a model was made for, in tokens."""
+    config = config.get_text_config(decoder=True)
+    known = [getattr(config, "max_position_embeddings", None), rotary_limit(config)]
+    return min((n for n in known if n is not None and n > 0), default=None)

@@ -1,0 +1,339 @@
+"""The next sentence (Hu et al. 2024, section 4.2): likely and yet different continuations of prompts never seen.
+
+z = the next sentence, R(z) = p(z | x)^(1/T). Methods give the same number of completions per prompt. Two figures
+decide: the log-likelihood of the best completion of a prompt, and the diversity among its completions. Decoders have
+a grid of settings, and also run at a multiple of the compute; the GFlowNet has its T. "resampling" says where the
+posterior itself stands, at a cost that no decoder has: importance resampling of many samples, as good as the GFlowNet
+could get.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from amortlm.errors import DataError
+from amortlm.lab.baselines.decoding import decode_counted
+from amortlm.lab.metrics.embedding import Encoder, encoder_folder, grouped_diversity, sentence_encoder
+from amortlm.lab.reproduce.experiment import Context, Experiment, Metric, Outcome, Settings, Trained
+from amortlm.lab.reproduce.frontier import figures, summary
+from amortlm.lab.reproduce.training import train_gflownet, untrained
+from amortlm.language_model import LanguageModel
+from amortlm.posterior import Posterior
+from amortlm.support import Support
+from amortlm.targets.base import Target
+from amortlm.types import Rollouts, Row
+
+PROMPT = "{x}"
+TEMPERATURES = (0.8, 0.85, 0.9, 0.95)
+FILES = ("train_head.txt", "prompts.txt")  # looked for where --data is a folder
+STORY_END = "<|endoftext|>"
+
+SMALL: Settings = {
+    "model": "embedded",
+    "encoder": None,
+    "sentences": 2,
+    "max_prompt_tokens": 80,
+    "train_prompts": 128,
+    "test_prompts": 16,
+    "train_prompts_measured": 8,
+    "num_samples": 8,
+    "compute": 5,
+    "support": {"stop": ".", "min_tokens": 1, "max_tokens": 30},
+    "grids": {
+        "temperature": [{"temperature": t} for t in (0.5, 0.7, 1.0)],
+        "nucleus": [{"top_p": p} for p in (0.7, 0.9)],
+        "top_k": [{"top_k": k} for k in (5, 20)],
+        "best_of_n": [{"n": 5, "temperature": 0.8}],
+        "greedy": [{}],
+        "beam": [{}],
+        "diverse_beam": [{"penalty": w} for w in (0.5, 2.0)],
+        "resampling": [{"n": 16, "temperature": 0.8}],
+    },
+    "lora": 32,
+    "anneal": False,
+    "gflownet": {
+        "objective": "vargrad",
+        "max_steps": 150,
+        "num_samples": 8,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 5e-4,
+        "replay_ratio": 0.0,
+        "tempered_ratio": 0.0,
+        "save_steps": 50,
+    },
+}
+PRESETS: dict[str, Settings] = {
+    "smoke": {
+        **SMALL,
+        "train_prompts": 2,
+        "test_prompts": 2,
+        "train_prompts_measured": 1,
+        "num_samples": 2,
+        "compute": 2,
+        "support": {"stop": ".", "min_tokens": 1, "max_tokens": 6},
+        "grids": {
+            "temperature": [{"temperature": 0.7}],
+            "nucleus": [{"top_p": 0.9}],
+            "top_k": [{"top_k": 10}],
+            "best_of_n": [{"n": 2}],
+            "greedy": [{}],
+            "beam": [{}],
+            "diverse_beam": [{}],
+            "resampling": [{"n": 4, "temperature": 0.8}],
+        },
+        "lora": 4,
+        "gflownet": {
+            **SMALL["gflownet"],
+            "max_steps": 2,
+            "num_samples": 2,
+            "per_device_train_batch_size": 2,
+            "save_steps": 1,
+        },
+    },
+    "small": SMALL,
+    # 750 updates of 32 prompts x 8 samples, T falling from 1 over all of them.
+    "paper": {
+        **SMALL,
+        "model": "gpt2-xl",
+        "max_prompt_tokens": 200,
+        "train_prompts": 1000,
+        "test_prompts": 100,
+        "train_prompts_measured": 100,
+        "lora": 64,
+        "anneal": True,
+        "gflownet": {
+            "objective": "subtb",
+            "max_steps": 750,
+            "num_samples": 8,
+            "per_device_train_batch_size": 32,
+            "learning_rate": 1e-4,
+            "replay_ratio": 0.25,
+            "tempered_ratio": 0.67,
+            "buffer_size": 50,
+            "save_steps": 50,
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Rows with a column x. The posterior is amortised over `train`; `test` is held out."""
+
+    train: list[Row]
+    test: list[Row]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoding method with its grid. base: the untrained model; multiples: of the number of samples."""
+
+    base: Posterior
+    method: str
+    grid: list[dict[str, Any]]
+    multiples: list[int]
+
+
+def prepare(settings: Settings, model: str | None, data: Path | None, dry_run: bool) -> Context:
+    """Model and prompts: sentences that open the stories of --data (divided by <|endoftext|>) or its lines; without
+    it the beginnings of our own stories. Raises DataError, ConfigError, MissingExtraError."""
+    encoder_folder(settings["encoder"])
+    lm = LanguageModel.from_pretrained(model or settings["model"])
+    texts = _texts(data, settings["sentences"])
+    kept = [x for x in dict.fromkeys(texts) if len(lm.encode_start(x)) <= settings["max_prompt_tokens"]]
+    n = settings["test_prompts"]
+    train = kept[n : n + settings["train_prompts"]]
+    # Our own stories are few: any number beyond the held-out ones will do.
+    if not train or (data is not None and len(train) < settings["train_prompts"]):
+        raise DataError(
+            f"{data or 'our own stories'}: {len(kept)} prompts of at most {settings['max_prompt_tokens']} tokens, but "
+            f"test_prompts={n} and train_prompts={settings['train_prompts']} are needed; lower these or give more data"
+        )
+    return Context(settings, lm, Prompts([{"x": x} for x in train], [{"x": x} for x in kept[:n]]), dry_run)
+
+
+def _texts(data: Path | None, sentences: int) -> list[str]:
+    if data is None:
+        from amortlm.lab.tasks.infilling import STORIES
+
+        return [str(row["x"]) for row in STORIES]
+    file = next((data / name for name in FILES if (data / name).is_file()), data)
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(
+            f"{data}: cannot read prompts ({e}); give a text file, or a folder with {FILES}"
+        ) from e
+    if STORY_END not in text:
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    openings = [opening(story, sentences) for story in text.split(STORY_END)]
+    return [x for x in openings if x]
+
+
+def opening(story: str, sentences: int) -> str | None:
+    """The first sentences of a story, or None if no more follow or the last one is no plain statement."""
+    found = re.split(r"(?<=[.!?])\s+", " ".join(story.split()))
+    if len(found) <= sentences or not re.fullmatch(r"[\w ,'-]+\.", found[sentences - 1]):
+        return None
+    return " ".join(found[:sentences])
+
+
+def likelihood(context: Context) -> Target:
+    return context.lm.log_prob("{z}", given=PROMPT)
+
+
+def decoder(method: str) -> Callable[[Context, int, Path], Trained]:
+    def build(context: Context, seed: int, folder: Path) -> Trained:
+        support = Support(**context.settings["support"])
+        base = untrained(context, likelihood(context), PROMPT, support).sampler
+        once = method in ("greedy", "best_of_n", "resampling")  # one result, or an n of their own
+        multiples = [1] if once else [1, context.settings["compute"]]
+        return Trained(Decoder(base, method, context.settings["grids"][method], multiples))
+
+    return build
+
+
+def gflownet(temperature: float) -> Callable[[Context, int, Path], Trained]:
+    def train(context: Context, seed: int, folder: Path) -> Trained:
+        settings = context.settings
+        config = dict(settings["gflownet"])
+        if settings["anneal"]:  # p(z | x) at the first update, p(z | x)^(1/T) at the last
+            config["reward_temperature"] = (1 / temperature, 1.0, config["max_steps"])
+        return train_gflownet(
+            context,
+            target=likelihood(context) / temperature,
+            prompt=PROMPT,
+            support=Support(**settings["support"]),
+            rows=context.data.train,
+            config=config,
+            folder=folder,
+            seed=seed,
+            lora=settings["lora"],
+        )
+
+    return train
+
+
+def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+    """Every point of the method on held-out prompts, and at one times the compute on training prompts too.
+
+    The method's figures are those of the setting with the best max log-likelihood on training prompts.
+    """
+    data, measured = context.data, context.settings["train_prompts_measured"]
+    points = [
+        point
+        for split, rows in (("train", data.train[:measured]), ("test", data.test))
+        for point in _points(context, trained.sampler, rows, split, seed)
+    ]
+    chosen = max((p for p in points if p["split"] == "train"), key=lambda p: p["max_ll"])
+    held_out = [p for p in points if p["split"] == "test" and p["setting"] == chosen["setting"]]
+    one, more = held_out[0], held_out[-1]
+    has_more = more["compute"] == context.settings["compute"]
+    metrics = {name: one[name] for name in ("max_ll", "mean_ll", "diversity")}
+    metrics["max_ll_more"] = more["max_ll"] if has_more else math.nan
+    metrics["diversity_more"] = more["diversity"] if has_more else math.nan
+    metrics["max_ll_train"], metrics["diversity_train"] = chosen["max_ll"], chosen["diversity"]
+    return Outcome(metrics, {"chosen": chosen["setting"], "points": points})
+
+
+def _points(
+    context: Context, sampler: Decoder | Posterior, rows: Sequence[Row], split: str, seed: int
+) -> list[dict[str, Any]]:
+    k = context.settings["num_samples"]
+    if isinstance(sampler, Posterior):
+        rollouts, _ = sampler.policy.sample(rows, k, seed=("evaluate", seed))
+        passes = int((rollouts.lengths + 1).sum())
+        return [{"split": split, "setting": {}, "compute": 1, **_measure(context, sampler, rollouts, passes)}]
+    points = []
+    for setting in sampler.grid:
+        for multiple in sampler.multiples if split == "test" else [1]:
+            count = 1 if sampler.method == "greedy" else k * multiple
+            decoded = decode_counted(sampler.base.policy, rows, sampler.method, count, seed=seed, **setting)
+            points.append(
+                {
+                    "split": split,
+                    "setting": setting,
+                    "compute": multiple * setting.get("n", 1),
+                    **_measure(context, sampler.base, decoded.rollouts, decoded.token_passes),
+                }
+            )
+    return points
+
+
+def _measure(context: Context, posterior: Posterior, rollouts: Rollouts, passes: int) -> dict[str, float]:
+    """Means over prompts. The log-likelihood is log p(z | x) of the frozen model, stop symbol included, in nats."""
+    n = len(rollouts.rows)
+    log_p = likelihood(context).score_final(rollouts).view(n, -1)
+    texts = posterior.texts(rollouts)
+    k = len(texts) // n
+    groups = [texts[i : i + k] for i in range(0, len(texts), k)]
+    diversity = grouped_diversity(groups, _encoder(context.settings["encoder"]))
+    return {
+        "max_ll": log_p.amax(1).mean().item(),
+        "mean_ll": log_p.mean().item(),
+        "diversity": sum(diversity) / n,
+        "length": rollouts.lengths.float().mean().item(),
+        "token_passes": passes,
+    }
+
+
+@lru_cache(maxsize=1)
+def _encoder(folder: str | None) -> Encoder:
+    return sentence_encoder(folder)
+
+
+EXPERIMENT = Experiment(
+    name="continuation",
+    question="On prompts never seen, are a GFlowNet's next sentences both likelier and more diverse than those of "
+    "decoding strategies, at equal numbers of samples and against more compute?",
+    presets=PRESETS,
+    prepare=prepare,
+    methods={
+        "temperature": decoder("temperature"),
+        "nucleus": decoder("nucleus"),
+        "top-k": decoder("top_k"),
+        "greedy": decoder("greedy"),
+        "beam": decoder("beam"),
+        "diverse-beam": decoder("diverse_beam"),
+        "best-of-n": decoder("best_of_n"),
+        "resampling": decoder("resampling"),
+        **{f"gflownet-{t:g}": gflownet(t) for t in TEMPERATURES},
+    },
+    evaluate=evaluate,
+    metrics={
+        "max_ll": Metric(
+            "max log p",
+            ".2f",
+            "higher",
+            "log p(z|x) of the best completion, nats, mean over held-out prompts",
+        ),
+        "mean_ll": Metric(
+            "mean log p", ".2f", None, "log p(z|x), mean over all completions of held-out prompts"
+        ),
+        "diversity": Metric(
+            "diversity", ".3f", "higher", "1 - mean pairwise cosine of sentence embeddings, held-out prompts"
+        ),
+        "max_ll_more": Metric(
+            "max log p, more compute", ".2f", "higher", "with `compute` times the samples or beams"
+        ),
+        "diversity_more": Metric("diversity, more compute", ".3f", "higher", "among these"),
+        "max_ll_train": Metric(
+            "max log p, train",
+            ".2f",
+            "higher",
+            "on training prompts; decoders: their setting is the best by this figure",
+        ),
+        "diversity_train": Metric("diversity, train", ".3f", "higher", "on training prompts"),
+    },
+    figures=figures,
+    summary=summary,
+    paper={},
+    paper_setting="GPT-2 XL 1.5B, 1,000 prompts, LoRA r = 64; the paper shows a plot (figure 3), no figures: the "
+    "GFlowNet has a higher max log-likelihood at higher diversity than every decoder, also when these get 5x compute",
+)

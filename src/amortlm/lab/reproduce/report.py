@@ -1,0 +1,195 @@
+"""What a run leaves for readers: results.json, README.md and the table on the screen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from amortlm.files import write_text
+from amortlm.lab.reproduce.experiment import Experiment, Metric
+from amortlm.lab.reproduce.storage import write_json
+
+Run = dict[str, Any]  # a finished run, as in its JSON file
+ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+MISSING = "–"
+
+
+def collect(
+    experiment: Experiment, identity: dict[str, Any], command: str, done: dict[tuple[str, int], Run]
+) -> dict[str, Any]:
+    """results.json: what was asked, every finished run (methods in the order of the table, seeds ascending),
+    mean and standard deviation over seeds, and the paper's figures."""
+    runs = {
+        method: [done[m, seed] for m, seed in sorted(done) if m == method]
+        for method in experiment.methods
+        if any(m == method for m, _ in done)
+    }
+    return {
+        **identity,
+        "question": experiment.question,
+        "command": command,
+        "summary": {
+            method: {name: spread([r["metrics"][name] for r in found]) for name in experiment.metrics}
+            for method, found in runs.items()
+        },
+        "paper": {"setting": experiment.paper_setting, "figures": experiment.paper},
+        "runs": {
+            method: [{k: v for k, v in r.items() if k not in ("key", "method")} for r in found]
+            for method, found in runs.items()
+        },
+    }
+
+
+def spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and sample standard deviation (None for one value) of the figures that are numbers."""
+    known = [v for v in values if v is not None]
+    if not known:
+        return {"mean": None, "sd": None}
+    mean = math.fsum(known) / len(known)
+    if len(known) == 1:
+        return {"mean": mean, "sd": None}
+    return {"mean": mean, "sd": math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1))}
+
+
+def write_report(experiment: Experiment, results: dict[str, Any], folder: Path) -> None:
+    """results.json, then the figures, then the README.md that shows them."""
+    write_json(folder / "results.json", results)
+    names = experiment.figures(results, folder) if results["runs"] else []
+    write_text(folder / "README.md", readme(experiment, results, names))
+
+
+def readme(experiment: Experiment, results: dict[str, Any], figures: Sequence[str]) -> str:
+    seeds = max((len(found) for found in results["runs"].values()), default=0)
+    parts = [
+        f"# {experiment.name}, preset {results['preset']}",
+        experiment.question,
+        "```bash\n" + "\n".join(commands(results)) + "\n```",
+        f"Model: {results['model']}. "
+        + (f"Data: {results['data']}. " if results["data"] else "")
+        + (f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed."),
+        table(experiment, results, "github"),
+        *([experiment.summary(results)] if experiment.summary and results["runs"] else []),
+        f"The paper (Hu et al. 2024): {experiment.paper_setting}",
+        *([paper_table(experiment)] if experiment.paper else []),
+        *(f"![{name}]({name})" for name in figures),
+        "Columns (↑ higher is better, ↓ lower is better):",
+        "\n".join(columns(experiment)),
+        "Made with:",
+        "\n".join(f"- {line}" for line in environments(results)),
+        "Every figure, all settings and all seeds: [results.json](results.json). The same command goes on where it "
+        "was interrupted.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(experiment: Experiment, results: dict[str, Any], style: str = "simple") -> str:
+    """Methods by metrics, mean ± standard deviation over seeds, with times and reward evaluations."""
+    lines = []
+    for method, found in results["runs"].items():
+        summary = results["summary"][method]
+        lines.append(
+            [
+                method,
+                *(with_spread(summary[name], metric) for name, metric in experiment.metrics.items()),
+                *(_mean_seconds(found, part) for part in ("training", "evaluation")),
+                f"{max(run['reward_evaluations'] for run in found):,}",
+                len(found),
+            ]
+        )
+    headers = [
+        "method",
+        *_headings(experiment),
+        "training, s",
+        "evaluation, s",
+        "reward evaluations",
+        "seeds",
+    ]
+    return _tabulate(lines, headers, style)
+
+
+def paper_table(experiment: Experiment) -> str:
+    lines = [
+        [method, *(number(values.get(name), metric) for name, metric in experiment.metrics.items())]
+        for method, values in experiment.paper.items()
+    ]
+    return _tabulate(lines, ["method", *_headings(experiment)], "github")
+
+
+def commands(results: dict[str, Any]) -> list[str]:
+    """Those that made the runs."""
+    made = [run["command"] for found in results["runs"].values() for run in found]
+    return list(dict.fromkeys(made)) or [results["command"]]
+
+
+def columns(experiment: Experiment) -> list[str]:
+    described = [
+        f"- {metric.label}{ARROWS[metric.better]}: {metric.meaning}"
+        for metric in experiment.metrics.values()
+        if metric.meaning
+    ]
+    return [
+        *described,
+        "- training, evaluation: wall-clock seconds of one seed (*: went on from a checkpoint, the last part only)",
+        "- reward evaluations: completions that the target or a reward judged in training, per seed",
+        "- seeds: finished runs",
+    ]
+
+
+def environments(results: dict[str, Any]) -> list[str]:
+    """One line for each place that runs were made in."""
+    lines = []
+    for found in results["runs"].values():
+        for run in found:
+            made = run["environment"]
+            packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
+            where = made["gpu"] or f"{made['cpu']}, {made['cores']} cores, {made['threads']} threads"
+            commit = f"; commit {made['commit']}" if made["commit"] else ""
+            lines.append(f"{where}; Python {made['python']}; {packages}{commit}")
+    return list(dict.fromkeys(lines))
+
+
+def progress_line(experiment: Experiment, run: Run, seconds_left: float | None) -> str:
+    figures = ", ".join(
+        f"{metric.label} {number(run['metrics'][name], metric)}"
+        for name, metric in experiment.metrics.items()
+    )
+    seconds = run["seconds"]
+    line = (
+        f"{run['method']}, seed {run['seed']}: {figures}  "
+        f"({seconds['training']:.0f} s training, {seconds['evaluation']:.0f} s evaluation)"
+    )
+    return line if not seconds_left else f"{line}  about {_duration(seconds_left)} left"
+
+
+def number(value: float | None, metric: Metric) -> str:
+    return MISSING if value is None else format(value, metric.format)
+
+
+def with_spread(summary: dict[str, float | None], metric: Metric) -> str:
+    mean = number(summary["mean"], metric)
+    return mean if summary["sd"] is None else f"{mean} ± {number(summary['sd'], metric)}"
+
+
+def _headings(experiment: Experiment) -> list[str]:
+    return [metric.label + ARROWS[metric.better] for metric in experiment.metrics.values()]
+
+
+def _mean_seconds(found: Sequence[Run], part: str) -> str:
+    mean = math.fsum(run["seconds"][part] for run in found) / len(found)
+    cut = part == "training" and any(run["resumed"] for run in found)
+    return f"{mean:.1f}" + ("*" if cut else "")
+
+
+def _tabulate(lines: list[list[Any]], headers: list[str], style: str) -> str:
+    align = ("left", *["right"] * (len(headers) - 1))
+    return tabulate(
+        lines, headers=headers, tablefmt=style, colalign=align if lines else None, disable_numparse=True
+    )
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,16 @@
+"""Tasks: what the paper's experiments ask, each as a short file with a `SPEC`, and runs stated in YAML."""
+
+from __future__ import annotations
+
+import importlib
+
+TASKS = ("infilling", "numbers")
+
+
+def load_task(name: str):  # type: ignore[no-untyped-def]
+    """The module of a built-in task. Raises ConfigError for an unknown name."""
+    from amortlm.errors import ConfigError, nearest
+
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}; {nearest(name, TASKS)} Or give a path that ends in .yaml")
+    return importlib.import_module(f"amortlm.lab.tasks.{name}")

@@ -1,1 +1,0 @@
-"""Plots, tables and the HTML page of a run."""

@@ -1,0 +1,43 @@
+"""Supports whose completions are lists: statements of at least one token, a separator between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amortlm.support.automaton import Automaton
+
+
+@dataclass(frozen=True)
+class Lists:
+    """`minimum` to `maximum` statements; the separator between them is a token."""
+
+    separator: int
+    minimum: int
+    maximum: int
+
+    def automaton(self, words: Tensor, min_tokens: int, max_tokens: int) -> Automaton:
+        """words [V] bool: what a statement may consist of. State 2n: n statements are done, no token of the next one
+        is written; 2n + 1: some are."""
+        states = torch.arange(2 * self.maximum)
+        step = torch.full((len(states), 3), len(states))  # of class 0, what is never written: a dead end
+        step[:, 1] = states | 1
+        step[1:-1:2, 2] = states[2::2]
+        classes = words.long()
+        classes[self.separator] = 2
+        accepts = (states % 2 == 1) & (states >= 2 * self.minimum - 1)
+        return Automaton(step, classes, accepts, min_tokens, max_tokens)
+
+
+def split_statements(tokens: Sequence[int], separator: int) -> list[list[int]]:
+    """What stands between the separators: [a SEP b c] -> [[a], [b, c]]. Nothing at all is no statement."""
+    out: list[list[int]] = [[]]
+    for token in tokens:
+        if token == separator:
+            out.append([])
+        else:
+            out[-1].append(token)
+    return out if tokens else []

@@ -1,0 +1,232 @@
+"""Supports whose completions match a regular expression: constrained decoding, for q in training and in sampling."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from amortlm import cache
+from amortlm.errors import ConfigError, SupportError
+from amortlm.support.automaton import Automaton
+from amortlm.text.positions import START, Positions
+
+if TYPE_CHECKING:
+    from amortlm.text.codec import Codec
+
+FORMAT = 1  # of the cached tables: count it up when the code below makes other ones
+BROKEN = "\ufffd"  # what part of a character decodes to
+MAX_STATES = 20_000
+MAX_VISITS = 2_000_000  # of positions, summed over the states: some seconds
+MAX_CELLS = 2**24  # of the table of states by classes of tokens: 128 MiB
+
+
+def pattern_automaton(
+    pattern: str, lm: Codec, allowed: Tensor, min_tokens: int, max_tokens: int
+) -> Automaton:
+    """The automaton over tokens of `allowed` [V] whose texts, outer white space removed, match the pattern.
+
+    Tokens that are a part of a character are never written. Raises SupportError for a pattern that is not regular,
+    whose automaton is too large, or that matches nothing of min_tokens to max_tokens such tokens.
+    """
+    texts = _texts(lm, allowed)
+    # All that the tables depend on: `re` and its classes of characters are those of this Python.
+    key = [FORMAT, sys.version, pattern, len(allowed), list(texts.items())]
+    name = f"patterns/{hashlib.sha256(json.dumps(key).encode()).hexdigest()}"
+    tables = cache.load(name)
+    if tables is None:
+        tables = _tables(pattern, texts, len(allowed))
+        cache.store(name, tables)
+    automaton = Automaton(
+        tables["step"].long(), tables["token_class"].long(), tables["accepts"], min_tokens, max_tokens
+    )
+    if not automaton.can[0, 0]:
+        raise SupportError(
+            f"no text of {min_tokens} to {max_tokens} allowed tokens matches {pattern!r}; widen the pattern, "
+            "max_tokens or allowed_tokens (white space around a text is taken off before it is compared)"
+        )
+    return automaton
+
+
+def _tables(pattern: str, texts: dict[int, str], size: int) -> dict[str, Tensor]:
+    """step [S, C], token_class [size], accepts [S], as an automaton has them, of texts by token."""
+    characters = "".join(sorted(set().union(*texts.values())))
+    table, accepts, kind = _deterministic(pattern, characters)
+    table, accepts = _minimal(table, accepts)
+    step, token_class = _token_step(pattern, table, {t: x.translate(kind) for t, x in texts.items()}, size)
+    kept = _reached(step)
+    number = np.full(len(step) + 1, len(kept))
+    number[kept] = np.arange(len(kept))
+    return {
+        "step": torch.from_numpy(number[step[kept]]).int(),
+        "token_class": token_class.int(),
+        "accepts": torch.from_numpy(accepts[kept]),
+    }
+
+
+def _deterministic(
+    pattern: str, characters: str
+) -> tuple[NDArray[np.int64], NDArray[np.bool_], dict[int, str]]:
+    """(state after each kind of character [S, K], may a text end here [S], the kind of each character, as a chr).
+
+    White space counts as in `text.strip()`: none before the first other character is read, and a text ends as it did
+    before the white space that it ends with. So a state is a set of positions and whether they were final then.
+    """
+    try:
+        positions = Positions(pattern)
+    except ConfigError as e:
+        raise SupportError(str(e)) from None
+    of = [
+        (readers, c.isspace()) for readers, c in zip(positions.readers(characters), characters, strict=True)
+    ]
+    kinds = {reads: i for i, reads in enumerate(dict.fromkeys(of))}
+    first = (START, bool(START & positions.final))
+    states, number = [first], {first: 0}
+    table: list[list[int]] = []
+    visits = 0
+    for state, final in states:  # grows
+        visits += state.bit_count()
+        if len(states) > MAX_STATES or visits > MAX_VISITS:
+            each = f", each of {visits // len(table):,} places in it" if visits > MAX_VISITS else ""
+            raise SupportError(_too_large(pattern, f"more than {len(states):,} states{each}"))
+        row, ahead = [], positions.after(state)
+        for readers, space in kinds:
+            after = ahead & readers
+            if not space:
+                to = (after, bool(after & positions.final))
+            elif state == START:
+                to = (state, final)
+            else:
+                to = (after, final)
+            if to not in number:
+                number[to] = len(states)
+                states.append(to)
+            row.append(number[to])
+        table.append(row)
+    kind = {ord(c): chr(kinds[reads]) for c, reads in zip(characters, of, strict=True)}
+    return np.array(table).reshape(len(states), len(kinds)), np.array([final for _, final in states]), kind
+
+
+def _minimal(
+    table: NDArray[np.int64], accepts: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The same automaton with its equal states merged (Hopcroft's algorithm), the first one first.
+
+    States from which no text can end are left out: S, the number of states, stands for them in the table.
+    """
+    dead = len(table)
+    table = np.vstack([table, np.full((1, table.shape[1]), dead)])
+    sources: list[list[list[int]]] = []  # kind of character, state: the states it leads there from
+    for column in table.T.tolist():
+        sources.append([[] for _ in column])
+        for state, after in enumerate(column):
+            sources[-1][after].append(state)
+    ends = {int(s) for s in np.flatnonzero(accepts)}
+    blocks = [set(range(dead + 1)) - ends, ends]
+    block = [int(state in ends) for state in range(dead + 1)]
+    waiting = {0, 1}
+    while waiting:
+        splitter = list(blocks[waiting.pop()])
+        for leads in sources:
+            touched: dict[int, set[int]] = {}
+            for state in splitter:
+                for source in leads[state]:
+                    touched.setdefault(block[source], set()).add(source)
+            for old, part in touched.items():
+                if len(part) == len(blocks[old]):
+                    continue
+                blocks[old] -= part
+                if len(part) > len(blocks[old]):
+                    part, blocks[old] = blocks[old], part
+                waiting.add(len(blocks))  # the smaller part: the larger one waits if its whole did
+                for state in part:
+                    block[state] = len(blocks)
+                blocks.append(part)
+    kept = dict.fromkeys(block[:dead])
+    kept.pop(block[dead], None)
+    number = np.full(len(blocks), len(kept))
+    number[list(kept)] = np.arange(len(kept))
+    members = [min(blocks[b]) for b in kept] or [dead]
+    return number[np.array(block)[table[members]]], np.append(accepts, False)[members]
+
+
+def _token_step(
+    pattern: str, table: NDArray[np.int64], texts: dict[int, str], size: int
+) -> tuple[NDArray[np.int64], Tensor]:
+    """(step [S, C], token_class [size]) of tokens whose characters are given by their kinds.
+
+    A text acts on all states at once; texts that act alike share a class.
+    """
+    states = len(table)
+    moves = np.vstack([table, np.full((1, table.shape[1]), states)]).T
+    nowhere = np.full(states + 1, states)
+    actions = [nowhere, np.arange(states + 1)]  # where each state is led; of the empty text: where it is
+    number = {action.tobytes(): i for i, action in enumerate(actions)}
+    after: dict[tuple[int, str], int] = {}
+    acts: dict[str, int] = {}
+    for text in set(texts.values()):
+        action = 1
+        for kind in text:
+            key = action, kind
+            if key not in after:
+                moved = moves[ord(kind)][actions[action]]
+                after[key] = number.setdefault(moved.tobytes(), len(actions))
+                if after[key] == len(actions):
+                    actions.append(moved)
+                    if len(actions) * states > MAX_CELLS:
+                        raise SupportError(
+                            _too_large(
+                                pattern,
+                                f"{states:,} states and more than {len(actions) - 1:,} kinds of tokens",
+                            )
+                        )
+            action = after[key]
+            if action == 0:
+                break
+        acts[text] = action
+    token_class = torch.zeros(size, dtype=torch.long)
+    if texts:
+        token_class[list(texts)] = torch.tensor([acts[text] for text in texts.values()])
+    used, token_class = token_class.unique(return_inverse=True)
+    return np.stack([actions[i][:-1] for i in used.tolist()], 1), token_class
+
+
+def _reached(step: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The states that tokens lead to from the first, itself included."""
+    seen = np.zeros(len(step) + 1, dtype=bool)
+    new = np.array([0])
+    while len(new):
+        seen[new] = True
+        after = np.unique(step[new])
+        new = after[~seen[after] & (after < len(step))]
+    return np.flatnonzero(seen)
+
+
+def _too_large(pattern: str, size: str) -> str:
+    return (
+        f"pattern {pattern!r} needs {size}, which is too much; use smaller counts (after .* each doubles the states, "
+        "nested ones multiply), * and + where max_tokens bounds the length anyway, fewer allowed_tokens, or put "
+        "constraint.matches(pattern) into the target"
+    )
+
+
+def _texts(lm: Codec, allowed: Tensor) -> dict[int, str]:
+    """The text of each allowed token. Raises SupportError where they do not add up to the text of a completion."""
+    texts = {token: lm.decode([token]) for token in allowed.nonzero().squeeze(1).tolist()}
+    texts = {token: x for token, x in texts.items() if x and BROKEN not in x}
+    # Each beside its neighbours, and each ASCII character behind each other: "clean-up" writes " ." as ".".
+    first, last = ({x[i]: token for token, x in texts.items() if x[i].isascii()} for i in (0, -1))
+    beside = [*texts, *reversed(texts), *(z for pair in product(last.values(), first.values()) for z in pair)]
+    if lm.decode(beside) != "".join(texts[token] for token in beside):
+        raise SupportError(
+            f"{lm.name}: its tokenizer changes the text of a token by what stands beside it, so a pattern cannot be "
+            "read token by token; put constraint.matches(pattern) into the target"
+        )
+    return texts

@@ -1,0 +1,1 @@
+"""Text and tokens: the tokenizer, prompts and templates, regular expressions."""

@@ -1,0 +1,161 @@
+"""A whole training run as data: what a YAML file or a built-in task states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from amortlm.data import as_rows, load_rows
+from amortlm.errors import AmortLMError, ConfigError
+from amortlm.settings import check_keys, from_text, load_yaml, typed, typed_value
+
+if TYPE_CHECKING:
+    from amortlm.support.spec import Support
+    from amortlm.targets.functions import Trust
+    from amortlm.train.config import GFNConfig
+    from amortlm.train.trainer import GFNTrainer
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """model, prompt, target, support and data of a run, and any `GFNConfig` field under `config`.
+
+    target   terms as in `amortlm.targets.spec`
+    data     rows, or a path to .jsonl, .json, .csv or .tsv with a header
+    lora     rank of the adapter, or "full" for full fine-tuning
+    trust    modules whose functions the target may name, beside the .py files in `folder`, that of the YAML file; both
+             are the user's to say, not the file's
+    """
+
+    prompt: str | list[dict[str, Any]]
+    target: list[dict[str, Any]]
+    support: dict[str, Any]
+    data: list[dict[str, Any]] | str
+    model: str = "embedded"
+    lora: int | str = 16
+    config: dict[str, Any] = field(default_factory=dict)
+    trust: Sequence[str] = field(default=(), compare=False)
+    folder: str | None = field(default=None, compare=False)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> RunSpec:
+        """Read a YAML file, and the rows beside it. Raises ConfigError, DataError or SupportError that name the file,
+        the key, its value and what to write."""
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except OSError as e:
+            raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{path} is not UTF-8 text: {e}; save it as UTF-8") from None
+        raw = load_yaml(text, str(path))
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path} must be a mapping with the keys {', '.join(_keys(cls))}")
+        check_keys(raw, [key for key in _keys(cls) if key not in ("trust", "folder")], str(path))
+        missing = [name for name in ("prompt", "target", "support", "data") if name not in raw]
+        if missing:
+            raise ConfigError(
+                f"{path}: {', '.join(missing)} missing; a run states prompt, target, support and data"
+            )
+        if isinstance(raw["data"], str):
+            raw["data"] = str(path.parent / raw["data"])
+        spec = cls(**raw, folder=str(path.parent))
+        try:
+            spec.check()
+        except AmortLMError as e:
+            raise type(e)(f"{path}: {e}") from e
+        return spec
+
+    def check(self) -> None:
+        """Raise ConfigError, DataError or SupportError for a value that no model could make right."""
+        hints = get_type_hints(RunSpec)
+        for name in ("model", "lora", "prompt"):
+            typed_value(getattr(self, name), hints[name], name)
+        if self.lora != "full" and (isinstance(self.lora, str) or self.lora < 1):
+            raise ConfigError(f"lora must be a rank of at least 1, or full, got {self.lora!r}")
+        self.bare_support()
+        self.args("")
+        if not isinstance(self.data, str):
+            self.rows()
+
+    def rows(self) -> list[dict[str, Any]]:
+        return load_rows(self.data) if isinstance(self.data, str) else as_rows(self.data, "data")
+
+    def bare_support(self) -> Support:
+        """The support, not yet bound to a model. Raises ConfigError, SupportError."""
+        from amortlm.support.spec import Support
+
+        check_keys(self.support, _keys(Support), "support")
+        if "stop" not in self.support:
+            raise ConfigError("support: 'stop' is missing: name the token, or tokens, that end a completion")
+        return Support(**typed(self.support, Support, "support"))
+
+    def args(self, output_dir: str) -> GFNConfig:
+        """The settings under `config`. Raises ConfigError."""
+        from amortlm.train.config import GFNConfig
+
+        check_keys(self.config, _keys(GFNConfig), "config")
+        try:
+            return GFNConfig(**{**typed(self.config, GFNConfig, "config"), "output_dir": output_dir})
+        except AmortLMError:
+            raise
+        except Exception as e:  # transformers checks its settings with errors of every kind
+            raise ConfigError(f"config: {e}") from e
+
+    def with_overrides(self, **given: Any) -> RunSpec:
+        """A copy with the arguments that are not None; `config` is merged."""
+        given = {k: v for k, v in given.items() if v is not None}
+        config = {**self.config, **given.pop("config", {})}
+        return replace(self, **given, config=config)
+
+    def trainer(self, output_dir: str) -> GFNTrainer:
+        """Load the model and build the trainer. Raises ConfigError, DataError, SupportError, TemplateError."""
+        from amortlm.engine.adapter import default_lora
+        from amortlm.language_model import LanguageModel
+        from amortlm.targets.spec import target_from_spec
+        from amortlm.train import GFNTrainer
+
+        self.check()
+        rows = self.rows()
+        lm = LanguageModel.from_pretrained(self.model)
+        return GFNTrainer(
+            lm,
+            target=target_from_spec(self.target, lm, self._trust()),
+            prompt=self.prompt,
+            support=self.bare_support(),
+            train_dataset=rows,
+            args=self.args(output_dir),
+            peft_config=self.lora if isinstance(self.lora, str) else default_lora(int(self.lora)),
+        )
+
+    def _trust(self) -> Trust:
+        from amortlm.targets.functions import Trust
+
+        return Trust(self.trust, None if self.folder is None else Path(self.folder))
+
+    def trust_options(self) -> list[str]:
+        """What `amortlm sample` has to be told, for the functions of the target."""
+        from amortlm.targets.functions import references
+
+        trust = self._trust()
+        modules = dict.fromkeys(reference.partition(":")[0] for reference in references(self.target))
+        return [option for module in modules for option in ("--trust", trust.file(module) or module)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file states."""
+        return {k: v for k, v in asdict(self).items() if k not in ("trust", "folder")}
+
+
+def _keys(cls: type) -> list[str]:
+    return [f.name for f in fields(cls) if f.init]
+
+
+def settings_from_text(pairs: dict[str, str]) -> dict[str, Any]:
+    """`--set KEY=VALUE` of the command line as `config`: "no" is text where a setting is text."""
+    from amortlm.train.config import GFNConfig
+
+    check_keys(pairs, _keys(GFNConfig), "--set")
+    hints = get_type_hints(GFNConfig)
+    return {key: from_text(value, hints[key]) for key, value in pairs.items()}

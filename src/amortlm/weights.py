@@ -1,0 +1,60 @@
+"""Functions of log importance weights [n], nats; -inf is a weight of zero."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from amortlm.errors import DataError
+
+MIN_FOR_KHAT = 25  # fewer samples leave no tail to fit
+
+
+def check_log_weights(log_w: Tensor) -> Tensor:
+    """log_w as a flat float64 tensor on the CPU. Raises DataError if there is none, or NaN or +inf among them."""
+    log_w = log_w.detach().double().flatten().cpu()
+    if len(log_w) == 0 or torch.isnan(log_w).any() or torch.isposinf(log_w).any():
+        raise DataError("importance diagnostics need at least one log weight, none of them NaN or +inf")
+    return log_w
+
+
+def log_mean_exp(log_w: Tensor) -> Tensor:
+    """log of the mean weight, a scalar."""
+    return log_w.logsumexp(0) - math.log(len(log_w))
+
+
+def effective_sample_size(log_w: Tensor) -> float:
+    """(sum w)^2 / sum w^2, between 1 and n; 0 where every weight is zero."""
+    if torch.isneginf(log_w).all():
+        return 0.0
+    return (2 * log_w.logsumexp(0) - (2 * log_w).logsumexp(0)).exp().item()
+
+
+def pareto_khat(log_w: Tensor) -> float:
+    """Pareto k-hat of finite log weights, by arviz's PSIS; NaN for fewer than 25 samples.
+
+    Equal weights (a perfect sampler) have no tail: -inf. NaN too where so many samples are equal that fewer than
+    five lie above the cut-off, and nothing is left to fit.
+    """
+    if len(log_w) < MIN_FOR_KHAT:
+        return math.nan
+    if log_w.max() - log_w.min() < 1e-9:
+        return -math.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # arviz announces its next major version
+        warnings.simplefilter("ignore", RuntimeWarning)  # and overflows in a tail that it then finds infinite
+        import arviz
+
+        _, khat = arviz.psislw(log_w.numpy())
+    return float(khat) if math.isfinite(khat) else math.nan
+
+
+def systematic(log_weights: Tensor, n: int, u: Tensor) -> Tensor:
+    """n indices, each drawn n * w_i / sum(w) times in expectation and at most one time off, from one uniform u."""
+    cdf = log_weights.double().softmax(0).cumsum(0)
+    positions = (torch.arange(n, device=cdf.device) + u) / n
+    # right=True: never an index of weight zero.
+    return torch.searchsorted(cdf / cdf[-1], positions, right=True).clamp(max=len(cdf) - 1)

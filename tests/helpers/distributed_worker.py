@@ -1,0 +1,73 @@
+"""The tiny infilling trainer as one of several processes. Arguments: output folder, prompts per process, what to do:
+
+updates      one update with each of several settings; writes the new weights and the world size
+run          64 updates with diagnosis, logging and checkpoints; "resume" goes on from the last checkpoint
+dies, late   the same, but at update 47 process 1 is killed, or sleeps
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference import tiny_lm, tiny_tokenizer
+from trainers import ROWS, make_trainer, weights
+from transformers import TrainerCallback
+
+from amortlm import GFNTrainer
+
+UPDATES: dict[str, dict[str, Any]] = {
+    "subtb": {"objective": "subtb"},
+    "vargrad": {"objective": "vargrad"},
+    "log_z": {"objective": "tb", "log_z": "learned"},
+    "checkpointing": {"objective": "vargrad", "activation_checkpointing": True},
+}
+
+
+class Accident(TrainerCallback):
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 46 and args.process_index == 1:
+            if self.kind == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)
+
+
+def trainer(folder: Path, **settings: Any) -> GFNTrainer:
+    lm = tiny_lm("llama", tiny_tokenizer(add_bos=True), tied=False)
+    return make_trainer(
+        lm, folder, rows=ROWS[:4], per_device_train_batch_size=prompts, ddp_timeout=10, **settings
+    )
+
+
+def updates() -> None:
+    found: dict[str, Any] = {}
+    once = {"max_steps": 1, "warmup_steps": 0, "replay_ratio": 0.0, "max_grad_norm": 0.0, "optim": "sgd"}
+    for name, settings in UPDATES.items():
+        done = trainer(output / name, **once, **settings)
+        done.train()
+        found[name] = weights(done)
+        world = done.args.world_size
+    if done.is_world_process_zero():
+        torch.save({"world": world, **found}, output / "result.pt")
+
+
+def run(kind: str) -> None:
+    settings = {"logging_steps": 5, "diagnose_steps": 25, "save_strategy": "steps", "save_steps": 15}
+    going = trainer(output, max_steps=64, replay_ratio=0.5, stop_at_gap=1e-6, **settings)
+    if kind in ("dies", "late"):
+        going.add_callback(Accident(kind))
+    going.train(resume_from_checkpoint=kind == "resume" or None)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    output, prompts, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    updates() if what == "updates" else run(what)

@@ -1,0 +1,64 @@
+"""A tiny infilling trainer, and what tests look at in one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from amortlm import GFNConfig, GFNTrainer, LanguageModel, Support
+from amortlm.engine.adapter import default_lora
+
+ROWS = [
+    {"x": x, "y": y} for x, y in (("a b", " c"), ("b", " a"), ("c a b", " b"), ("a", " d"), ("d c", " a"))
+]
+
+
+def make_trainer(lm: LanguageModel, folder: Path, rows: Any = None, **settings: Any) -> GFNTrainer:
+    """A trainer of the infilling target with small batches; `settings` go to GFNConfig or GFNTrainer, those in
+    `extra` to the latter."""
+    own = settings.pop("extra", {}) | {
+        k: settings.pop(k) for k in ("target", "prompt", "support", "seeds", "peft_config") if k in settings
+    }
+    config = {
+        "max_steps": 4,
+        "num_samples": 4,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "diagnose_steps": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        **settings,
+    }
+    arguments = {
+        "target": lm.log_prob("{z}{y}", given="{x}"),
+        "prompt": "{x}{y}",
+        "support": Support(stop=".", min_tokens=1, max_tokens=3),
+        "peft_config": default_lora(4),
+        **own,
+    }
+    return GFNTrainer(
+        lm,
+        train_dataset=ROWS if rows is None else rows,
+        args=GFNConfig(output_dir=str(folder), **config),
+        **arguments,
+    )
+
+
+def weights(trainer: GFNTrainer) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trainer.policy.parameters() if p.requires_grad])
+
+
+def losses(trainer: GFNTrainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class EmptyBuffer(TrainerCallback):
+    def __init__(self, trainer: GFNTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.buffer._entries.clear()
