@@ -54,7 +54,7 @@ def test_spread_leaves_out_what_is_not_finite() -> None:
 def test_pairs_are_compared_on_the_examples_they_share() -> None:
     """Means over seeds first; a pair that is not finished, or saw other examples, has no line."""
     seen = {"a": [[1.0, 2.0, 4.0], [3.0, 2.0, 4.0]], "b": [[1.0, 1.0, 1.0]], "c": [[0.0]]}
-    runs = {m: [{"details": {"per_example": {"s": v}}} for v in of] for m, of in seen.items()}
+    runs = {m: [{"records": {"s": v}} for v in of] for m, of in seen.items()}
     pairs = [("a", "b"), ("a", "c"), ("a", "missing"), ("b", "a")]
     text = compare.paired_table(compare.paired_digest(runs, pairs, ["s"]), {"s": "score"}, "rows")
     lines = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]

@@ -60,6 +60,7 @@ class Toy:
             question="Which is larger?",
             presets={"smoke": {**settings, "steps": 1}, "small": settings, "paper": settings},
             prepare=lambda settings, lm, data: data,
+            reads_data=True,
             methods={"one": self.method("one", 1.0), "two": self.method("two", 2.0)},
             evaluate=self.evaluate,
             metrics={
@@ -124,7 +125,7 @@ def test_a_damaged_run_is_made_again(toy: Toy, tmp_path: Path) -> None:
 
 
 def test_a_report_without_its_runs_is_kept(toy: Toy, tmp_path: Path) -> None:
-    """results.json does not hold single examples: new runs would put a poorer one in its place."""
+    """results.json does not hold the records of its runs: new runs would put a poorer one in its place."""
     run(toy, tmp_path, seeds=1)
     shutil.rmtree(tmp_path / "runs")
     before = {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)}
@@ -150,21 +151,22 @@ def test_a_report_is_written_again_from_its_results(
         command.main(toy.experiment(), ["--report-only", "--output", "elsewhere"])
 
 
-def test_single_examples_stay_with_their_runs(toy: Toy, tmp_path: Path) -> None:
+def test_records_stay_with_their_runs(toy: Toy, tmp_path: Path) -> None:
     """results.json has what the digest makes of them."""
 
     def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
-        return Outcome({"score": 1.0}, {"per_example": {"score": [float(seed), 2.0]}, "note": "x"})
+        return Outcome({"score": 1.0}, {"note": "x"}, {"score": [float(seed), 2.0]})
 
     def digest(runs: dict[str, Any]) -> Any:
-        return {m: [r["details"]["per_example"]["score"][0] for r in of] for m, of in runs.items()}
+        return {m: [r["records"]["score"][0] for r in of] for m, of in runs.items()}
 
     experiment = replace(toy.experiment(), evaluate=evaluate, digest=digest, metrics={"score": Metric("s")})
     results = runner.execute(runner.make_plan(experiment, "small", tmp_path, seeds=2), lambda _: None)
     assert results["digest"] == {"one": [0.0, 1.0], "two": [0.0, 1.0]}
     assert [r["details"] for r in results["runs"]["one"]] == [{"note": "x"}] * 2
+    assert "records" not in results["runs"]["one"][0]
     kept = json.loads((tmp_path / "runs" / "one-seed1.json").read_text())
-    assert kept["details"]["per_example"] == {"score": [1.0, 2.0]}
+    assert kept["records"] == {"score": [1.0, 2.0]}
 
 
 def test_of_what_is_not_random_one_seed_is_enough(toy: Toy, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Methods side by side: paired tests on the examples they share, and plots of several metrics.
 
-A run's `details["per_example"][metric]` has a figure of each example; these stay with the run. `digest` keeps of them
-what tables and figures say.
+A run's `records[metric]` has a figure of each example. These stay with the run; a digest keeps what tables and figures
+say of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Runs = Mapping[str, list[Run]]
 
 def per_example(runs: Runs, method: str, metric: str) -> list[float]:
     """Mean over seeds of each example's figure; none for a method that has none."""
-    found = [run["details"].get("per_example", {}).get(metric, []) for run in runs.get(method, [])]
+    found = [run["records"].get(metric, []) for run in runs.get(method, [])]
     return [sum(values) / len(values) for values in zip(*found, strict=True) if None not in values]
 
 

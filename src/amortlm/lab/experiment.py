@@ -62,13 +62,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class Outcome:
-    """metrics: one figure for each of the experiment's metrics; details: JSON that tables and figures are made from.
-
-    details["per_example"] is kept in the file of the run alone: see `Experiment.digest`.
-    """
+    """metrics: one figure for each of the experiment's metrics; details: JSON that tables and figures are made from;
+    records: JSON that stays in the file of the run, such as the figures of single examples: see `Experiment.digest`."""
 
     metrics: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)
+    records: dict[str, Any] = field(default_factory=dict)
 
 
 Method = Callable[[Context, int, Path], Trained]  # (what all share, seed, a folder of its own)
@@ -80,12 +79,13 @@ class Experiment:
 
     prepare   (settings, model, data) -> what methods share beside settings and model; data: as on the command line,
               or None. Raises DataError and ConfigError
+    reads_data  may --data be given?
     methods   by name, in the order of the table
     evaluate  (context, trained, seed) -> Outcome
     groups    settings that are the fields of a dataclass (GFNConfig, say): `--set GROUP.FIELD` reaches all of them,
               whether or not the preset lists them
     once      methods in which nothing is random, of which one seed tells all
-    digest    runs by method, details whole -> results["digest"]: JSON, what tables and figures need of single examples
+    digest    runs by method -> results["digest"]: JSON, what tables and figures need of the records
     figures   (results, folder) -> names of the PNG files it wrote. results: as in results.json, where
               results["runs"][method] is a list over seeds of {"seed", "metrics", "details", "seconds", ...}; methods
               that are not finished are absent, a figure that is not finite is None
@@ -102,6 +102,7 @@ class Experiment:
     evaluate: Callable[[Context, Trained, int], Outcome]
     metrics: Mapping[str, Metric]
     prepare: Callable[[Settings, LanguageModel, Path | None], Any] = lambda settings, lm, data: None
+    reads_data: bool = False
     groups: Mapping[str, type] = field(default_factory=dict)
     once: frozenset[str] = frozenset()
     digest: Callable[[dict[str, list[Run]]], Any] | None = None

@@ -12,18 +12,18 @@ from tabulate import tabulate
 from amortlm.errors import ConfigError
 from amortlm.files import write_text
 from amortlm.lab.experiment import Experiment, Metric, Results, Run
-from amortlm.lab.store import read_json, write_json
+from amortlm.lab.store import finite, read_json, write_json
 
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 MISSING = "–"
-KEPT_APART = ("key", "method")  # said once, of all runs or all seeds
+LEFT_OUT = ("key", "method", "records")  # said already, or left in the run's own file
 
 
 def collect(
     experiment: Experiment, identity: dict[str, Any], command: str, done: dict[tuple[str, int], Run]
 ) -> Results:
     """results.json: what was asked, every finished run (methods in the order of the table, seeds ascending) without its
-    single examples, mean and standard deviation over seeds, and the paper's figures."""
+    records, mean and standard deviation over seeds, and the paper's figures."""
     runs = {
         method: [done[m, seed] for m, seed in sorted(done) if m == method]
         for method in experiment.methods
@@ -38,14 +38,12 @@ def collect(
             for method, found in runs.items()
         },
         "paper": {"setting": experiment.paper_setting, "figures": dict(experiment.paper)},
-        **({"digest": experiment.digest(runs)} if experiment.digest and runs else {}),
-        "runs": {method: [_summary(run) for run in found] for method, found in runs.items()},
+        **({"digest": finite(experiment.digest(runs))} if experiment.digest and runs else {}),
+        "runs": {
+            method: [{k: v for k, v in run.items() if k not in LEFT_OUT} for run in found]
+            for method, found in runs.items()
+        },
     }
-
-
-def _summary(run: Run) -> Run:
-    details = {k: v for k, v in run["details"].items() if k != "per_example"}
-    return {k: v for k, v in run.items() if k not in KEPT_APART} | {"details": details}
 
 
 def spread(values: Sequence[float | None]) -> dict[str, float | None]:

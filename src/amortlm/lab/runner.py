@@ -68,11 +68,13 @@ def make_plan(
 ) -> Plan:
     """methods: names, or patterns such as "sft-*". overrides: settings by name, as typed on the command line.
 
-    Raises ConfigError for an unknown preset, method or setting and for fewer than one seed.
+    Raises ConfigError for an unknown preset, method or setting, for data that nobody reads and for fewer than one seed.
     """
     if preset not in experiment.presets:
         raise ConfigError(f"unknown preset {preset!r}; {nearest(preset, experiment.presets)}")
     settings = with_overrides(experiment.presets[preset], overrides or {}, experiment.groups)
+    if data is not None and not experiment.reads_data:
+        raise ConfigError(f"the experiment {experiment.name!r} reads no data; leave out --data")
     for pattern in methods or []:
         if not any(fnmatchcase(name, pattern) for name in experiment.methods):
             raise ConfigError(f"unknown method {pattern!r}; {nearest(pattern, experiment.methods)}")
@@ -177,6 +179,7 @@ def run_one(plan: Plan, context: Context, method: str, seed: int) -> Run:
         "reward_evaluations": trained.reward_evaluations,
         "command": plan.command,
         "details": outcome.details,
+        "records": outcome.records,
     }
     del trained
     gc.collect()  # models of one method do not wait for the next one's

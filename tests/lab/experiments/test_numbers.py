@@ -84,9 +84,9 @@ def test_every_preset_builds_on_the_embedded_model(
     assert not out.exists()
 
 
-def test_data_are_refused(embedded: LanguageModel) -> None:
+def test_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="leave out --data"):
-        EXPERIMENT.prepare(EXPERIMENT.presets["smoke"], embedded, Path("rows.csv"))
+        runner.make_plan(EXPERIMENT, "smoke", tmp_path, data=Path("rows.csv"))
 
 
 def test_the_figure_is_the_same_bytes_for_the_same_results(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
         {"x": row["x"], "y": row["y"], "samples": [s.text for s in posterior.sample(row, 3, seed=seed)]}
         for row in hardest[:5]
     ]
-    return Outcome(metrics, {"per_example": right, "examples": examples})
+    return Outcome(metrics, {"examples": examples}, right)
 
 
 def single(posterior: Posterior, rows: list[Row], n: int, seed: int) -> list[float]:
@@ -192,6 +192,7 @@ EXPERIMENT = Experiment(
     presets=read_presets("arithmetic"),
     groups={"gflownet": GFNConfig, "ppo": PPOConfig},
     prepare=prepare,
+    reads_data=True,
     methods={
         **{f"{k}-shot": few_shot(k) for k in SHOTS},
         "sft": sft,

@@ -205,6 +205,7 @@ EXPERIMENT = Experiment(
     presets=read_presets("continuation"),
     groups={"gflownet": GFNConfig},
     prepare=prepare,
+    reads_data=True,
     methods={
         "temperature": decoder("temperature"),
         "nucleus": decoder("nucleus"),

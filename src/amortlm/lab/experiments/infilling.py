@@ -144,7 +144,7 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
         {"x": row["x"], "y": row["y"], "gold": row["gold"], "samples": texts[:4]}
         for row, texts in zip(rows[:5], drawn.texts, strict=False)
     ]
-    return Outcome(metrics, {"per_example": per_story, "examples": examples})
+    return Outcome(metrics, {"examples": examples}, per_story)
 
 
 def text_metrics(
@@ -229,6 +229,7 @@ EXPERIMENT = Experiment(
     presets=read_presets("infilling"),
     groups={"gflownet": GFNConfig},
     prepare=prepare,
+    reads_data=True,
     methods={
         "prompting": prompting,
         "sft": sft,

@@ -186,16 +186,14 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
     best = [max(range(len(ANSWERS)), key=p.__getitem__) for p in probabilities]
     right = [ANSWERS[i] == row["y"] for i, row in zip(best, rows, strict=True)]
     found = calibration([p[i] for p, i in zip(probabilities, best, strict=True)], right)
-    details: dict[str, Any] = {
-        "per_example": {"accuracy": [float(r) for r in right]},
-        "reliability": [asdict(b) for b in found.bins],
-    }
+    details: dict[str, Any] = {"reliability": [asdict(b) for b in found.bins]}
     if isinstance(trained.sampler, Latent):
         draw = trained.sampler.posterior.sample
         details["examples"] = [
             {"x": row["x"], "y": row["y"], "samples": [s.text for s in draw(row, 4)]} for row in rows[:5]
         ]
-    return Outcome({"accuracy": found.accuracy, "ece": found.ece}, details)
+    records = {"accuracy": [float(r) for r in right]}
+    return Outcome({"accuracy": found.accuracy, "ece": found.ece}, details, records)
 
 
 def digest(runs: dict[str, list[Run]]) -> Any:
@@ -227,6 +225,7 @@ EXPERIMENT = Experiment(
     presets=read_presets("subjectivity"),
     groups={"gflownet": GFNConfig, "ppo": PPOConfig, "m_step": MStep},
     prepare=prepare,
+    reads_data=True,
     methods={**ZERO, **{f"{family}-{n}": method(n) for n in LABELS for family, method in FAMILIES.items()}},
     evaluate=evaluate,
     digest=digest,
