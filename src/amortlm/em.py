@@ -20,12 +20,12 @@ from transformers import set_seed
 
 from amortlm.data import as_rows
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
-from amortlm.engine.decoding import seed_of
 from amortlm.engine.passes import gather_log_probs, pad_right
 from amortlm.errors import AmortLMError, ConfigError
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Policy
 from amortlm.posterior import Posterior
+from amortlm.seeds import seed_of
 from amortlm.support import Support
 from amortlm.targets.base import Target
 from amortlm.targets.lm import LogProb

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from amortlm.data import rows_or_row
-from amortlm.engine.decoding import Exploration, draw
+from amortlm.engine.decoding import Exploration, decode
 from amortlm.errors import ConfigError, DataError
 from amortlm.support.spec import Support
 from amortlm.targets.base import Scoring
@@ -128,7 +128,7 @@ def vote(
             index = torch.arange(len(unique), device=lm.device)
             uniforms = torch.full((len(unique), max_tokens + 1), 0.5, device=lm.device)
             greedy = Exploration(torch.zeros(len(unique), device=lm.device))
-            drawn = draw(lm.passes, prefix, index, support, uniforms, greedy)
+            drawn = decode(lm.passes, support, prefix, index, uniforms, greedy)
         written = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
         answers = {q: lm.decode(z[:k]).strip() for q, (z, k) in zip(unique, written, strict=True)}
         for i in range(len(part)):

@@ -15,12 +15,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from amortlm.engine.decoding import seed_of
 from amortlm.errors import ConfigError, RewardError, nearest
 from amortlm.inference.mcmc import Chains, metropolis_hastings
 from amortlm.inference.paths import refuse_tool
 from amortlm.inference.smc import smc
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
 from amortlm.weights import effective_sample_size, log_mean_exp, systematic

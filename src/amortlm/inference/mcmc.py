@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.engine.decoding import seed_of
+from amortlm.engine.decoding import Draws
 from amortlm.errors import ConfigError
-from amortlm.inference.paths import Paths, paths_of, prepare, redraw, sample_paths, uniforms
+from amortlm.inference.paths import paths_of, prepare, redraw, rollouts_of, sample_paths, uniforms
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
 
@@ -81,13 +82,13 @@ def metropolis_hastings(
         current, decoded = sample_paths(policy, prefix, num_chains, generator)
     else:
         current, decoded = paths_of(policy, row, initial, num_chains), 0
-    log_r = target.score_final(current.rollouts(policy, row)).double().to(policy.device)
+    log_r = target.score_final(rollouts_of(current, policy, row)).double().to(policy.device)
     trace, accepted = [log_r], []
     for _ in range(num_steps):
         keep = (uniforms(generator, (num_chains,), policy) * (current.lengths + 1)).long()
         proposed = redraw(policy, prefix, current, keep, generator)
         decoded += int((proposed.lengths - keep + 1).sum())
-        log_r_new = target.score_final(proposed.rollouts(policy, row)).double().to(policy.device)
+        log_r_new = target.score_final(rollouts_of(proposed, policy, row)).double().to(policy.device)
         log_ratio = acceptance_log_ratio(current, log_r, proposed, log_r_new)
         accept = uniforms(generator, (num_chains,), policy).log() < log_ratio
         current = current.where(accept, proposed)
@@ -96,7 +97,7 @@ def metropolis_hastings(
         accepted.append(accept)
     none = torch.zeros(num_chains, 0, dtype=torch.bool, device=policy.device)
     return Chains(
-        rollouts=current.rollouts(policy, row),
+        rollouts=rollouts_of(current, policy, row),
         log_reward=log_r,
         log_q=current.log_q,
         accepted=torch.stack(accepted, dim=1) if accepted else none,
@@ -106,7 +107,7 @@ def metropolis_hastings(
     )
 
 
-def acceptance_log_ratio(current: Paths, log_r: Tensor, proposed: Paths, log_r_new: Tensor) -> Tensor:
+def acceptance_log_ratio(current: Draws, log_r: Tensor, proposed: Draws, log_r_new: Tensor) -> Tensor:
     """[B] log of w(z') (L + 1) / (w(z) (L' + 1)), w = R / q; +inf where R(z) = 0 (see `metropolis_hastings`)."""
     cut = (current.lengths + 1).double().log() - (proposed.lengths + 1).double().log()
     log_ratio = (log_r_new - proposed.log_q) - (log_r - current.log_q) + cut

@@ -37,10 +37,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.engine.decoding import seed_of
+from amortlm.engine.decoding import Draws
 from amortlm.errors import ConfigError, RewardError
-from amortlm.inference.paths import Paths, prepare, redraw, sample_paths, uniforms
+from amortlm.inference.paths import prepare, redraw, rollouts_of, sample_paths, uniforms
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
 from amortlm.weights import effective_sample_size, log_mean_exp, systematic
@@ -131,7 +132,7 @@ def smc(
     final = log_w.gather(1, paths.lengths[:, None]).squeeze(1)
     log_weights = log_c + final
     return Particles(
-        rollouts=paths.rollouts(policy, row),
+        rollouts=rollouts_of(paths, policy, row),
         log_weights=log_weights,
         log_reward=final + paths.log_q,
         log_q=paths.log_q,
@@ -144,10 +145,10 @@ def smc(
 
 
 def state_log_weights(
-    policy: Policy, target: Target, row: Row, paths: Paths, start: int, every_state: bool
+    policy: Policy, target: Target, row: Row, paths: Draws, start: int, every_state: bool
 ) -> Tensor:
     """log_w [B, max_tokens + 1] float64 at the stopping states from `start` on (or the last only), -inf elsewhere."""
-    rollouts = paths.rollouts(policy, row)
+    rollouts = rollouts_of(paths, policy, row)
     if every_state:
         rollouts.stop_mask[:, :start] = False
     else:

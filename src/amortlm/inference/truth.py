@@ -28,7 +28,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.engine.decoding import seed_of
 from amortlm.engine.passes import pad_right
 from amortlm.errors import ConfigError
 from amortlm.inference.correct import weigh
@@ -43,6 +42,7 @@ from amortlm.inference.exact import (
 from amortlm.inference.mcmc import metropolis_hastings
 from amortlm.inference.smc import smc
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
 from amortlm.weights import effective_sample_size, pareto_khat

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
-from amortlm.engine.decoding import Exploration, draw, uniform_streams
+from amortlm.engine.decoding import Exploration
 from amortlm.engine.passes import Passes, length_groups, pad_right
+from amortlm.engine.sampler import LocalSampler, Request, Sampler
 from amortlm.errors import DataError, ModelError, TemplateError
+from amortlm.seeds import seed_of
 from amortlm.support import Support, SupportLaw
 from amortlm.text.template import Messages, PromptTemplate
 from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
@@ -47,13 +49,14 @@ class Policy(nn.Module):
                 f"policy prompt {prompt!r}: take {{z}} out; the completion follows the prompt"
             )
         self.support_spec = support
-        self.support: SupportLaw = support.bind(lm)
+        self.support: SupportLaw = support.bind(lm.codec)
         self.model = trainable_copy(lm, adapter)
         self.is_full = adapter == FULL
         if isinstance(adapter, str | Path) and not self.is_full:
             self.load_adapter(adapter)
         _zero_dropout(self.model)
         self.sharing = lm.sharing
+        self.sampler: Sampler = LocalSampler(self.model, self.sharing)
         self.train()
 
     @property
@@ -93,14 +96,15 @@ class Policy(nn.Module):
         what is drawn, not the log q that is returned.
         """
         counts = [num_samples] * len(rows) if isinstance(num_samples, int) else list(num_samples)
-        with torch.no_grad():
-            prefix = self.passes.encode(self.encode_rows(rows))
-            index = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(self.device)
-            keys = [(seed, row_key(r)) for r in rows]
-            streams = uniform_streams(keys, counts, self.support.max_tokens + 1)
-            drawn = draw(self.passes, prefix, index, self.support, streams.to(self.device), exploration)
-        rollouts = self.support.rollouts(rows, index, drawn.tokens, drawn.lengths, drawn.stops)
-        return rollouts, PolicyLogProbs(drawn.log_pf, drawn.log_pterm)
+        seeds = [seed_of((seed, row_key(row))) for row in rows]
+        request = Request(self.encode_rows(rows), counts, seeds, self.support, exploration)
+        draws = self.sampler.sample(request)
+        tokens, lengths, stops, log_pf, log_pterm = (
+            x.to(self.device)
+            for x in (draws.tokens, draws.lengths, draws.stops, draws.log_pf, draws.log_pterm)
+        )
+        rollouts = self.support.rollouts(rows, request.index.to(self.device), tokens, lengths, stops)
+        return rollouts, PolicyLogProbs(log_pf, log_pterm)
 
     def evaluate(self, rollouts: Rollouts) -> PolicyLogProbs:
         """log q of any rollouts, on the support: a teacher-forced pass, differentiable (on a CPU, one for each

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from amortlm.buffer import ReplayBuffer
-from amortlm.engine.decoding import Exploration, seed_of
+from amortlm.engine.decoding import Exploration
 from amortlm.errors import ConfigError
 from amortlm.inference.smc import smc
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.train.config import GFNConfig
 from amortlm.types import Rollouts, Row, row_key

@@ -27,12 +27,12 @@ from amortlm import objectives
 from amortlm.buffer import ReplayBuffer
 from amortlm.data import as_rows, check_rows
 from amortlm.engine.adapter import FULL
-from amortlm.engine.decoding import seed_of
 from amortlm.errors import AmortLMError, ConfigError, DataError, RewardError
 from amortlm.files import replacing
 from amortlm.language_model import LanguageModel
 from amortlm.policy.policy import Policy
 from amortlm.posterior import Posterior
+from amortlm.seeds import seed_of
 from amortlm.support.spec import Support
 from amortlm.targets.base import Softened, Target
 from amortlm.text.template import Messages

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from amortlm.data import as_rows
-from amortlm.engine.decoding import seed_of
 from amortlm.engine.passes import pad_left
 from amortlm.errors import ConfigError, nearest
 from amortlm.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.support import SupportLaw
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row
@@ -103,14 +103,9 @@ def support_log_probs(support: SupportLaw, logits: Tensor, tokens: Tensor, merge
 
     merge_stops: the first stop symbol stands for all of them.
     """
-    stops = torch.tensor(support.stop_ids, device=logits.device)
-    legal = support.legal(tokens.shape[1], support.positions(tokens)[:, -1])
-    log_q = logits.float().masked_fill(~legal, -torch.inf).log_softmax(-1)
-    if merge_stops and len(stops) > 1:
-        log_stop = log_q[:, stops].logsumexp(-1)
-        log_q[:, stops] = -torch.inf
-        log_q[:, stops[0]] = log_stop
-    return log_q
+    t = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
+    step = support.step(logits, t, support.nodes(tokens)[:, -1])
+    return step.merged(support.stop_ids) if merge_stops else step.log_q
 
 
 class SupportProcessor(LogitsProcessor):
