@@ -115,7 +115,6 @@ class RunSpec:
 
     def trainer(self, output_dir: str) -> GFNTrainer:
         """Load the model and build the trainer. Raises ConfigError, DataError, SupportError, TemplateError."""
-        from amortlm.engine.adapter import default_lora
         from amortlm.language_model import LanguageModel
         from amortlm.targets.spec import target_from_spec
         from amortlm.train import GFNTrainer
@@ -130,7 +129,7 @@ class RunSpec:
             support=self.bare_support(),
             train_dataset=rows,
             args=self.args(output_dir),
-            adapter=self.lora if isinstance(self.lora, str) else default_lora(int(self.lora)),
+            adapter=self.lora if isinstance(self.lora, str) else int(self.lora),
         )
 
     def _trust(self) -> Trust:

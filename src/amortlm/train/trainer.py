@@ -142,10 +142,12 @@ class GFNTrainer(ResumableTrainer):
         if not self.args.disable_tqdm:
             self.add_callback(TrainingProgress())
         if self.args.diagnose_steps:
-            shared: Any = (self.processes, self.log)
-            stop = StopWhenRight(self.posterior, self.train_dataset, self.buffer, self.args, *shared)
-            when = stop if self.args.stop_at_gap else None
-            self.add_callback(DiagnoseCallback(self.posterior, diagnosed, *shared, when))
+            stop = None
+            if self.args.stop_at_gap:
+                stop = StopWhenRight(
+                    self.posterior, self.train_dataset, self.buffer, self.args, self.processes, self.log
+                )
+            self.add_callback(DiagnoseCallback(self.posterior, diagnosed, self.processes, self.log, stop))
 
     def _checked_rows(self, rows: Sequence[Row], name: str) -> list[Row]:
         """Copies of the rows. Prompts that are too long fail here, not at step 500."""
