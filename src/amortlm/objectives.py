@@ -363,7 +363,11 @@ class VarGrad(_OfGroup):
 @dataclass(frozen=True)
 class ForwardKL(_OfGroup):
     name = "forward_kl"
-    biased_by = ("tempered", "replay", "epsilon")  # it weighs samples by R / q, which is right for those of q alone
+    biased_by = (
+        "tempered",
+        "replay",
+        "epsilon",
+    )  # it weighs samples by R / q, which is right for those of q alone
     posterior_only = True
 
     def loss(self, inputs: LossInputs) -> Loss:

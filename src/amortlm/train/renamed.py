@@ -38,7 +38,9 @@ def _objective(given: Mapping[str, Any]) -> str | dict[str, Any]:
     if not isinstance(name, str) or name not in OBJECTIVES:
         name = "subtb"
     known = [f.name for f in fields(OBJECTIVES[name])]
-    moved = {new: given[old] for old, new in OF_OBJECTIVE.items() if given.get(old) is not None and new in known}
+    moved = {
+        new: given[old] for old, new in OF_OBJECTIVE.items() if given.get(old) is not None and new in known
+    }
     return {name: moved} if moved else name
 
 

@@ -86,7 +86,9 @@ class ResumableTrainer(Trainer):
     def _run(self, found: str | None, stop: Interruption, kwargs: dict[str, Any]) -> TrainOutput:
         if self.log_z is not None and found is None:
             temperature = self.args.reward_temperature_at(0)
-            self.log_z.start(self.training_target, self.args.num_samples, temperature, (self.args.seed, "log_z"))
+            self.log_z.start(
+                self.training_target, self.args.num_samples, temperature, (self.args.seed, "log_z")
+            )
         self.add_callback(stop)
         try:
             return super().train(resume_from_checkpoint=found, **kwargs)

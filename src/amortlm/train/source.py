@@ -67,7 +67,11 @@ class ExperienceSource:
         self.policy, self.target, self.buffer = policy, target, buffer
         self.objective, self.config = objective, config
         self._corrected_chance, self._replay_chance, self._tempered_chance = chances(config.behaviour)
-        if self._corrected_chance > 0 and config.corrected_method == "smc" and policy.support.tool is not None:
+        if (
+            self._corrected_chance > 0
+            and config.corrected_method == "smc"
+            and policy.support.tool is not None
+        ):
             raise ConfigError(
                 "corrected_method='smc' cannot cut a completion that a tool writes into: use corrected_method='sir'"
             )
@@ -96,7 +100,8 @@ class ExperienceSource:
             heat = [self._temperature(choice) for choice in choices]
             temperature = torch.tensor(heat, device=self.policy.device)
             exploration = Exploration(
-                temperature.repeat_interleave(torch.tensor(fresh, device=self.policy.device)), self.config.epsilon
+                temperature.repeat_interleave(torch.tensor(fresh, device=self.policy.device)),
+                self.config.epsilon,
             )
             seed = (self.config.seed, step)
             rollouts, log_probs = self.policy.sample(rows, fresh, seed=seed, exploration=exploration)

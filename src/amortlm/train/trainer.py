@@ -95,7 +95,9 @@ class GFNTrainer(ResumableTrainer):
         if isinstance(adapter, str | Path) and adapter != FULL:
             trained = [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
             self.first_weights = run.name_of(trained)
-        self._make_parts(args, rows, Softened(self.target, lm.log_prob("{z}", given=prompt), args.hard_penalty))
+        self._make_parts(
+            args, rows, Softened(self.target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
+        )
         super().__init__(
             model=self.policy,
             args=args,
@@ -161,7 +163,9 @@ class GFNTrainer(ResumableTrainer):
         """Score gold completions (a list per row) and put them into the replay buffer. Raises DataError where there
         is not one list per row."""
         if len(rows) != len(gold):
-            raise DataError(f"{len(gold)} lists of gold completions for {len(rows)} rows; give one list per row")
+            raise DataError(
+                f"{len(gold)} lists of gold completions for {len(rows)} rows; give one list per row"
+            )
         for start in range(0, len(rows), CHUNK):
             self.source.add_gold(rows[start : start + CHUNK], gold[start : start + CHUNK])
 

@@ -160,7 +160,7 @@ def gflownet(context: Context, seed: int, folder: Path) -> Trained:
         folder=folder / "gflownet",
         seed=seed,
         adapter=begin,
-        seeds=[[row["z"]] for row in shown] + [[] for _ in asked],
+        gold=[[row["z"]] for row in shown] + [[] for _ in asked],
     )
 
 

@@ -96,18 +96,21 @@ def sft(context: Context, seed: int, folder: Path) -> Trained:
 def gflownet(context: Context, seed: int, folder: Path, start: Path | None = None) -> Trained:
     """From the model, without written middles; or from a saved SFT, with them in the replay buffer."""
     settings, rows = context.settings, context.data.train
+    config = dict(settings["gflownet"])
+    if start:
+        config["behaviour"] = {"tempered": config["behaviour"].get("tempered", 0.0), "replay": 0.25}
     return train_gflownet(
         context,
         target=target_of(context),
         prompt=settings["prompt"],
         support=support_of(context),
         rows=[{"x": row["x"], "y": row["y"]} for row in rows],
-        config=settings["gflownet"] | ({"replay_ratio": 0.25} if start else {}),
+        config=config,
         folder=folder,
         seed=seed,
         lora=settings["lora"],
         adapter=start,
-        seeds=[[row["gold"]] for row in rows] if start else None,
+        gold=[[row["gold"]] for row in rows] if start else None,
     )
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from amortlm.em import EM, MStep
-from amortlm.engine.adapter import default_lora
 from amortlm.errors import DataError
 from amortlm.lab.reproduce.classifiers import Direct, Latent
 from amortlm.lab.reproduce.experiment import (
@@ -193,8 +192,8 @@ def gflownet_em(labels: int) -> Callable[[Context, int, Path], Trained]:
             args=args,
             m_step=MStep(**settings["m_step"]),
             rounds=settings["rounds"],
-            peft_config=default_lora(settings["lora"]),
-            adapter=default_lora(settings["lora"]),
+            adapter=settings["lora"],
+            p_adapter=settings["lora"],
         )
         if context.dry_run:
             return Trained(None)
