@@ -13,6 +13,7 @@ from trainers import ROWS, make_trainer
 from amortlm import LanguageModel, types
 from amortlm.engine.decoding import Draws
 from amortlm.engine.sampler import Request, Sampler
+from amortlm.train.metrics import Metrics
 from amortlm.train.source import Experience
 from amortlm.train.trainer import mismatch
 
@@ -113,6 +114,20 @@ def test_a_mismatch_is_that_of_fresh_draws(one_lm: LanguageModel, tmp_path: Path
     per_token = 2.0 / (int(found.rollouts.lengths[first]) + 1)
     expected = {"sampler_mismatch": per_token / count, "sampler_mismatch_max": per_token}
     assert mismatch(log_probs, one) == pytest.approx(expected, abs=1e-5)
+
+
+def test_figures_of_several_updates_and_processes() -> None:
+    """Means, and the highest of what ends in _max; a figure that one process lacks is that of the others."""
+
+    class Two:
+        def gather(self, value: Any) -> list[Any]:
+            return [value, {"loss": 5.0}]
+
+    metrics = Metrics()
+    for value in (1.0, 3.0):
+        metrics.add({"loss": value, "off_max": value})
+    assert metrics.take(Two()) == {"loss": 3.5, "off_max": 3.0}  # type: ignore[arg-type]
+    assert metrics.take(Two()) == {"loss": 5.0}, "taken once"  # type: ignore[arg-type]
 
 
 def test_the_key_of_a_row_is_computed_once(
