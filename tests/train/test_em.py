@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from reference import tiny_policy
 
 from amortlm import EM, GFNConfig, LanguageModel, Lookup, MStep, Support
 from amortlm import em as em_module
@@ -14,7 +15,6 @@ from amortlm.em import joint_log_prob, posterior_weights
 from amortlm.engine.adapter import trainable_copy
 from amortlm.errors import CheckpointError, ConfigError
 from amortlm.inference.exact import enumerate_posterior
-from reference import tiny_policy
 
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=(" a", " cat", "s", " dog"))
 ROWS = [{"x": "the cat", "y": "a dog ran"}, {"x": "a", "y": "the cat ran"}]

@@ -15,7 +15,6 @@ from amortlm.engine.decoding import Draws
 from amortlm.engine.sampler import Request, Sampler
 from amortlm.train.metrics import Metrics
 from amortlm.train.source import Experience
-from amortlm.train.trainer import mismatch
 
 
 def collected(lm: LanguageModel, folder: Path, behaviour: dict[str, float], **settings: Any) -> Any:
@@ -106,14 +105,14 @@ def test_a_mismatch_is_that_of_fresh_draws(one_lm: LanguageModel, tmp_path: Path
     trainer, found = collected(one_lm, tmp_path, {"replay": 1.0})
     log_probs = trainer.policy.evaluate(found.rollouts)
     nothing = replace(found, log_q=torch.full_like(found.log_q, torch.nan))
-    assert mismatch(log_probs, nothing) == {}
+    assert nothing.mismatch(log_probs) == {}
     one: Experience = replace(found, log_q=found.log_q.clone())
     first = int((~found.log_q.isnan()).nonzero()[0])
     one.log_q[first] += 2.0
     count = int((~found.log_q.isnan()).sum())
     per_token = 2.0 / (int(found.rollouts.lengths[first]) + 1)
     expected = {"sampler_mismatch": per_token / count, "sampler_mismatch_max": per_token}
-    assert mismatch(log_probs, one) == pytest.approx(expected, abs=1e-5)
+    assert one.mismatch(log_probs) == pytest.approx(expected, abs=1e-5)
 
 
 def test_figures_of_several_updates_and_processes() -> None:

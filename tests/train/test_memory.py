@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference import tiny_policy
 from torch import Tensor
 
 from amortlm import LanguageModel, Support, constraint, verifier
@@ -17,7 +18,6 @@ from amortlm.targets.base import Scoring, Softened, Target
 from amortlm.train import memory as module
 from amortlm.train.memory import RewardMemory
 from amortlm.types import Rollouts
-from reference import tiny_policy
 
 ROWS = [{"x": "a b", "y": " c"}, {"x": "b", "y": " a"}]
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=4)

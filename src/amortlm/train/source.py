@@ -20,7 +20,7 @@ from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.train.behaviour import chances
 from amortlm.train.config import GFNConfig
-from amortlm.types import Rollouts, Row, row_key
+from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
 from amortlm.weights import systematic
 
 Step = tuple[int, int]  # update, micro-batch
@@ -42,6 +42,16 @@ class Experience:
     log_q: Tensor
     version: int
     from_posterior: Tensor
+
+    def mismatch(self, log_probs: PolicyLogProbs) -> dict[str, float]:
+        """How far the sampler's log q of what it drew now is from the trainer's, nats per token (the stop is one), in
+        the mean and at most; nothing where nothing was drawn now. Far from 0, they are not the same distribution."""
+        lengths = self.rollouts.lengths
+        off = (log_probs.final(lengths) - self.log_q).abs() / (lengths + 1)
+        drawn = off[~self.log_q.isnan()]
+        if len(drawn) == 0:
+            return {}
+        return {"sampler_mismatch": drawn.mean().item(), "sampler_mismatch_max": drawn.max().item()}
 
 
 class ExperienceSource:

@@ -69,6 +69,8 @@ class GFNTrainer(ResumableTrainer):
     callbacks, optimizers, trackers, checkpoints, `torchrun`.
     """
 
+    objective: objectives.Objective
+
     def __init__(
         self,
         lm: LanguageModel,
@@ -227,7 +229,7 @@ class GFNTrainer(ResumableTrainer):
             metrics = {**spread, **metrics}
         metrics["length"] = rollouts.lengths.float().mean().item()
         metrics["buffer"] = float(len(self.buffer))
-        self._metrics.add(metrics | mismatch(log_probs, experience))
+        self._metrics.add(metrics | experience.mismatch(log_probs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add our metrics since the last log, over all processes, to that of the loss."""
@@ -274,17 +276,6 @@ class GFNTrainer(ResumableTrainer):
 
     def _load_best_model(self) -> None:
         self.policy.load_adapter(str(self.state.best_model_checkpoint))
-
-
-def mismatch(log_probs: PolicyLogProbs, experience: Experience) -> dict[str, float]:
-    """How far the sampler's log q of what it drew now is from the trainer's, nats per token (the stop is one), in the
-    mean and at most; nothing where nothing was drawn now. Far from 0, they are not the same distribution."""
-    lengths = experience.rollouts.lengths
-    off = (log_probs.final(lengths) - experience.log_q).abs() / (lengths + 1)
-    drawn = off[~experience.log_q.isnan()]
-    if len(drawn) == 0:
-        return {}
-    return {"sampler_mismatch": drawn.mean().item(), "sampler_mismatch_max": drawn.max().item()}
 
 
 def _collate(rows: list[Row]) -> dict[str, UserList[Row]]:
