@@ -231,6 +231,39 @@ class Passes:
                 out[b] = row[first[b] - start :][:count]
         return torch.stack(out)
 
+    def log_probs(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """[B, L-1] log p of each token of whole texts but their first, given those before it; nats, differentiable.
+
+        L: the longest. What lies beyond the end of a text means nothing.
+        """
+        ids, lengths = pad_right(texts, self.model.device)
+        logits = self.whole(texts, [0] * len(texts), max(1, int(lengths.max()) - 1))
+        return gather_log_probs(logits[:, : ids.shape[1] - 1], ids[:, 1:])
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the last hidden state."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Tensor]]:
+        """The last hidden states [b, Q, H] of every pass within, in order: what enters the output layer."""
+        seen: list[Tensor] = []
+        layer = self.model.get_output_embeddings()
+        hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def has_absolute_positions(self, prompt: Sequence[int]) -> bool:
+        """Do the logits change when all positions move by one? With rotary positions they do not."""
+        ids = torch.tensor([list(prompt)], device=self.model.device)
+        positions = torch.arange(len(prompt), device=self.model.device)[None]
+        at, moved = (self._call(input_ids=ids, position_ids=positions + k).float() for k in (0, 1))
+        return not torch.allclose(at, moved, atol=1e-2 * at.std().item(), rtol=0)
+
     def _whole_states(self, prefix: Prefix, index: Tensor, tokens: Tensor) -> Tensor:
         prompts = [list(prefix.prompts[i]) for i in index.tolist()]
         texts = [p + z for p, z in zip(prompts, tokens.tolist(), strict=True)]

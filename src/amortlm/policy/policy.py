@@ -182,6 +182,10 @@ class Policy(nn.Module):
             )
         return tokens, stop
 
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of what is trained of the model, by name: what a `Sampler` loads."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
+
     def save_adapter(self, folder: str | Path) -> None:
         """A PEFT adapter folder, or a full model folder. safetensors and JSON."""
         save_weights(self.model, folder)

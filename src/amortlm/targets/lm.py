@@ -123,9 +123,7 @@ class LogProb(Target):
         out = torch.zeros(len(contexts), device=self.lm.device)
         for i, c in enumerate(contexts):
             if c.before_scored:
-                ids = torch.tensor([c.before], device=self.lm.device)
-                logits = self.lm.model(input_ids=ids).logits[:, -c.before_scored - 1 : -1]
-                out[i] = gather_log_probs(logits, ids[:, -c.before_scored :]).sum()
+                out[i] = self.lm.passes.log_probs([c.before])[0, -c.before_scored :].sum()
         return out
 
 
