@@ -35,9 +35,9 @@ class Sharing:
     steps    a cached prompt goes on token by token (without gradient)
     spans    a cached prompt goes on by several tokens at once
     packed   several continuations stand side by side behind it, under a 4-D mask
-    window   tokens: packed holds for texts of at most so many (what the narrowest attention layer sees)
-    longest  tokens: steps and spans hold for texts of at most so many; None: for all
-    switch   tokens: texts up to and beyond so many are read by different rotary embeddings (LongRoPE)
+    window   the longest text, in tokens, for which packed holds: what the narrowest attention layer sees
+    longest  the longest text, in tokens, for which steps and spans hold; None: any
+    switch   the length in tokens beyond which a text is read by other rotary embeddings (LongRoPE)
     """
 
     steps: bool = True
@@ -190,7 +190,7 @@ class Passes:
         return self._cached(ids, mask, cache), cache
 
     def packs(self, longest: int) -> bool:
-        """May texts of at most so many tokens be scored by `branch_logits`?"""
+        """May texts of at most `longest` tokens be scored by `branch_logits`?"""
         return self.sharing.packed and (self.sharing.window is None or longest <= self.sharing.window)
 
     def branch_logits(self, ids: Tensor, positions: Tensor, allowed: Tensor, cache: Cache) -> Tensor:
@@ -270,7 +270,7 @@ class Passes:
         return self.whole(texts, [len(p) - 1 for p in prompts], tokens.shape[1] + 1)
 
     def _shares(self, lengths: Sequence[int]) -> bool:
-        """May texts of so many tokens share a cache and a batch?"""
+        """May texts of these lengths, in tokens, share a cache and a batch?"""
         found = self.sharing
         if not (found.steps or found.spans) or len(self._sides([n - 1 for n in lengths])) > 1:
             return False

@@ -116,7 +116,7 @@ class Policy(nn.Module):
         parts = []
         for group in groups:
             tokens = rollouts.tokens[group, : max(1, int(rollouts.lengths[group].max()))]
-            # The stop at max_tokens is sure: the last of so many tokens need not be read.
+            # The stop at max_tokens is sure: what follows the last token need not be computed.
             seen = tokens[:, : self.support.max_tokens - 1]
             logits = passes.state_logits(prefix, rollouts.row_index[group], seen)
             parts.append(self.support.log_probs(logits, tokens))
