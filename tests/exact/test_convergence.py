@@ -49,7 +49,7 @@ def train(lm: LanguageModel, target: Target, objective: str, folder: Path, **set
     config = {
         "objective": objective,
         "max_steps": 200,
-        "num_samples": 64,
+        "num_samples": 32,
         "per_device_train_batch_size": 1,
         "learning_rate": 1e-3,
         "epsilon": 0.1,  # so that no mode depends on luck in the first updates
