@@ -27,6 +27,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from amortlm import versions
+
 
 @dataclass(frozen=True)
 class Sharing:
@@ -307,11 +309,11 @@ class Passes:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         named = frozenset(inspect.signature(base.forward).parameters)
         # A wrapper that names nothing passes on everything.
-        return named if "input_ids" in named else frozenset({*ARGUMENTS, "past_key_values"})
+        return named if "input_ids" in named else frozenset(ARGUMENTS)
 
     @property
     def _cache_name(self) -> str:
-        return "cache_params" if "cache_params" in self._accepts else "past_key_values"
+        return versions.cache_argument(self._accepts)
 
     def _new_cache(self) -> Cache:
         """The cache that the model would make, but its windows keep all keys: what falls out of one for a completion

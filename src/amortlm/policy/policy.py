@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from amortlm import versions
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
 from amortlm.engine.decoding import Exploration
 from amortlm.engine.passes import Passes, length_groups, pad_right
@@ -140,7 +141,11 @@ class Policy(nn.Module):
         """What `gradient_checkpointing=True` asks for: activations are computed again in the backward pass."""
         if not self.is_full:
             self.model.enable_input_require_grads()  # else reentrant checkpoints of frozen layers have no gradient
-        self.model.activation_checkpointing_enable(**settings)
+        versions.checkpoint_activations(self.model, settings)
+
+    gradient_checkpointing_enable = (
+        activation_checkpointing_enable  # as Trainer before transformers 5.23 calls it
+    )
 
     def rollouts(self, rows: Sequence[Row], completions: Sequence[Sequence[Sequence[int] | str]]) -> Rollouts:
         """Rollouts from given completions (texts or token lists), a list per row.
