@@ -63,7 +63,7 @@ def train(lm: LanguageModel, target: Target, objective: str, folder: Path, **set
         prompt="{x}",
         support=SUPPORT,
         train_dataset=[ROW],
-        peft_config=default_lora(16),
+        adapter=default_lora(16),
         args=GFNConfig(output_dir=str(folder), **config),
     )
 

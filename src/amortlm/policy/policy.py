@@ -38,9 +38,10 @@ class Policy(nn.Module):
         lm: CausalLM,
         prompt: str | Messages,
         support: Support,
-        adapter: LoraConfig | str | Path | None = None,
+        adapter: LoraConfig | int | str | Path | None = None,
     ):
-        """adapter: a LoraConfig, "full" for a full copy, a folder with a saved adapter, None for default_lora()."""
+        """adapter: a LoraConfig, the rank of a LoRA (None: the default rank), "full" for a full copy, or a folder with a
+        saved adapter."""
         super().__init__()
         self.log_z: nn.Parameter  # of each training row, where the objective learns it
         self.lm = lm
