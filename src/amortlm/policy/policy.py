@@ -40,8 +40,8 @@ class Policy(nn.Module):
         support: Support,
         adapter: LoraConfig | int | str | Path | None = None,
     ):
-        """adapter: a LoraConfig, the rank of a LoRA (None: the default rank), "full" for a full copy, or a folder with a
-        saved adapter."""
+        """adapter: a LoraConfig, the rank of a LoRA (None: the default rank), "full" for a full copy, or the folder of
+        a saved adapter."""
         super().__init__()
         self.log_z: nn.Parameter  # of each training row, where the objective learns it
         self.lm = lm

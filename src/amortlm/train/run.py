@@ -83,8 +83,8 @@ def identity(
 ) -> dict[str, Any]:
     """What the result of a run depends on, as JSON: model, target, prompt, support, adapter, data and settings.
 
-    start: name of the weights that an adapter starts from, where it was saved before; gold: completions that the buffer starts with.
-    Functions count by name, and library versions and devices not at all.
+    start: name of the weights that an adapter starts from, where it was saved before; gold: completions that the
+    buffer starts with. Functions count by name, and library versions and devices not at all.
     """
     lm = policy.lm
     try:
