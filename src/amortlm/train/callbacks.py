@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from amortlm.diagnostics import certificate
-from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose
+from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose_row
 from amortlm.diagnostics.importance import ImportanceEstimate
 from amortlm.types import Row, row_key, to_json
 
@@ -123,19 +123,20 @@ class StopWhenRight:
         n = SAMPLES if exact else certificate.samples_for(args.stop_at_gap)
         level = certificate.look_level(step // args.diagnose_steps)
         gold = self._gold()
-        reports = self.trainer.processes.share(
-            lambda i: diagnose(
-                posterior,
-                [self.rows[i]],
+        rows = self.trainer.processes.share(
+            lambda i: diagnose_row(
+                posterior.policy,
+                posterior.target,
+                self.rows[i],
                 n,
                 seed=("gap", args.seed, step),
                 limit=certificate.LIMIT,
                 level=level,
-                gold=[gold[i]],
-            ).reports[0],
+                gold=gold[i],
+            ),
             range(len(self.rows)),
         )
-        diagnosis = Diagnosis(reports)
+        diagnosis = Diagnosis(rows)
         found = certificate.worst(diagnosis)
         self.trainer.log({"gap": found})
         if not found <= args.stop_at_gap:
@@ -143,7 +144,8 @@ class StopWhenRight:
         if self.trainer.is_world_process_zero():
             posterior.save_pretrained(str(args.output_dir))
             certificate.issue(
-                posterior,
+                posterior.policy,
+                posterior.target,
                 diagnosis,
                 str(args.output_dir),
                 mark=args.stop_at_gap,
