@@ -39,13 +39,13 @@ from torch import Tensor
 
 from amortlm.engine.decoding import Draws
 from amortlm.engine.passes import Prefix
-from amortlm.errors import ConfigError, RewardError
+from amortlm.errors import ConfigError
 from amortlm.inference.paths import prepare, redraw, rollouts_of, sample_paths, uniforms
 from amortlm.policy.policy import Policy
 from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
-from amortlm.weights import effective_sample_size, log_mean_exp, systematic
+from amortlm.weights import effective_sample_size, log_mean_exp, resample, systematic
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,8 @@ class Particles:
 
     def resample(self, n: int, seed: object) -> Rollouts:
         """n unweighted completions, drawn with replacement. Raises RewardError where every weight is zero."""
-        if self.log_z == -math.inf:
-            raise RewardError(
-                f"all {len(self.log_weights)} particles have R = 0: there is nothing to resample; use more particles, "
-                "train the policy, or give the constraint a penalty"
-            )
         generator = torch.Generator().manual_seed(seed_of(("resample", seed)))
-        u = torch.rand((), generator=generator, dtype=torch.float64)
-        return self.rollouts.select(systematic(self.log_weights, n, u.to(self.log_weights.device)))
+        return self.rollouts.select(resample(self.log_weights, n, generator))
 
 
 def smc(

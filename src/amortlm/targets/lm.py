@@ -56,6 +56,8 @@ class LogProb(Target):
 
     Where a tool writes into z, p is the model with the same tool: its tokens are certain, and cost nothing."""
 
+    lm: CausalLM
+
     def __init__(self, lm: CausalLM, of: str, given: str | Messages = ""):
         self.lm, self.of, self.given = lm, Template(of), PromptTemplate(given)
         text_given = self.given.templates[0] if self.given.roles is None else None
