@@ -274,8 +274,8 @@ class GFNConfig(TrainingArguments):
             fit = {k: v for k, v in mix.items() if v and k not in (*off, POLICY)} or {POLICY: 1.0}
             raise ConfigError(
                 f"objective {objective.name!r} is biased by samples that are not those of the policy "
-                f"({', '.join(off)}): write behaviour={fit!r} and epsilon=0 (corrected prompts bring in the buffer with "
-                "the right weights)"
+                f"({', '.join(off)}): write behaviour={fit!r} and epsilon=0 (corrected prompts bring in the buffer "
+                "with the right weights)"
             )
 
     def reward_temperature_at(self, step: int) -> float:

@@ -23,6 +23,7 @@ from amortlm.train.callbacks import ROWS, SAMPLES, diagnosis_seed
 from amortlm.train.config import GFNConfig
 from amortlm.train.interruption import Interruption
 from amortlm.train.log_z import LearnedLogZ
+from amortlm.train.memory import RewardMemory
 from amortlm.train.outcome import complaint
 from amortlm.train.processes import Processes
 
@@ -38,7 +39,7 @@ class ResumableTrainer(Trainer):
     eval_dataset: Any  # a list of rows, or None
     policy: Policy
     target: Target
-    training_target: Target  # what the policy is trained on
+    training_target: RewardMemory  # what the policy is trained on
     posterior: Posterior
     processes: Processes
     log_z: LearnedLogZ | None

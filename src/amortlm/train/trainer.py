@@ -69,6 +69,8 @@ class GFNTrainer(ResumableTrainer):
     callbacks, optimizers, trackers, checkpoints, `torchrun`.
     """
 
+    objective: objectives.Objective
+
     def __init__(
         self,
         lm: LanguageModel,
