@@ -14,7 +14,6 @@ from _common import Metrics, Results, average, load_model, parser, train, untrai
 from amortlm import LanguageModel, Posterior, Support
 from amortlm.lab.tasks import arithmetic
 from amortlm.lab.tasks.infilling import STORIES
-from amortlm.predictive import vote
 from amortlm.types import Row
 
 # A row brings its own prompt and the texts around z, so that both tasks are one target on one support.
@@ -55,7 +54,7 @@ def measure(posterior: Posterior, name: str, rows: list[Row], samples: int, seed
     if name == "sums":
         # The same policy; the target with the answer as a column of its own, which is what is voted on.
         answer = posterior.lm.log_prob(arithmetic.OF, given=GIVEN)
-        votes = vote(Posterior(posterior.policy, answer), rows, 10, seed=("vote", seed))
+        votes = Posterior(posterior.policy, answer).vote(rows, 10, seed=("vote", seed))
         out["right by vote of 10"] = sum(v.best == r["y"] for v, r in zip(votes, rows, strict=True)) / len(
             rows
         )

@@ -25,7 +25,7 @@ def as_rows(data: Any, what: str = "data") -> list[dict[str, Any]]:
         raise DataError(
             f"{what} is a path or text; give rows: amortlm.data.load_rows({str(data)!r}) reads a file"
         )
-    if _is_one_row(data):
+    if is_row(data):
         as_row(data, what)  # splits say so themselves
         raise DataError(
             f"{what} is one mapping; give a list of rows, [{{column: value, ...}}, ...], or "
@@ -56,7 +56,7 @@ def as_rows(data: Any, what: str = "data") -> list[dict[str, Any]]:
 
 def as_row(row: Any, what: str = "the row") -> dict[str, Any]:
     """One row as a dict: a mapping or a Series. Raises DataError for anything else, and names that are not text."""
-    if not _is_one_row(row):
+    if not is_row(row):
         raise DataError(f"{what} is {_shown(row)}, not a mapping of column to value")
     if not isinstance(row, Mapping):
         _refuse_repeated(row.index, what)
@@ -75,11 +75,12 @@ def as_row(row: Any, what: str = "the row") -> dict[str, Any]:
 
 
 def rows_or_row(data: Any, what: str = "rows") -> list[dict[str, Any]]:
-    """Rows, or one row by itself."""
-    return as_rows([data] if _is_one_row(data) else data, what)
+    """The rows of `as_rows`, or the only row where `data` is one row."""
+    return as_rows([data] if is_row(data) else data, what)
 
 
-def _is_one_row(data: Any) -> bool:
+def is_row(data: Any) -> bool:
+    """Is it one row (a mapping or a Series), not rows?"""
     return isinstance(data, Mapping) or (
         hasattr(data, "to_dict") and hasattr(data, "index") and not _is_table(data)
     )

@@ -20,7 +20,7 @@ from transformers import set_seed
 
 from amortlm.data import as_rows
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
-from amortlm.engine.passes import gather_log_probs, pad_right
+from amortlm.engine.passes import Passes, pad_right
 from amortlm.errors import ConfigError, TrainingError
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Policy
@@ -117,7 +117,7 @@ class EM:
             if not (here / DONE).exists():
                 posterior = self._e_step(here / "q", q, number)
                 losses = fit(
-                    self.model.model,
+                    self.model.passes,
                     self.term,
                     posterior,
                     self.rows,
@@ -169,7 +169,7 @@ class EM:
 
 
 def fit(
-    model: Any,
+    passes: Passes,
     term: LogProb,
     posterior: Posterior,
     rows: Sequence[Row],
@@ -177,7 +177,7 @@ def fit(
     config: MStep,
     seed: object,
 ) -> list[float]:
-    """The M-step: maximise log p(z y | x) of `model` over `parameters`, z from the posterior's policy.
+    """The M-step: maximise log p(z y | x) of a model over `parameters`, z from the posterior's policy.
 
     Returns the loss of each step: minus the weighted mean of log p(z y | x), nats.
     """
@@ -188,7 +188,7 @@ def fit(
     for step in tqdm(range(config.steps), desc="M-step", disable=None):
         batch = _batch(rows, config.batch_size, (seed, step))
         rollouts, log_q = posterior.policy.sample(batch, config.num_samples, seed=(seed, step))
-        log_p = joint_log_prob(model, term, rollouts)
+        log_p = joint_log_prob(passes, term, rollouts)
         weight = posterior_weights(log_p.detach(), log_q.final(rollouts.lengths), rollouts.row_index)
         if not config.weighted:
             weight = torch.full_like(weight, 1.0 / config.num_samples)
@@ -214,8 +214,8 @@ def posterior_weights(log_p: Tensor, log_q: Tensor, group: Tensor) -> Tensor:
     return out
 
 
-def joint_log_prob(model: Any, term: LogProb, rollouts: Rollouts) -> Tensor:
-    """[B] log p(z y | x) under `model`, differentiable: what `term` says of finished completions, nats.
+def joint_log_prob(passes: Passes, term: LogProb, rollouts: Rollouts) -> Tensor:
+    """[B] log p(z y | x) of a model, differentiable: what `term` says of finished completions, nats.
 
     The stop symbol is the one that was written (a target sums over them). Tokens of a tool cost nothing.
     """
@@ -229,11 +229,9 @@ def joint_log_prob(model: Any, term: LogProb, rollouts: Rollouts) -> Tensor:
         before, after = len(c.before) - c.before_scored, len(c.after) - c.after_scored
         own = [*chosen[b][: len(tokens)], True]
         scored.append([0] * before + [1] * c.before_scored + own + [0] * after + [1] * c.after_scored)
-    ids, lengths = pad_right(sequences, model.device)
-    counts = pad_right(scored, model.device)[0][:, 1:].bool()
-    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
-    return torch.where(counts, gather_log_probs(logits, ids[:, 1:]), 0.0).sum(1)
+    log_p = passes.log_probs(sequences)
+    counts = pad_right(scored, log_p.device)[0][:, 1:].bool()
+    return torch.where(counts, log_p, 0.0).sum(1)
 
 
 def _batch(rows: Sequence[Row], size: int, seed: object) -> list[Row]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from amortlm.errors import ConfigError, DataError, RewardError, nearest
 from amortlm.settings import check_keys, typed
 from amortlm.types import PolicyLogProbs
+from amortlm.weights import log_mean_exp
 
 Loss = tuple[Tensor, dict[str, float]]
 
@@ -154,8 +155,7 @@ def forward_kl(log_w: Tensor, stop_mask: Tensor, group: Tensor, drawn_from_p: Te
 
 def group_log_mean_exp(values: Tensor, group: Tensor) -> Tensor:
     """[G] log of the mean of exp(values) within each group."""
-    out = [values[group == g] for g in range(int(group.max()) + 1)]
-    return torch.stack([v.logsumexp(0) - torch.tensor(float(len(v))).log() for v in out])
+    return torch.stack([log_mean_exp(values[group == g]) for g in range(int(group.max()) + 1)])
 
 
 def _group_mean(values: Tensor, group: Tensor) -> Tensor:

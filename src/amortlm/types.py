@@ -104,7 +104,8 @@ class Rollouts:
         )
 
     def distinct(self) -> tuple[Rollouts, Tensor]:
-        """Each completion of a row once, with the stopping states of all its copies; [B] the place of each copy.
+        """Each completion of a row once, with the stopping states of all its copies, and [B] which one each
+        trajectory is.
 
         What a model says of a trajectory depends on neither its stop symbol nor its copies, so one pass will do.
         """

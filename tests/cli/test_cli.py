@@ -42,7 +42,7 @@ def write_spec(folder: Path, model: Path, **changes: Any) -> Path:
         "target": [{"log_prob": {"of": "{z}{y}", "given": "{x}"}}],
         "support": {"stop": ".", "max_tokens": 3, "allowed_tokens": [" a", " cat", " dog", "s"]},
         "data": ROWS,
-        "lora": 2,
+        "adapter": 2,
         "config": {
             "max_steps": 2, "num_samples": 4, "per_device_train_batch_size": 2, "save_steps": 1,
             "diagnose_steps": 1, "warmup_steps": 0, "learning_rate": "1e-2", "use_cpu": True,
@@ -288,8 +288,9 @@ def test_evaluate_prints_and_writes_the_diagnosis(cli: Cli, trained: Path, tmp_p
     assert_quiet(stderr)
     diagnosis = Posterior.from_pretrained(trained).diagnose(ROWS, 40)
     assert stdout == f"{diagnosis}\nwrote {file}\n"
-    assert json.loads(file.read_text()) == finite(diagnosis.reports)
-    assert 0 < diagnosis.reports[1]["total_variation"] < 1
+    assert json.loads(file.read_text()) == finite([row.to_dict() for row in diagnosis.rows])
+    assert diagnosis.rows[1].distance is not None
+    assert 0 < diagnosis.rows[1].distance.total_variation < 1
 
 
 def test_evaluate_at_most_so_many_rows(cli: Cli, trained: Path) -> None:

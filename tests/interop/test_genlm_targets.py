@@ -19,11 +19,11 @@ from genlm_cases import (
     support,
     wait,
 )
+from reference import random_rollouts
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Support, constraint, default_lora
 from amortlm.errors import ConfigError
 from amortlm.targets.laws import check_target
-from reference import random_rollouts
 
 pytest.importorskip("genlm.control", reason="needs the extra: pip install 'amortlm[genlm]'")
 

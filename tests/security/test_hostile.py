@@ -404,7 +404,7 @@ def test_a_certificate_is_data(folder: Path, mark: Path, modules: Path, certific
 # Run files
 
 RUN: dict[str, Any] = {
-    "prompt": "{x}", "support": {"stop": ".", "max_tokens": 2}, "data": [ROW], "lora": 2,
+    "prompt": "{x}", "support": {"stop": ".", "max_tokens": 2}, "data": [ROW], "adapter": 2,
     "config": {"max_steps": 1, "num_samples": 2, "diagnose_steps": 0, "objective": "vargrad", "use_cpu": True},
 }  # fmt: skip
 

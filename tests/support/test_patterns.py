@@ -228,7 +228,7 @@ def test_tables_of_too_many_kinds_of_tokens_are_refused(monkeypatch) -> None:
 
 def test_building_can_be_interrupted(monkeypatch) -> None:
     """As Ctrl-C does; without an end of its own it would go on for hours."""
-    monkeypatch.setattr(patterns, "MAX_STATES", 2**40)
+    monkeypatch.setattr(patterns, "MAX_NODES", 2**40)
     monkeypatch.setattr(patterns, "MAX_VISITS", 2**60)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,9 +35,6 @@ class Counted(Target):
             row = rollouts.rows[int(rollouts.row_index[b])]
             self.asked.append((row["x"], tuple(rollouts.tokens[b, :t].tolist())))
         return self.target.score_batch(scoring)
-
-    def to_spec(self) -> list[dict[str, Any]]:
-        return self.target.to_spec()
 
 
 def infilling(lm: LanguageModel) -> Counted:

@@ -32,19 +32,20 @@ reads nothing beyond t, so this is the step-by-step algorithm in law, at 1 + (re
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from amortlm.engine.decoding import Draws
-from amortlm.errors import ConfigError, RewardError
+from amortlm.engine.passes import Prefix
+from amortlm.errors import ConfigError
 from amortlm.inference.paths import prepare, redraw, rollouts_of, sample_paths, uniforms
 from amortlm.policy.policy import Policy
 from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
-from amortlm.weights import effective_sample_size, log_mean_exp, systematic
+from amortlm.weights import effective_sample_size, log_mean_exp, resample, systematic
 
 
 @dataclass(frozen=True)
@@ -74,14 +75,8 @@ class Particles:
 
     def resample(self, n: int, seed: object) -> Rollouts:
         """n unweighted completions, drawn with replacement. Raises RewardError where every weight is zero."""
-        if self.log_z == -math.inf:
-            raise RewardError(
-                f"all {len(self.log_weights)} particles have R = 0: there is nothing to resample; use more particles, "
-                "train the policy, or give the constraint a penalty"
-            )
         generator = torch.Generator().manual_seed(seed_of(("resample", seed)))
-        u = torch.rand((), generator=generator, dtype=torch.float64)
-        return self.rollouts.select(systematic(self.log_weights, n, u.to(self.log_weights.device)))
+        return self.rollouts.select(resample(self.log_weights, n, generator))
 
 
 def smc(
@@ -106,42 +101,80 @@ def smc(
         )
     target, prefix = prepare(policy, target, row)
     generator = torch.Generator().manual_seed(seed_of(("smc", seed, row_key(row))))
-    paths, decoded = sample_paths(policy, prefix, num_particles, generator)
-    twisted = target.every_prefix and ess_threshold > 0
-    log_w, scored = state_log_weights(policy, target, row, paths, 0, twisted), num_particles
-    log_c = torch.zeros(num_particles, dtype=torch.float64, device=policy.device)
+    cloud = _Cloud(policy, target, row, prefix, generator, target.every_prefix and ess_threshold > 0)
+    cloud.draw(num_particles)
     history: list[float] = []
     resampled_at: list[int] = []
     t = 1
     # At max_tokens nothing is left to draw: resampling there would only add noise.
-    while ess_threshold > 0 and t < policy.support.max_tokens and bool((paths.lengths >= t).any()):
-        log_twist = twists(log_w, log_c, paths.lengths, t, twisted)
-        history.append(effective_sample_size(log_c + log_twist))
+    while ess_threshold > 0 and t < policy.support.max_tokens and bool((cloud.paths.lengths >= t).any()):
+        log_twist = twists(cloud.log_w, cloud.log_c, cloud.paths.lengths, t, cloud.twisted)
+        history.append(effective_sample_size(cloud.log_c + log_twist))
         # The margin keeps rounding from resampling equal values at a threshold of 1.
         if history[-1] < ess_threshold * num_particles * (1 - 1e-9):
-            ancestors, log_c = resampled(log_c, log_twist, uniforms(generator, (), policy))
-            paths, log_w = paths.select(ancestors), log_w[ancestors]
-            live = (paths.lengths >= t).nonzero().squeeze(1)
-            if len(live) > 0:
-                fresh = redraw(policy, prefix, paths.select(live), torch.full_like(live, t), generator)
-                paths = paths.put(live, fresh)
-                log_w = log_w.index_copy(0, live, state_log_weights(policy, target, row, fresh, t, twisted))
-                decoded, scored = decoded + int((fresh.lengths - t + 1).sum()), scored + len(live)
+            cloud.resample(t, log_twist)
             resampled_at.append(t)
         t += 1
-    final = log_w.gather(1, paths.lengths[:, None]).squeeze(1)
-    log_weights = log_c + final
-    return Particles(
-        rollouts=rollouts_of(paths, policy, row),
-        log_weights=log_weights,
-        log_reward=final + paths.log_q,
-        log_q=paths.log_q,
-        log_z=log_mean_exp(log_weights).item(),
-        ess=[*history, effective_sample_size(log_weights)],
-        resampled_at=resampled_at,
-        tokens_decoded=decoded,
-        completions_scored=scored,
-    )
+    return cloud.particles(history, resampled_at)
+
+
+class _Cloud:
+    """The particles of a run: completions drawn to their end, their weights of stopping, and c."""
+
+    paths: Draws
+    log_w: Tensor
+    log_c: Tensor
+
+    def __init__(
+        self,
+        policy: Policy,
+        target: Target,
+        row: Row,
+        prefix: Prefix,
+        generator: torch.Generator,
+        twisted: bool,
+    ):
+        self.policy, self.target, self.row, self.prefix = policy, target, row, prefix
+        self.generator, self.twisted = generator, twisted
+
+    def draw(self, n: int) -> None:
+        self.paths, self.decoded = sample_paths(self.policy, self.prefix, n, self.generator)
+        self.log_w, self.scored = self._weigh(self.paths, 0), n
+        self.log_c = torch.zeros(n, dtype=torch.float64, device=self.policy.device)
+
+    def resample(self, t: int, log_twist: Tensor) -> None:
+        """Resample at t tokens, and draw the futures of live particles anew."""
+        u = uniforms(self.generator, (), self.policy)
+        ancestors, self.log_c = resampled(self.log_c, log_twist, u)
+        self.paths, self.log_w = self.paths.select(ancestors), self.log_w[ancestors]
+        live = (self.paths.lengths >= t).nonzero().squeeze(1)
+        if len(live) == 0:
+            return
+        fresh = redraw(
+            self.policy, self.prefix, self.paths.select(live), torch.full_like(live, t), self.generator
+        )
+        self.paths = self.paths.put(live, fresh)
+        self.log_w = self.log_w.index_copy(0, live, self._weigh(fresh, t))
+        self.decoded += int((fresh.lengths - t + 1).sum())
+        self.scored += len(live)
+
+    def _weigh(self, paths: Draws, start: int) -> Tensor:
+        return state_log_weights(self.policy, self.target, self.row, paths, start, self.twisted)
+
+    def particles(self, history: list[float], resampled_at: list[int]) -> Particles:
+        final = self.log_w.gather(1, self.paths.lengths[:, None]).squeeze(1)
+        log_weights = self.log_c + final
+        return Particles(
+            rollouts=rollouts_of(self.paths, self.policy, self.row),
+            log_weights=log_weights,
+            log_reward=final + self.paths.log_q,
+            log_q=self.paths.log_q,
+            log_z=log_mean_exp(log_weights).item(),
+            ess=[*history, effective_sample_size(log_weights)],
+            resampled_at=resampled_at,
+            tokens_decoded=self.decoded,
+            completions_scored=self.scored,
+        )
 
 
 def state_log_weights(
@@ -150,7 +183,8 @@ def state_log_weights(
     """log_w [B, max_tokens + 1] float64 at the stopping states from `start` on (or the last only), -inf elsewhere."""
     rollouts = rollouts_of(paths, policy, row)
     if every_state:
-        rollouts.stop_mask[:, :start] = False
+        states = torch.arange(rollouts.stop_mask.shape[1], device=rollouts.stop_mask.device)
+        rollouts = replace(rollouts, stop_mask=rollouts.stop_mask & (states >= start))
     else:
         rollouts = rollouts.final_only()
     mask = torch.nn.functional.pad(rollouts.stop_mask, (0, paths.tokens.shape[1] - rollouts.tokens.shape[1]))

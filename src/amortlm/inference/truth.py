@@ -48,7 +48,6 @@ from amortlm.types import Rollouts, Row, row_key
 from amortlm.weights import effective_sample_size, pareto_khat
 
 POOL, LARGE_POOL = 4, 16  # draws of q per posterior draw asked for; the second where the first will not do
-BATCH = 256  # of them sampled and scored at once
 KHAT = 0.7  # importance weights with a heavier tail cannot be resampled (Vehtari et al. 2024)
 REPEATS = (
     10  # of the largest weight: where a few completions come up again and again, k-hat has no tail to fit
@@ -152,7 +151,7 @@ def _resampled(policy: Policy, target: Target, row: Row, n: int, seed: object, l
     log_r, log_q, parts = nothing, nothing, []
     khat = share = math.nan
     for k, total in enumerate((POOL * max(n, 2 * MIN_DRAWS), LARGE_POOL * max(n, 2 * MIN_DRAWS))):
-        more = weigh(policy, target, row, total - len(log_r), seed=("truth", seed, k), batch=BATCH)
+        more = weigh(policy, target, row, total - len(log_r), seed=("truth", seed, k))
         parts.append(more.rollouts)
         log_r = torch.cat([log_r, more.log_reward.double()])
         log_q = torch.cat([log_q, more.log_q.double()])

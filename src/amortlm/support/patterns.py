@@ -171,26 +171,25 @@ def _token_step(
     number = {action.tobytes(): i for i, action in enumerate(actions)}
     after: dict[tuple[int, str], int] = {}
     acts: dict[str, int] = {}
+
+    def moved(action: int, kind: str) -> int:
+        """The action of a text with one character more."""
+        if (action, kind) not in after:
+            leads = moves[ord(kind)][actions[action]]
+            after[action, kind] = number.setdefault(leads.tobytes(), len(actions))
+            if after[action, kind] == len(actions):
+                actions.append(leads)
+            if len(actions) * nodes > MAX_CELLS:
+                size = f"{nodes:,} nodes and more than {len(actions) - 1:,} kinds of tokens"
+                raise SupportError(_too_large(pattern, size))
+        return after[action, kind]
+
     for text in set(texts.values()):
-        action = 1
+        acts[text] = 1
         for kind in text:
-            key = action, kind
-            if key not in after:
-                moved = moves[ord(kind)][actions[action]]
-                after[key] = number.setdefault(moved.tobytes(), len(actions))
-                if after[key] == len(actions):
-                    actions.append(moved)
-                    if len(actions) * nodes > MAX_CELLS:
-                        raise SupportError(
-                            _too_large(
-                                pattern,
-                                f"{nodes:,} nodes and more than {len(actions) - 1:,} kinds of tokens",
-                            )
-                        )
-            action = after[key]
-            if action == 0:
+            acts[text] = moved(acts[text], kind)
+            if acts[text] == 0:
                 break
-        acts[text] = action
     token_class = torch.zeros(size, dtype=torch.long)
     if texts:
         token_class[list(texts)] = torch.tensor([acts[text] for text in texts.values()])

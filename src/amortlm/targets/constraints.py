@@ -66,8 +66,6 @@ def _rows_of(rollouts: Rollouts) -> list[Row]:
 class _TextTerm(Target):
     """A term that reads text or tokens: it borrows the model's tokenizer when the target is bound."""
 
-    lm: Codec | None = None
-
     def bind(self, lm: Codec) -> Target:
         bound = copy.copy(self)
         bound.lm = lm
@@ -90,11 +88,7 @@ class Constraint(_TextTerm):
             raise RewardError(
                 f"a penalty is a positive number of nats, or None for a hard constraint; got {penalty}"
             )
-        self.penalty = penalty
-
-    @property
-    def hard(self) -> bool:
-        return self.penalty is None
+        self.penalty, self.hard = penalty, penalty is None
 
     @abstractmethod
     def holds(self, scoring: Scoring) -> Tensor:

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -86,8 +87,8 @@ class Trust:
         if file is None and not self.covers(module):
             raise ConfigError(
                 f"function {reference!r} is not imported, for that runs the code of {module!r}. If you trust it, say "
-                f"so: trust=[{module!r}], --trust {module}, or --trust FOLDER/{module.split('.')[-1]}.py for a file; "
-                "or pass target= to from_pretrained"
+                f"so: trust=[{module!r}] in Python, --trust {module} on the command line (--trust "
+                f"FOLDER/{module.split('.')[-1]}.py for a file). Or, in Python, pass target= to from_pretrained"
             )
         return Function(self._defined(_import(reference, module, file), name, reference), reference)
 
@@ -147,21 +148,14 @@ def function_of(fn: Callable[..., Any] | Function | str) -> Function:
 
 
 def references(spec: Any) -> Iterator[str]:
-    """The functions that a target's JSON form names, but for those that ship."""
-    if isinstance(spec, list):
-        for term in spec:
-            yield from references(term)
-    elif isinstance(spec, dict):
-        for name, arguments in spec.items():
-            found = arguments.get("function") if isinstance(arguments, dict) else arguments
-            if (
-                name in ("predicate", "verifier")
-                and isinstance(found, str)
-                and found not in {*NAMES, *SHIPPED}
-            ):
-                yield found
-            elif name == "unordered" and isinstance(arguments, dict):
-                yield from references(arguments.get("target"))
+    """The functions that a target's JSON form names, except those that ship."""
+    terms = spec if isinstance(spec, list) else []
+    for name, arguments in chain.from_iterable(term.items() for term in terms if isinstance(term, dict)):
+        found = arguments.get("function") if isinstance(arguments, dict) else arguments
+        if name in ("predicate", "verifier") and isinstance(found, str) and found not in {*NAMES, *SHIPPED}:
+            yield found
+        elif name == "unordered" and isinstance(arguments, dict):
+            yield from references(arguments.get("target"))
 
 
 def require_reference(fn: Function) -> str:

@@ -6,7 +6,6 @@ A latent can be a list of statements, `s1 SEP s2 SEP s3`: see `separator` of `am
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 from itertools import chain, permutations
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from amortlm.support.lists import split_statements
 from amortlm.targets.base import Scoring, Target
 from amortlm.targets.lm import LogProb
 from amortlm.types import Rollouts
+from amortlm.weights import log_mean_exp
 
 if TYPE_CHECKING:
     from amortlm.support.spec import SupportLaw
@@ -47,10 +47,7 @@ class Unordered(Target):
         self.every_prefix, self.columns = target.every_prefix, target.columns
         # With a constraint inside, a rejected list has no other reward to fall back on (see `Softened`).
         self.normalised = all(t.normalised for _, t in target.terms)
-        self.hard = any(getattr(t, "hard", False) for _, t in target.terms)
-        self.lm: Codec | None = next(
-            (lm for _, t in target.terms if (lm := getattr(t, "lm", None)) is not None), None
-        )
+        self.hard, self.lm = target.hard, target.lm
 
     def bind(self, lm: Codec) -> Target:
         bound = copy.copy(self)
@@ -80,8 +77,7 @@ class Unordered(Target):
         orders = [[(row[b], z) for z in self._orders(tokens[b][:t])] for b, t in states]
         score = self._scores(rollouts, set(chain.from_iterable(orders)))
         for (b, t), strings in zip(states, orders, strict=True):
-            log_r = torch.stack([score[s] for s in strings])
-            out[b, t] = log_r.logsumexp(0) - math.log(len(strings))
+            out[b, t] = log_mean_exp(torch.stack([score[s] for s in strings]))
         return out
 
     def _orders(self, tokens: list[int]) -> list[tuple[int, ...]]:

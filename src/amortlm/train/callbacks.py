@@ -14,7 +14,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from amortlm.buffer import ReplayBuffer
 from amortlm.diagnostics import certificate
-from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose
+from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose_row
 from amortlm.diagnostics.importance import ImportanceEstimate
 from amortlm.posterior import Posterior
 from amortlm.train.config import GFNConfig
@@ -128,7 +128,9 @@ class StopWhenRight:
         log: Log,
     ):
         """data: what is trained on."""
-        self.posterior, self.data, self.buffer = posterior, data, buffer
+        assert posterior.target is not None
+        self.posterior, self.target = posterior, posterior.target
+        self.data, self.buffer = data, buffer
         self.args, self.processes, self.log = args, processes, log
 
     def reached(self, step: int, rows: Sequence[Row], estimates: Sequence[ImportanceEstimate]) -> bool:
@@ -148,7 +150,8 @@ class StopWhenRight:
         if self.processes.index == 0:
             self.posterior.save_pretrained(str(args.output_dir))
             certificate.issue(
-                self.posterior,
+                self.posterior.policy,
+                self.target,
                 diagnosis,
                 str(args.output_dir),
                 mark=args.stop_at_gap,
@@ -166,19 +169,20 @@ class StopWhenRight:
         self, step: int, rows: Sequence[Row], n: int, gold: Sequence[Sequence[list[int]]]
     ) -> Diagnosis:
         level = certificate.look_level(step // self.args.diagnose_steps)
-        reports = self.processes.share(
-            lambda i: diagnose(
-                self.posterior,
-                [rows[i]],
+        found = self.processes.share(
+            lambda i: diagnose_row(
+                self.posterior.policy,
+                self.target,
+                rows[i],
                 n,
                 seed=("gap", self.args.seed, step),
                 limit=certificate.LIMIT,
                 level=level,
-                gold=[gold[i]],
-            ).reports[0],
+                gold=gold[i],
+            ),
             range(len(rows)),
         )
-        return Diagnosis(reports)
+        return Diagnosis(found)
 
     def _gold(self, rows: Sequence[Row]) -> list[list[list[int]]]:
         """For each prompt, what the buffers of all processes hold, each completion once."""

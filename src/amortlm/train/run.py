@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from amortlm.diagnostics import certificate
+from amortlm.engine.model import CausalLM
 from amortlm.errors import CheckpointError, ConfigError
 from amortlm.files import write_text
 from amortlm.train import checkpoints
@@ -91,7 +92,7 @@ def identity(
         stated: Any = target.to_spec()
     except ConfigError:  # a function without an import path
         stated = repr(target)
-    models = [getattr(t, "lm", None) for _, t in target.terms]
+    models = [t.lm for _, t in target.terms if isinstance(t.lm, CausalLM) and t.lm is not lm]
     settings = {k: v for k, v in args.to_dict().items() if not k.startswith(FREE)}
     if not args.stop_at_gap:
         del settings["diagnose_steps"]
@@ -101,9 +102,7 @@ def identity(
         "model": lm.name,
         "the model's weights": name_of(lm.model.named_parameters()),
         "the tokenizer": _hash([sorted(lm.tokenizer.get_vocab().items()), lm.tokenizer.chat_template]),
-        "the weights of the target's model": [
-            name_of(other.model.named_parameters()) for other in models if other not in (lm, None)
-        ],
+        "the weights of the target's model": [name_of(other.model.named_parameters()) for other in models],
         "target": stated,
         "prompt": policy.prompt.source,
         "support": _stated_support(policy),

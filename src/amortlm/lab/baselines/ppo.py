@@ -117,7 +117,7 @@ def train_ppo(
     reference, bounded = working_copy(policy), BoundedReward.of(reward, floor)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    head = ValueHead(policy.model.get_output_embeddings().weight.shape[1]).to(policy.device)
+    head = ValueHead(policy.passes.hidden_size).to(policy.device)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(
         [
@@ -171,15 +171,8 @@ def evaluate_with_values(
 ) -> tuple[PolicyLogProbs, Tensor]:
     """log q of the rollouts and the value [B, T+1] of every state where there is a choice (0 at max_tokens), from the
     same passes."""
-    states: list[Tensor] = []
-    # What enters the output layer is the last hidden state, in every architecture. The prompt's pass comes first, then
-    # one for each group of completions.
-    layer = policy.model.get_output_embeddings()
-    hook = layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
-    try:
+    with policy.passes.watched() as states:  # the prompts' pass, then one for each group of completions
         log_probs = policy.evaluate(rollouts)
-    finally:
-        hook.remove()
     groups = length_groups(rollouts.lengths)
     values = states[-1].new_zeros(rollouts.stop_mask.shape, dtype=torch.float32)
     for group, hidden in zip(groups, states[-len(groups) :], strict=True):

@@ -33,7 +33,6 @@ from amortlm.lab.tasks.arithmetic import OF, PROMPT, questions, read_questions
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Policy
 from amortlm.posterior import Posterior
-from amortlm.predictive import vote
 from amortlm.support import Support
 from amortlm.targets.base import Target
 from amortlm.types import Row
@@ -172,8 +171,7 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
         return Outcome(nothing, {"note": "the examples do not fit the model's context"})
     metrics, right = {}, {}
     for n, rows in context.data.test.items():
-        votes = vote(
-            posterior,
+        votes = posterior.vote(
             rows,
             settings["votes"],
             temperature=settings["vote_temperature"],
@@ -191,7 +189,7 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
 
 def single(posterior: Posterior, rows: list[Row], n: int, seed: int) -> list[float]:
     """Share of n samples at temperature 1 that lead to the right answer, for each question."""
-    votes = vote(posterior, rows, n, seed=("single", seed))
+    votes = posterior.vote(rows, n, seed=("single", seed))
     return [v.counts.get(str(row["y"]), 0) / v.n for v, row in zip(votes, rows, strict=True)]
 
 

@@ -23,7 +23,7 @@ SPEC = RunSpec(
     target=[{"log_prob": {"of": "{z} {y}", "given": "{x}"}}],
     support={"stop": ".", "min_tokens": 3, "max_tokens": 20},
     data=[dict(row) for row in STORIES[:TRAINED]],
-    lora=32,
+    adapter=32,
     config={
         "max_steps": 100,
         "num_samples": 12,
