@@ -75,10 +75,10 @@ def train(
     rows: Sequence[Row],
     *,
     lora: int = 16,
-    seeds: Sequence[Sequence[str]] | None = None,
+    gold: Sequence[Sequence[str]] | None = None,
     **config: Any,
 ) -> Posterior:
-    """A trained posterior, kept in memory. config: fields of GFNConfig; seeds: completions for the buffer."""
+    """A trained posterior, kept in memory. config: fields of GFNConfig; gold: completions for the buffer."""
     quiet = {"save_strategy": "no", "diagnose_steps": 0, "logging_strategy": "no"}
     with tempfile.TemporaryDirectory() as folder:
         trainer = GFNTrainer(
@@ -88,8 +88,8 @@ def train(
             support=support,
             train_dataset=rows,
             args=GFNConfig(**{**quiet, **config, "output_dir": folder}),
-            peft_config=default_lora(lora),
-            seeds=seeds,
+            adapter=lora,
+            gold=gold,
         )
         trainer.train()
     return trainer.posterior

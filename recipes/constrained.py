@@ -24,10 +24,9 @@ from amortlm.types import Row
 HINTED = "{words}.</s><s>{x}"  # the words as a document of their own, then the story
 SUPPORT = Support(stop=".", min_tokens=3, max_tokens=21)
 CONFIG = {
-    "objective": "subtb",
+    "objective": {"subtb": {"states": 6}},
     "num_samples": 12,
     "per_device_train_batch_size": 6,
-    "subtb_states": 6,
     "learning_rate": 1e-3,
 }
 
@@ -121,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def gflownet(seed: int) -> Posterior:
         gold = [[row["gold"].rstrip(".")] if "gold" in row else [] for row in shown]
-        return train(lm, target, HINTED, SUPPORT, shown, seeds=gold, seed=seed, **config)
+        return train(lm, target, HINTED, SUPPORT, shown, gold=gold, seed=seed, **config)
 
     for seed in range(args.seeds):
         results.run("rejection", seed, lambda s=seed: figures(untrained(lm, target, "{x}", SUPPORT), s))

@@ -82,7 +82,7 @@ class Tasks:
             PROMPT,
             SUPPORT,
             rows,
-            seeds=gold,
+            gold=gold,
             max_steps=steps * len(names),
             seed=seed,
             **CONFIG,

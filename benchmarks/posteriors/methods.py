@@ -158,8 +158,9 @@ def best_of_n(problem: Problem, log_q: Array, seed: int) -> list[Point]:
 LEARNING_RATE = {"ppo": 1e-3, "grpo": 1e-3, "sft": 1e-3, "forward_kl": 1e-3}
 GFLOWNET_RATE = 1e-3
 SETTINGS: dict[str, dict[str, Any]] = {
-    "tb": {"log_z": "learned"},  # an estimate from replayed or tempered samples is biased
-    "forward_kl": {"replay_ratio": 0.0, "tempered_ratio": 0.0},  # its weights are right for draws of q alone
+    # An estimate of log Z from replayed or tempered samples is biased.
+    "tb": {"objective": {"tb": {"log_z": "learned"}}},
+    "forward_kl": {"behaviour": {"policy": 1.0}},  # its weights are right for draws of q alone
 }
 
 
@@ -174,7 +175,7 @@ def trainer_of(lm: LanguageModel, case: Case, folder: str, **settings: Any) -> G
         support=case.support(),
         train_dataset=[ROW],
         args=GFNConfig(**{**quiet, **settings, "output_dir": folder, "per_device_train_batch_size": 1}),
-        peft_config=default_lora(RANK),
+        adapter=RANK,
         callbacks=callbacks,
     )
 

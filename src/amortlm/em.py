@@ -21,7 +21,7 @@ from transformers import set_seed
 from amortlm.data import as_rows
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
 from amortlm.engine.passes import Passes, pad_right
-from amortlm.errors import AmortLMError, ConfigError
+from amortlm.errors import ConfigError, TrainingError
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Policy
 from amortlm.posterior import Posterior
@@ -31,6 +31,7 @@ from amortlm.targets.base import Target
 from amortlm.targets.lm import LogProb
 from amortlm.text.template import Messages
 from amortlm.train import GFNConfig, GFNTrainer, run
+from amortlm.train.renamed import refuse_keywords
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ class EM:
 
     target   one `log_prob` with `{z}`: `lm.log_prob("{z} The answer is {y}.", given="{x}")`
     args     settings of an E-step; its output_dir receives `round-0`, `round-1`, ... with `q` and `p` inside
-    adapter  what is trained of p in the M-step: as in `Policy`
-    seeds    gold completions in the replay buffer: a list per row
+    adapter, p_adapter   what is trained of q in an E-step, and of p in an M-step: as in `GFNTrainer`
+    gold     completions that start in the replay buffer: a list per row
 
     Finished rounds of an interrupted run are loaded, not run again. Raises ConfigError for another kind of target,
     CheckpointError for a folder with rounds of another run.
@@ -77,24 +78,28 @@ class EM:
         args: GFNConfig,
         m_step: MStep | None = None,
         rounds: int = 1,
-        peft_config: LoraConfig | str | None = None,
-        adapter: LoraConfig | str | None = None,
-        seeds: Sequence[Sequence[str | list[int]]] | None = None,
+        adapter: LoraConfig | int | str | Path | None = None,
+        p_adapter: LoraConfig | int | str | Path | None = None,
+        gold: Sequence[Sequence[str | list[int]]] | None = None,
+        **kwargs: Any,
     ):
+        refuse_keywords(kwargs, {"peft_config": "adapter", "seeds": "gold"})
+        if kwargs:
+            raise ConfigError(f"EM takes no {next(iter(kwargs))}")
         self.term = _single_term(target)
         self.temperature = 1.0 / target.terms[0][0]
         self.lm, self.prompt, self.support = lm, prompt, support
         self.rows = as_rows(train_dataset, "train_dataset")
-        self.args, self.m_step, self.rounds, self.seeds = args, m_step or MStep(), rounds, seeds
+        self.args, self.m_step, self.rounds, self.gold = args, m_step or MStep(), rounds, gold
         if rounds < 1:
             raise ConfigError(f"rounds must be at least 1, got {rounds}")
-        if peft_config == FULL and rounds > 1:
+        if adapter == FULL and rounds > 1:
             raise ConfigError(
                 "a full copy as q cannot go on from the round before; give a LoraConfig, or rounds=1"
             )
-        self.q_adapter, self.is_full = peft_config, adapter == FULL
+        self.q_adapter, self.is_full = adapter, p_adapter == FULL
         set_seed(args.seed)  # an adapter starts at random
-        copied = trainable_copy(lm, adapter)
+        copied = trainable_copy(lm, p_adapter)
         self._trained = [p for p in copied.parameters() if p.requires_grad]
         self._start = [p.detach().clone() for p in self._trained]
         # p as it stands; so far it is `lm` in another module tree.
@@ -130,7 +135,7 @@ class EM:
         """Raise CheckpointError where the folder holds rounds of another run; else say whose it is. More rounds are no
         other run."""
         policy = Policy(self.lm, self.prompt, self.support, self.q_adapter)
-        stated = run.identity(policy, self._target(), self.rows, self.args, seeds=self.seeds)
+        stated = run.identity(policy, self._target(), self.rows, self.args, gold=self.gold)
         stated |= {
             "m_step": asdict(self.m_step),
             "p": run.stated_adapter(self.model.model, self.is_full),
@@ -155,8 +160,8 @@ class EM:
             support=self.support,
             train_dataset=self.rows,
             args=args,
-            peft_config=q,
-            seeds=self.seeds,
+            adapter=q,
+            gold=self.gold,
         )
         found = run.can_resume(folder)
         trainer.train(resume_from_checkpoint=found, overwrite_output_dir=not found)
@@ -189,7 +194,7 @@ def fit(
             weight = torch.full_like(weight, 1.0 / config.num_samples)
         loss = -(weight * log_p).sum() / len(batch)
         if not torch.isfinite(loss):
-            raise AmortLMError(f"the M-step's loss is {loss.item()} at step {step}: lower its learning_rate")
+            raise TrainingError(f"the M-step's loss is {loss.item()} at step {step}: lower its learning_rate")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -413,7 +413,9 @@ def test_the_output_folder_is_checked_before_anything_is_loaded(
     [
         ("save_strategy", "no", "no"), ("save_strategy", "false", "false"), ("run_name", "5", "5"), ("max_steps", "5", 5),
         ("learning_rate", "1e-3", "1e-3"), ("bf16", "false", False), ("temperature_range", "[0.5, 2]", [0.5, 2]),
-        ("report_to", "null", None), ("report_to", "[a, b]", ["a", "b"]), ("subtb_states", "null", None),
+        ("report_to", "null", None), ("report_to", "[a, b]", ["a", "b"]), ("objective", "tb", "tb"),
+        ("objective", "{subtb: {lam: 0.9, states: null}}", {"subtb": {"lam": 0.9, "states": None}}),
+        ("behaviour", "{replay: .5}", {"replay": ".5"}),
     ],
 )  # fmt: skip
 def test_what_set_means_depends_on_the_setting(name: str, text: str, value: object) -> None:

@@ -40,7 +40,7 @@ def make_trainer(lm: LanguageModel, folder: Path, **settings: Any) -> GFNTrainer
         "per_device_train_batch_size": 2,
         "learning_rate": 2e-2,
         "lr_scheduler_type": "constant",
-        "replay_ratio": 0.0,
+        "behaviour": {"tempered": 0.5},
         "diagnose_steps": 5,
         "stop_at_gap": MARK,
         "save_strategy": "no",
@@ -53,7 +53,7 @@ def make_trainer(lm: LanguageModel, folder: Path, **settings: Any) -> GFNTrainer
         prompt="{x}",
         support=Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=(" a", " cat", " dog", "s")),
         train_dataset=ROWS,
-        peft_config=default_lora(4),
+        adapter=default_lora(4),
         args=GFNConfig(output_dir=str(folder), **config),
     )
 
@@ -71,7 +71,7 @@ def stopped(models: dict[str, LanguageModel], tmp_path_factory: pytest.TempPathF
         "support": {"stop": ".", "max_tokens": 2, "allowed_tokens": [" a", " cat", " dog", "s"]},
         "config": {
             "objective": "vargrad", "max_steps": STEPS, "num_samples": 32, "per_device_train_batch_size": 2,
-            "learning_rate": 2e-2, "lr_scheduler_type": "constant", "replay_ratio": 0.0, "diagnose_steps": 5,
+            "learning_rate": 2e-2, "lr_scheduler_type": "constant", "behaviour": {"tempered": 0.5}, "diagnose_steps": 5,
             "stop_at_gap": "1e-1", "save_strategy": "no", "use_cpu": True,
         },
     }  # fmt: skip

@@ -105,7 +105,7 @@ def test_training_on_a_potential_nears_the_exact_posterior(lm: LanguageModel, tm
         support=words,
         train_dataset=[ROW],
         args=args,
-        peft_config=default_lora(4),
+        adapter=default_lora(4),
     )
 
     def gap() -> float:

@@ -48,7 +48,7 @@ def em(lm: LanguageModel, folder: Path, **settings: object) -> EM:
         support=SUPPORT,
         train_dataset=ROWS,
         args=args,
-        **{"m_step": m_step, "rounds": 2, "peft_config": LORA, "adapter": LORA, **settings},  # type: ignore[arg-type]
+        **{"m_step": m_step, "rounds": 2, "adapter": LORA, "p_adapter": LORA, **settings},  # type: ignore[arg-type]
     )
 
 
@@ -177,4 +177,4 @@ def test_errors_name_the_remedy(one_lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rounds"):
         em(one_lm, tmp_path, rounds=0)
     with pytest.raises(ConfigError, match="full copy"):
-        em(one_lm, tmp_path, peft_config="full")
+        em(one_lm, tmp_path, adapter="full")

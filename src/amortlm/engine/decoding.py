@@ -191,7 +191,7 @@ def decode(
 ) -> Draws:
     """Draw one completion for each entry of `index` [B], its prompt in `prefix`. uniforms [B, max_tokens + 1].
 
-    kept, keep [B]: the completions begin as `kept` do, with so many of their tokens, whose log q stays. Exploration
+    kept, keep [B]: completion b begins with the first keep[b] tokens of `kept`, whose log q stays. Exploration
     changes what is drawn, not the log q. Draws come at the full width, max_tokens.
     """
     exploration, width = exploration or Exploration(), law.max_tokens

@@ -2,6 +2,16 @@
 
 The chain's stationary law is the posterior R / Z on the policy's support, whatever the policy; the policy only
 decides how fast it gets there.
+
+A step on z of L tokens: t is uniform on {0, .., L}, z_1:t is kept, and the rest of z' (tokens and stop) is
+drawn from q(. | z_1:t). t = 0 proposes a new completion; t = L asks again whether to stop. Given t, which is a
+choice of the reverse move too since z' keeps t tokens, the density of the move is
+q(z' | z_1:t) / (L + 1) = q(z') / (q(z_1:t) (L + 1)), so q(z_1:t) cancels and
+
+    accept with min(1, w(z') (L + 1) / (w(z) (L' + 1))),    w(z) = R(z) / q(z)
+
+does not depend on t. Completions are strings of tokens: q(z) and R(z) both sum over the stop symbols, and the
+one shown is drawn from q given z.
 """
 
 from __future__ import annotations
@@ -57,16 +67,6 @@ def metropolis_hastings(
     initial: Rollouts | None = None,
 ) -> Chains:
     """`num_chains` chains of `num_steps` steps each, as one batch. Exact for num_steps -> infinity.
-
-    A step on z of L tokens: t is uniform on {0, .., L}, z_1:t is kept, and the rest of z' (tokens and stop) is
-    drawn from q(. | z_1:t). t = 0 proposes a new completion; t = L asks again whether to stop. Given t, which is a
-    choice of the reverse move too since z' keeps t tokens, the density of the move is
-    q(z' | z_1:t) / (L + 1) = q(z') / (q(z_1:t) (L + 1)), so q(z_1:t) cancels and
-
-        accept with min(1, w(z') (L + 1) / (w(z) (L' + 1))),    w(z) = R(z) / q(z)
-
-    does not depend on t. Completions are strings of tokens: q(z) and R(z) both sum over the stop symbols, and the
-    one shown is drawn from q given z.
 
     initial: where chains start, `num_chains` completions in the support (default: draws of the policy). From R = 0
     every proposal is accepted; chains never return there. Raises DataError for completions outside the support or

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from amortlm import versions
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
 from amortlm.engine.decoding import Exploration
 from amortlm.engine.passes import Passes, length_groups, pad_right
@@ -37,9 +38,10 @@ class Policy(nn.Module):
         lm: CausalLM,
         prompt: str | Messages,
         support: Support,
-        adapter: LoraConfig | str | Path | None = None,
+        adapter: LoraConfig | int | str | Path | None = None,
     ):
-        """adapter: a LoraConfig, "full" for a full copy, a folder with a saved adapter, None for default_lora()."""
+        """adapter: a LoraConfig, the rank of a LoRA (None: the default rank), "full" for a full copy, or the folder of
+        a saved adapter."""
         super().__init__()
         self.log_z: nn.Parameter  # of each training row, where the objective learns it
         self.lm = lm
@@ -116,7 +118,7 @@ class Policy(nn.Module):
         parts = []
         for group in groups:
             tokens = rollouts.tokens[group, : max(1, int(rollouts.lengths[group].max()))]
-            # The stop at max_tokens is sure: the last of so many tokens need not be read.
+            # The stop at max_tokens is sure: what follows the last token need not be computed.
             seen = tokens[:, : self.support.max_tokens - 1]
             logits = passes.state_logits(prefix, rollouts.row_index[group], seen)
             parts.append(self.support.log_probs(logits, tokens))
@@ -140,7 +142,11 @@ class Policy(nn.Module):
         """What `gradient_checkpointing=True` asks for: activations are computed again in the backward pass."""
         if not self.is_full:
             self.model.enable_input_require_grads()  # else reentrant checkpoints of frozen layers have no gradient
-        self.model.activation_checkpointing_enable(**settings)
+        versions.checkpoint_activations(self.model, settings)
+
+    gradient_checkpointing_enable = (
+        activation_checkpointing_enable  # as Trainer before transformers 5.23 calls it
+    )
 
     def rollouts(self, rows: Sequence[Row], completions: Sequence[Sequence[Sequence[int] | str]]) -> Rollouts:
         """Rollouts from given completions (texts or token lists), a list per row.

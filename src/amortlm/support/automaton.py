@@ -40,7 +40,7 @@ class Automaton:
         self._on: dict[torch.device, Automaton] = {}
 
     def _within(self, t: int, least: int) -> Tensor:
-        """[S+1] bool: after t tokens, do at least so many more lead to an accepting node in time?"""
+        """[S+1] bool: after t tokens, do `least` or more tokens lead to an accepting node in time?"""
         return self.reach[max(least, self.min_tokens - t) : self.max_tokens - t + 1].any(0)
 
     def to(self, device: torch.device) -> Automaton:
@@ -95,7 +95,7 @@ class Automaton:
         return total
 
     def completions(self, length: int) -> Iterator[list[int]]:
-        """Every completion of so many tokens, in the order of their ids."""
+        """Every completion of `length` tokens, in the order of their ids."""
         choices: dict[tuple[int, int], list[int]] = {}
         partial: list[tuple[list[int], int]] = [([], 0)] if self.reach[length, 0] else []
         while partial:

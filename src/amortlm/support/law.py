@@ -52,14 +52,14 @@ class SupportLaw:
     automaton: Automaton | None = None
 
     def size(self) -> int:
-        """Number of completions in the support (with a tool: at most so many)."""
+        """Number of completions in the support (with a tool: an upper bound)."""
         if self.automaton is not None:
             return self.automaton.size
         n = int(self.allowed.sum())
         return sum(n**t for t in range(self.min_tokens, self.max_tokens + 1))
 
     def completions(self, length: int) -> Iterator[list[int]]:
-        """Every completion of so many tokens, in a fixed order."""
+        """Every completion of `length` tokens, in a fixed order."""
         if self.automaton is not None:
             yield from self.automaton.completions(length)
             return

@@ -88,7 +88,7 @@ class SupportLogProbs(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The logits as float32 [n, V], so many states at a time, and where they stand."""
+    """The logits as float32 [n, V], a few states at a time, and which states these are."""
     flat = logits.view(-1, logits.shape[-1]) if logits.is_contiguous() else logits.flatten(0, 1)
     size = max(1, (CPU_CHUNK if flat.device.type == "cpu" else GPU_CHUNK) // flat.shape[1])
     for start in range(0, len(flat), size):

@@ -32,9 +32,9 @@ class Context:
     """One row's fixed text around z: tokens, and which of them are scored (belong to `of`)."""
 
     before: list[int]
-    before_scored: int  # the last so many tokens of `before` belong to `of`
+    before_scored: int  # how many of its last tokens belong to `of`
     after: list[int]
-    after_scored: int  # the last so many tokens of `after` belong to `of`
+    after_scored: int  # how many of its last tokens belong to `of`
 
 
 @dataclass(frozen=True)

@@ -80,12 +80,12 @@ def identity(
     args: GFNConfig,
     *,
     start: str | None = None,
-    seeds: Any = None,
+    gold: Any = None,
 ) -> dict[str, Any]:
     """What the result of a run depends on, as JSON: model, target, prompt, support, adapter, data and settings.
 
-    start: name of the weights that an adapter starts from, where it was saved before; seeds: gold completions.
-    Functions count by name, and library versions and devices not at all.
+    start: name of the weights that an adapter starts from, where it was saved before; gold: completions that the
+    buffer starts with. Functions count by name, and library versions and devices not at all.
     """
     lm = policy.lm
     try:
@@ -109,7 +109,7 @@ def identity(
         "adapter": stated_adapter(policy.model, policy.is_full),
         "the adapter's first weights": start,
         "the data": _hash([row_key(row) for row in rows]),
-        "the gold completions (seeds)": None if seeds is None else _hash(seeds),
+        "the gold completions": None if gold is None else _hash(gold),
         "the number of processes": args.world_size,
         "settings": settings,
     }

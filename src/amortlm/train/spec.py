@@ -97,7 +97,10 @@ class RunSpec:
     def args(self, output_dir: str) -> GFNConfig:
         """The settings under `config`. Raises ConfigError."""
         from amortlm.train.config import GFNConfig
+        from amortlm.train.renamed import refuse_renamed
 
+        if isinstance(self.config, dict):
+            refuse_renamed(self.config)
         check_keys(self.config, _keys(GFNConfig), "config")
         try:
             return GFNConfig(**{**typed(self.config, GFNConfig, "config"), "output_dir": output_dir})
@@ -114,7 +117,6 @@ class RunSpec:
 
     def trainer(self, output_dir: str) -> GFNTrainer:
         """Load the model and build the trainer. Raises ConfigError, DataError, SupportError, TemplateError."""
-        from amortlm.engine.adapter import default_lora
         from amortlm.language_model import LanguageModel
         from amortlm.targets.spec import target_from_spec
         from amortlm.train import GFNTrainer
@@ -129,7 +131,7 @@ class RunSpec:
             support=self.bare_support(),
             train_dataset=rows,
             args=self.args(output_dir),
-            peft_config=self.adapter if isinstance(self.adapter, str) else default_lora(int(self.adapter)),
+            adapter=self.adapter if isinstance(self.adapter, str) else int(self.adapter),
         )
 
     def _trust(self) -> Trust:
@@ -157,7 +159,9 @@ def _keys(cls: type) -> list[str]:
 def settings_from_text(pairs: dict[str, str]) -> dict[str, Any]:
     """`config` from the `--set KEY=VALUE` of the command line. Raises ConfigError for an unknown key."""
     from amortlm.train.config import GFNConfig
+    from amortlm.train.renamed import refuse_renamed
 
+    refuse_renamed({key: load_yaml(value, f"--set {key}") for key, value in pairs.items()})
     check_keys(pairs, _keys(GFNConfig), "--set")
     hints = get_type_hints(GFNConfig)
     return {key: from_text(value, hints[key]) for key, value in pairs.items()}

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from amortlm.data import as_rows
 from amortlm.engine.passes import length_groups
-from amortlm.errors import AmortLMError, ConfigError
+from amortlm.errors import ConfigError, TrainingError
 from amortlm.lab.baselines.finetune import BoundedReward, Reward, working_copy, write_jsonl
 from amortlm.policy import Policy
 from amortlm.types import PolicyLogProbs, Rollouts, Row
@@ -111,7 +111,7 @@ def train_ppo(
 
     Its optimum is q proportional to p_ref * exp(reward / beta). reward: [B] of finished completions, such as
     `target.score_final`; -inf counts as `floor`. Writes ppo.jsonl (a line per step) into output_dir.
-    Raises RewardError for a reward that is NaN or +inf, AmortLMError for a loss that is not finite.
+    Raises RewardError for a reward that is NaN or +inf, TrainingError for a loss that is not finite.
     """
     config, rows = config or PPOConfig(), as_rows(rows, "rows")
     reference, bounded = working_copy(policy), BoundedReward.of(reward, floor)
@@ -265,7 +265,7 @@ def _update(
             loss, clipped = surrogate(log_q, batch, config.clip)
             error = value_loss(values, batch, config.value_clip)
             if not torch.isfinite(loss + error):
-                raise AmortLMError("the PPO loss is not finite: lower learning_rate, or raise beta or floor")
+                raise TrainingError("the PPO loss is not finite: lower learning_rate, or raise beta or floor")
             optimizer.zero_grad()
             (loss + error).backward()
             for group in groups:

@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from amortlm.errors import DataError, PromptTooLongError
-from amortlm.lab.reproduce.experiment import Context, Experiment, Metric, Outcome, Settings, Trained
+from amortlm.lab.reproduce.experiment import (
+    Context,
+    Experiment,
+    Metric,
+    Outcome,
+    Settings,
+    Trained,
+    read_presets,
+)
 from amortlm.lab.reproduce.training import (
     new_policy,
     train_gflownet,
@@ -21,7 +29,7 @@ from amortlm.lab.reproduce.training import (
     train_supervised,
     untrained,
 )
-from amortlm.lab.tasks.arithmetic import OF, PROMPT, SUPPORT, questions, read_questions
+from amortlm.lab.tasks.arithmetic import OF, PROMPT, questions, read_questions
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Policy
 from amortlm.posterior import Posterior
@@ -32,76 +40,6 @@ from amortlm.types import Row
 OPERANDS = (3, 4, 5)
 SHOTS = (0, 3, 5, 10, 20)
 
-SMALL: Settings = {
-    "model": "embedded",
-    "support": SUPPORT,
-    "shots_separator": "</s><s>",
-    "with_steps": 50,
-    "questions": 1000,
-    "test_questions": 300,
-    "votes": 10,
-    "vote_temperature": 0.1,
-    "lora": 16,
-    "sft": {"max_steps": 40, "learning_rate": 1e-3, "batch_size": 16},
-    "gflownet": {
-        "objective": "vargrad",
-        "max_steps": 400,
-        "num_samples": 8,
-        "per_device_train_batch_size": 16,
-        "learning_rate": 5e-4,
-        # After SFT a hot policy writes nothing but errors, whose residuals drown the rest.
-        "tempered_ratio": 0.0,
-        "replay_ratio": 0.5,
-        "reward_temperature": (1.1, 0.5, 150),
-        "save_steps": 50,
-    },
-    # A step of PPO costs four updates (two epochs, a reference pass, nothing remembered): about equal time.
-    "ppo": {"max_steps": 100, "rows_per_step": 16, "num_samples": 8, "learning_rate": 5e-4, "beta": 0.05},
-    "grpo": {"max_steps": 60, "rows_per_step": 16, "num_samples": 8, "learning_rate": 3e-4, "beta": 0.05},
-}
-PRESETS: dict[str, Settings] = {
-    "smoke": {
-        **SMALL,
-        "with_steps": 20,
-        "questions": 4,
-        "test_questions": 2,
-        "votes": 2,
-        "lora": 4,
-        "sft": {**SMALL["sft"], "max_steps": 2, "batch_size": 4},
-        "gflownet": {
-            **SMALL["gflownet"],
-            "max_steps": 2,
-            "num_samples": 2,
-            "per_device_train_batch_size": 2,
-        },
-        "ppo": {**SMALL["ppo"], "max_steps": 2, "rows_per_step": 2, "num_samples": 2},
-        "grpo": {**SMALL["grpo"], "max_steps": 2, "rows_per_step": 2, "num_samples": 2},
-    },
-    "small": SMALL,
-    "paper": {
-        **SMALL,
-        "model": "nlpcloud/instruct-gpt-j-fp16",
-        "support": {
-            **SUPPORT,
-            "min_tokens": 5,
-        },  # the paper's 18 tokens at most do not count the calculator's
-        "shots_separator": "\n\n",
-        "test_questions": 500,
-        "lora": 256,
-        "sft": {"max_steps": 500, "learning_rate": 1e-4, "batch_size": 16},
-        "gflownet": {
-            "objective": "subtb",
-            "max_steps": 1000,
-            "num_samples": 16,
-            "per_device_train_batch_size": 16,
-            "learning_rate": 1e-4,
-            "reward_temperature": (1.1, 0.5, 150),
-            "save_steps": 100,
-        },
-        "ppo": {**SMALL["ppo"], "max_steps": 1000, "num_samples": 16, "learning_rate": 1e-4},
-        "grpo": {**SMALL["grpo"], "max_steps": 1000, "num_samples": 16, "learning_rate": 1e-4},
-    },
-}
 FILES = {3: "1digit_3_op+-_test.json", 4: "1digit_4_op+-_test.json", 5: "1digit_5_op+-_test.json"}
 
 
@@ -221,7 +159,7 @@ def gflownet(context: Context, seed: int, folder: Path) -> Trained:
         folder=folder / "gflownet",
         seed=seed,
         adapter=begin,
-        seeds=[[row["z"]] for row in shown] + [[] for _ in asked],
+        gold=[[row["z"]] for row in shown] + [[] for _ in asked],
     )
 
 
@@ -286,7 +224,7 @@ EXPERIMENT = Experiment(
     name="arithmetic",
     question="From 50 worked sums and a thousand with the result alone, how well does each method solve sums of 3 and "
     "4 operands, and of 5, which it never saw?",
-    presets=PRESETS,
+    presets=read_presets("arithmetic"),
     prepare=prepare,
     methods={
         **{f"{k}-shot": few_shot(k) for k in SHOTS},

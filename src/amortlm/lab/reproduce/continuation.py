@@ -20,7 +20,15 @@ from typing import Any
 from amortlm.errors import DataError
 from amortlm.lab.baselines.decoding import decode_counted
 from amortlm.lab.metrics.embedding import Encoder, encoder_folder, grouped_diversity, sentence_encoder
-from amortlm.lab.reproduce.experiment import Context, Experiment, Metric, Outcome, Settings, Trained
+from amortlm.lab.reproduce.experiment import (
+    Context,
+    Experiment,
+    Metric,
+    Outcome,
+    Settings,
+    Trained,
+    read_presets,
+)
 from amortlm.lab.reproduce.frontier import figures, summary
 from amortlm.lab.reproduce.training import train_gflownet, untrained
 from amortlm.language_model import LanguageModel
@@ -33,93 +41,6 @@ PROMPT = "{x}"
 TEMPERATURES = (0.8, 0.85, 0.9, 0.95)
 FILES = ("train_head.txt", "prompts.txt")  # looked for where --data is a folder
 STORY_END = "<|endoftext|>"
-
-SMALL: Settings = {
-    "model": "embedded",
-    "encoder": None,
-    "sentences": 2,
-    "max_prompt_tokens": 80,
-    "train_prompts": 128,
-    "test_prompts": 16,
-    "train_prompts_measured": 8,
-    "num_samples": 8,
-    "compute": 5,
-    "support": {"stop": ".", "min_tokens": 1, "max_tokens": 30},
-    "grids": {
-        "temperature": [{"temperature": t} for t in (0.5, 0.7, 1.0)],
-        "nucleus": [{"top_p": p} for p in (0.7, 0.9)],
-        "top_k": [{"top_k": k} for k in (5, 20)],
-        "best_of_n": [{"n": 5, "temperature": 0.8}],
-        "greedy": [{}],
-        "beam": [{}],
-        "diverse_beam": [{"penalty": w} for w in (0.5, 2.0)],
-        "resampling": [{"n": 16, "temperature": 0.8}],
-    },
-    "lora": 32,
-    "anneal": False,
-    "gflownet": {
-        "objective": "vargrad",
-        "max_steps": 150,
-        "num_samples": 8,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 5e-4,
-        "replay_ratio": 0.0,
-        "tempered_ratio": 0.0,
-        "save_steps": 50,
-    },
-}
-PRESETS: dict[str, Settings] = {
-    "smoke": {
-        **SMALL,
-        "train_prompts": 2,
-        "test_prompts": 2,
-        "train_prompts_measured": 1,
-        "num_samples": 2,
-        "compute": 2,
-        "support": {"stop": ".", "min_tokens": 1, "max_tokens": 6},
-        "grids": {
-            "temperature": [{"temperature": 0.7}],
-            "nucleus": [{"top_p": 0.9}],
-            "top_k": [{"top_k": 10}],
-            "best_of_n": [{"n": 2}],
-            "greedy": [{}],
-            "beam": [{}],
-            "diverse_beam": [{}],
-            "resampling": [{"n": 4, "temperature": 0.8}],
-        },
-        "lora": 4,
-        "gflownet": {
-            **SMALL["gflownet"],
-            "max_steps": 2,
-            "num_samples": 2,
-            "per_device_train_batch_size": 2,
-            "save_steps": 1,
-        },
-    },
-    "small": SMALL,
-    # 750 updates of 32 prompts x 8 samples, T falling from 1 over all of them.
-    "paper": {
-        **SMALL,
-        "model": "gpt2-xl",
-        "max_prompt_tokens": 200,
-        "train_prompts": 1000,
-        "test_prompts": 100,
-        "train_prompts_measured": 100,
-        "lora": 64,
-        "anneal": True,
-        "gflownet": {
-            "objective": "subtb",
-            "max_steps": 750,
-            "num_samples": 8,
-            "per_device_train_batch_size": 32,
-            "learning_rate": 1e-4,
-            "replay_ratio": 0.25,
-            "tempered_ratio": 0.67,
-            "buffer_size": 50,
-            "save_steps": 50,
-        },
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -292,7 +213,7 @@ EXPERIMENT = Experiment(
     name="continuation",
     question="On prompts never seen, are a GFlowNet's next sentences both likelier and more diverse than those of "
     "decoding strategies, at equal numbers of samples and against more compute?",
-    presets=PRESETS,
+    presets=read_presets("continuation"),
     prepare=prepare,
     methods={
         "temperature": decoder("temperature"),

@@ -8,10 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amortlm.settings import load_yaml
+
 if TYPE_CHECKING:
     from amortlm.language_model import LanguageModel
 
 Settings = dict[str, Any]  # JSON: one preset of an experiment, overridden from the command line
+
+
+def read_presets(name: str) -> dict[str, Settings]:
+    """The presets of an experiment: `lab/presets/NAME.yaml`."""
+    file = Path(__file__).parents[1] / "presets" / f"{name}.yaml"
+    return load_yaml(file.read_text(encoding="utf-8"), str(file))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,15 @@ import torch
 
 from amortlm.errors import DataError
 from amortlm.lab.reproduce.drawn import Slow, draw
-from amortlm.lab.reproduce.experiment import Context, Experiment, Metric, Outcome, Settings, Trained
+from amortlm.lab.reproduce.experiment import (
+    Context,
+    Experiment,
+    Metric,
+    Outcome,
+    Settings,
+    Trained,
+    read_presets,
+)
 from amortlm.lab.reproduce.training import new_policy, train_gflownet, train_supervised, untrained
 from amortlm.lab.tasks.infilling import STORIES, read_stories
 from amortlm.language_model import LanguageModel
@@ -25,68 +33,6 @@ from amortlm.posterior import Posterior
 from amortlm.support import Support
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row
-
-SMALL: Settings = {
-    "model": "embedded",
-    "prompt": "{y}</s><s>{x}",
-    "of": "{z} {y}",
-    "given": "{x}",
-    "support": {"stop": ".", "min_tokens": 3, "max_tokens": 20},
-    "train_stories": 480,
-    "test_stories": 100,
-    "samples": 16,
-    "lora": 32,
-    "sft": {"max_steps": 50, "learning_rate": 5e-4, "batch_size": 32},
-    "gflownet": {
-        "objective": "vargrad",
-        "max_steps": 400,
-        "num_samples": 8,
-        "per_device_train_batch_size": 16,
-        "learning_rate": 1e-3,
-        "tempered_ratio": 0.0,
-        "replay_ratio": 0.0,
-        "reward_temperature": (1.0, 0.7, 40),
-        "save_steps": 100,
-    },
-    "mcmc": {"num_chains": 8, "num_steps": 30, "stories": 20},
-    "smc": {"num_particles": 64, "stories": 20},
-    "bertscore": True,
-    "judge": None,
-}
-PRESETS: dict[str, Settings] = {
-    "smoke": {
-        **SMALL,
-        "train_stories": 8,
-        "test_stories": 3,
-        "samples": 2,
-        "lora": 4,
-        "sft": {**SMALL["sft"], "max_steps": 2, "batch_size": 4},
-        "gflownet": {**SMALL["gflownet"], "max_steps": 2, "num_samples": 2},
-        "mcmc": {"num_chains": 2, "num_steps": 2, "stories": 2},
-        "smc": {"num_particles": 4, "stories": 2},
-        "bertscore": False,
-    },
-    "small": SMALL,
-    "paper": {
-        **SMALL,
-        "model": "gpt2-large",
-        "prompt": "Beginning: {x}\nEnding: {y}\nMiddle:",
-        "support": {"stop": ".", "min_tokens": 5, "max_tokens": 25},
-        "train_stories": 900,
-        "lora": 64,
-        "sft": {"max_steps": 1000, "learning_rate": 1e-4, "batch_size": 64},
-        "gflownet": {
-            "objective": "subtb",
-            "max_steps": 1000,
-            "num_samples": 16,
-            "per_device_train_batch_size": 64,
-            "learning_rate": 1e-4,
-            "tempered_ratio": 0.67,
-            "reward_temperature": (1.1, 0.85, 100),
-            "save_steps": 100,
-        },
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -150,18 +96,21 @@ def sft(context: Context, seed: int, folder: Path) -> Trained:
 def gflownet(context: Context, seed: int, folder: Path, start: Path | None = None) -> Trained:
     """From the model, without written middles; or from a saved SFT, with them in the replay buffer."""
     settings, rows = context.settings, context.data.train
+    config = dict(settings["gflownet"])
+    if start:
+        config["behaviour"] = {"tempered": config["behaviour"].get("tempered", 0.0), "replay": 0.25}
     return train_gflownet(
         context,
         target=target_of(context),
         prompt=settings["prompt"],
         support=support_of(context),
         rows=[{"x": row["x"], "y": row["y"]} for row in rows],
-        config=settings["gflownet"] | ({"replay_ratio": 0.25} if start else {}),
+        config=config,
         folder=folder,
         seed=seed,
         lora=settings["lora"],
         adapter=start,
-        seeds=[[row["gold"]] for row in rows] if start else None,
+        gold=[[row["gold"]] for row in rows] if start else None,
     )
 
 
@@ -295,7 +244,7 @@ EXPERIMENT = Experiment(
     name="infilling",
     question="Given the beginning and the ending of a story that training did not see, how likely and how near to the "
     "written sentence are the middles that each method samples?",
-    presets=PRESETS,
+    presets=read_presets("infilling"),
     prepare=prepare,
     methods={
         "prompting": prompting,

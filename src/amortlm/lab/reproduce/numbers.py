@@ -14,7 +14,15 @@ from typing import Any
 from torch import Tensor
 
 from amortlm.errors import ConfigError
-from amortlm.lab.reproduce.experiment import Context, Experiment, Metric, Outcome, Settings, Trained
+from amortlm.lab.reproduce.experiment import (
+    Context,
+    Experiment,
+    Metric,
+    Outcome,
+    Settings,
+    Trained,
+    read_presets,
+)
 from amortlm.lab.reproduce.training import (
     new_policy,
     train_gflownet,
@@ -31,39 +39,6 @@ from amortlm.targets.spec import target_from_spec
 from amortlm.types import Rollouts
 
 ROWS: list[dict[str, str]] = [{}]
-
-SMALL: Settings = {
-    "model": "embedded",
-    "max_tokens": 3,
-    "lora": 16,
-    "steps": 250,
-    "num_samples": 128,
-    "save_steps": 100,
-    "sft": {"examples": 50, "learning_rate": 1e-3, "batch_size": 32},
-    "ppo": {"learning_rate": 1e-3, "beta": 0.1, "epochs": 2, "minibatches": 2},
-    "grpo": {"learning_rate": 1e-3, "beta": 0.04},
-    "gflownet": {"replay_ratio": 0.25, "buffer_size": 128},
-    "subtb": {"learning_rate": 1e-3, "log_z": "group"},
-    "tb": {"learning_rate": 1e-3, "log_z": "learned"},
-    "vargrad": {"learning_rate": 1e-3},
-}
-PRESETS: dict[str, Settings] = {
-    "smoke": {**SMALL, "steps": 3, "num_samples": 16, "lora": 4, "save_steps": 2},
-    "small": SMALL,
-    # The paper's prompt ends in a space; here the space is the first character of the integer's own token.
-    "paper": {
-        **SMALL,
-        "model": "EleutherAI/gpt-j-6b",
-        "max_tokens": 5,
-        "lora": 512,
-        "sft": {"examples": 50, "learning_rate": 1e-4, "batch_size": 32},
-        "ppo": {"learning_rate": 1e-4, "beta": 0.1, "epochs": 2, "minibatches": 2},
-        "grpo": {"learning_rate": 1e-4, "beta": 0.04},
-        "subtb": {"learning_rate": 1e-4, "log_z": "group"},
-        "tb": {"learning_rate": 1e-4, "log_z": "learned"},
-        "vargrad": {"learning_rate": 1e-4},
-    },
-}
 
 
 def prepare(settings: Settings, model: str | None, data: Path | None, dry_run: bool) -> Context:
@@ -213,7 +188,7 @@ EXPERIMENT = Experiment(
     name="numbers",
     question="Asked for an integer drawn uniformly between 0 and 100, how near to uniform does each method bring a "
     "language model, at equal numbers of judged completions?",
-    presets=PRESETS,
+    presets=read_presets("numbers"),
     prepare=prepare,
     methods={
         "untrained": without_training,

@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from amortlm.em import EM, MStep
-from amortlm.engine.adapter import default_lora
 from amortlm.errors import DataError
 from amortlm.lab.reproduce.classifiers import Direct, Latent
-from amortlm.lab.reproduce.experiment import Context, Experiment, Metric, Outcome, Settings, Trained
+from amortlm.lab.reproduce.experiment import (
+    Context,
+    Experiment,
+    Metric,
+    Outcome,
+    Settings,
+    Trained,
+    read_presets,
+)
 from amortlm.lab.reproduce.training import (
     new_policy,
     train_gflownet,
@@ -34,66 +41,6 @@ from amortlm.train import GFNConfig
 from amortlm.types import Row
 
 LABELS = (10, 20, 50)
-
-SMALL: Settings = {
-    "model": "embedded",
-    "data": "../shared/data/subj",
-    "support": {"stop": ",", "min_tokens": 1, "max_tokens": 5},
-    "max_words": 50,
-    "test_sentences": 2000,
-    "samples": 8,
-    "lora": 16,
-    "shots": 6,
-    "shots_separator": "</s><s>",
-    "sft": {"max_steps": 60, "learning_rate": 5e-4, "batch_size": 10},
-    "gflownet": {
-        "objective": "vargrad",
-        "tempered_ratio": 0.0,
-        "replay_ratio": 0.0,
-        "max_steps": 50,  # with 100 the embedded model has learned ten sentences by heart
-        "num_samples": 16,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 5e-4,
-        "save_steps": 100,
-    },
-    "ppo": {"max_steps": 50, "rows_per_step": 8, "num_samples": 16, "learning_rate": 3e-4, "beta": 0.1},
-    "m_step": {"steps": 60, "learning_rate": 5e-4, "batch_size": 10, "num_samples": 4},  # as long as SFT
-    "rounds": 1,
-}
-PRESETS: dict[str, Settings] = {
-    "smoke": {
-        **SMALL,
-        "data": None,
-        "test_sentences": 4,
-        "samples": 2,
-        "lora": 4,
-        "shots": 2,
-        "sft": {**SMALL["sft"], "max_steps": 2, "batch_size": 2},
-        "gflownet": {**SMALL["gflownet"], "max_steps": 2, "num_samples": 2, "per_device_train_batch_size": 2},
-        "ppo": {**SMALL["ppo"], "max_steps": 2, "rows_per_step": 2, "num_samples": 2},
-        "m_step": {**SMALL["m_step"], "steps": 2, "num_samples": 2},
-    },
-    "small": SMALL,
-    "paper": {
-        **SMALL,
-        "model": "nlpcloud/instruct-gpt-j-fp16",
-        "lora": 256,
-        "samples": 8,
-        "shots": 10,
-        "shots_separator": "\n\n",
-        "sft": {"max_steps": 100, "learning_rate": 1e-4, "batch_size": 10},
-        "gflownet": {
-            "objective": "subtb",
-            "max_steps": 1000,
-            "num_samples": 16,
-            "per_device_train_batch_size": 8,
-            "learning_rate": 1e-4,
-            "save_steps": 100,
-        },
-        "ppo": {**SMALL["ppo"], "max_steps": 1000, "learning_rate": 1e-4},
-        "m_step": {"steps": 100, "learning_rate": 1e-4, "batch_size": 10, "num_samples": 8},
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -245,8 +192,8 @@ def gflownet_em(labels: int) -> Callable[[Context, int, Path], Trained]:
             args=args,
             m_step=MStep(**settings["m_step"]),
             rounds=settings["rounds"],
-            peft_config=default_lora(settings["lora"]),
-            adapter=default_lora(settings["lora"]),
+            adapter=settings["lora"],
+            p_adapter=settings["lora"],
         )
         if context.dry_run:
             return Trained(None)
@@ -317,7 +264,7 @@ EXPERIMENT = Experiment(
     name="subjectivity",
     question="From 10, 20 or 50 labels and no written reasons, how well does each method tell subjective sentences "
     "from objective ones, and how far can its confidence be trusted?",
-    presets=PRESETS,
+    presets=read_presets("subjectivity"),
     prepare=prepare,
     methods={"zero-shot": zero_shot, "zero-shot-latent": zero_shot_latent, "few-shot": few_shot, **FEW},
     evaluate=evaluate,

@@ -46,12 +46,12 @@ def train_gflownet(
     seed: int,
     lora: int = 32,
     adapter: str | Path | None = None,
-    seeds: Gold | None = None,
+    gold: Gold | None = None,
 ) -> Trained:
     """A posterior trained by `GFNTrainer`, from its last complete checkpoint in `folder` if there is one.
 
     config: fields of GFNConfig; adapter: a saved adapter to start from (default: a new one of rank `lora`);
-    seeds: gold completions for the replay buffer.
+    gold: completions for the replay buffer.
     """
     args = GFNConfig(**{"diagnose_steps": 0, **config, "output_dir": str(folder), "seed": seed})
     trainer = GFNTrainer(
@@ -61,8 +61,8 @@ def train_gflownet(
         support=support,
         train_dataset=rows,
         args=args,
-        peft_config=str(adapter) if adapter else default_lora(lora),
-        seeds=seeds,
+        adapter=adapter or lora,
+        gold=gold,
     )
     if context.dry_run:
         return Trained(trainer.posterior)

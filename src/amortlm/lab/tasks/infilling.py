@@ -28,7 +28,7 @@ SPEC = RunSpec(
         "max_steps": 100,
         "num_samples": 12,
         "per_device_train_batch_size": 6,
-        "subtb_states": 6,
+        "objective": {"subtb": {"states": 6}},
         "learning_rate": 2e-3,
         "diagnose_steps": 0,
     },
