@@ -6,18 +6,24 @@ import copy
 import json
 import math
 import pickle
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from reference import plain_ids, sequence_log_prob, slow_log_q, tiny_policy
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from amortlm import LanguageModel, Policy, Posterior, Support, Target, constraint
 from amortlm.diagnostics.diagnose import RowDiagnosis
 from amortlm.errors import CheckpointError, ConfigError, DataError
+from amortlm.lab.tasks.numbers import is_valid
+from amortlm.targets.base import Scoring
 
 ROW = {"x": "the dog", "y": " ran"}
 ROWS = [ROW, {"x": "a", "y": " a cat"}]
@@ -122,6 +128,37 @@ def test_samples_become_json(posterior: Posterior) -> None:
 def test_no_samples_cannot_be_drawn(posterior: Posterior, n: int) -> None:
     with pytest.raises(ConfigError, match="n must be at least 1"):
         posterior.sample(ROW, n)
+
+
+# A row or rows
+
+
+def test_rows_give_a_list_and_a_row_its_result_alone(posterior: Posterior) -> None:
+    calls: list[Callable[[Any], Any]] = [
+        lambda rows: posterior.sample(rows, 3, seed=1),
+        lambda rows: posterior.sample(rows, 3, correct="sir", budget=8, seed=1),
+        lambda rows: posterior.estimate(rows, 30, seed=1),
+    ]
+    for call in calls:
+        alone, together = [call(row) for row in ROWS], call(ROWS)
+        assert isinstance(together, list)
+        assert str(together) == str(alone), "NaN is not equal to itself"
+        assert str(call(ROWS[:1])) == str(alone[:1]), "a list of one row gives a list"
+    alone, together = (
+        [posterior.diagnose(row, 20, seed=1) for row in ROWS],
+        posterior.diagnose(ROWS, 20, seed=1),
+    )
+    assert str(together.rows) == str(alone)
+    assert len(posterior.diagnose(ROWS[:1], 20).rows) == 1
+
+
+def test_estimates_share_one_default(posterior: Posterior) -> None:
+    defaults = {
+        name: signature(getattr(Posterior, name)).parameters["n"].default
+        for name in ("estimate", "diagnose", "predict", "vote")
+    }
+    assert set(defaults.values()) == {256}
+    assert posterior.estimate(ROW).n == 256
 
 
 # log q of given completions
@@ -327,6 +364,50 @@ def test_a_predicate_with_an_import_path_survives(one_lm: LanguageModel, tmp_pat
     samples = loaded.sample(ROW, 40)
     assert {math.isfinite(s.log_reward) for s in samples} == {True, False}
     assert all(math.isfinite(s.log_reward) == no_dog(s.text) for s in samples)
+
+
+# posterior.json as commit 94b16de wrote it.
+OLD = """{"format": 1, "model": "embedded", "weights": "adapter", "prompt": "{x}", "support": {"stop": [".", "!"],
+"min_tokens": 1, "max_tokens": 3, "allowed_tokens": null, "banned_tokens": ["a"], "tool": null}, "target": [{"log_prob":
+{"of": "{z}", "given": "{x}"}, "weight": 1.25}, {"predicate": "amortlm.tasks.numbers:is_valid", "weight": 1.25}]}"""
+
+
+def test_a_posterior_of_an_earlier_version_loads(one_lm: LanguageModel, tmp_path: Path) -> None:
+    support = Support(stop=(".", "!"), min_tokens=1, max_tokens=3, banned_tokens=("a",))
+    policy = tiny_policy(one_lm, "{x}", support)
+    policy.save_adapter(tmp_path)
+    (tmp_path / "posterior.json").write_text(OLD)
+    loaded = Posterior.from_pretrained(tmp_path, lm=one_lm)
+    target = (one_lm.log_prob("{z}", given="{x}") + constraint.predicate(is_valid)) / 0.8
+    assert loaded.target is not None
+    assert loaded.target.to_spec() == target.to_spec()
+    assert loaded.policy.support_spec.to_dict() == support.to_dict()
+    assert loaded.sample(ROW, 8) == Posterior(policy, target).sample(ROW, 8)
+
+
+class Mine(Target):
+    """All that a target has to be."""
+
+    def score_batch(self, scoring: Scoring) -> Tensor:
+        return torch.zeros(scoring.rollouts.stop_mask.shape)
+
+
+def test_a_target_is_its_score_and_no_more(one_lm: LanguageModel, tmp_path: Path) -> None:
+    posterior = Posterior(tiny_policy(one_lm, PROMPT, SUPPORT), Mine())
+    assert {s.log_reward for s in posterior.sample(ROW, 4)} == {0.0}
+    assert repr(Mine()) == "Mine", "no address: a run is known by its target in other processes, too"
+    with pytest.raises(
+        ConfigError, match="Mine cannot be saved by name: .* pass target= to Posterior.from_pretrained"
+    ):
+        Mine().to_spec()
+    posterior.save_pretrained(tmp_path)
+    assert (
+        "Mine cannot be saved by name"
+        in json.loads((tmp_path / "posterior.json").read_text())["target_not_saved"]
+    )
+    assert Posterior.from_pretrained(tmp_path, lm=one_lm, target=Mine()).sample(ROW, 4) == posterior.sample(
+        ROW, 4
+    )
 
 
 def test_a_lambda_is_left_out_and_given_again(one_lm: LanguageModel, tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def test_rows_at_once_equal_rows_alone(one_lm: LanguageModel) -> None:
         assert sum(alone.probs) == pytest.approx(1)
         assert alone.best == ANSWERS[max(range(3), key=alone.probs.__getitem__)]
         assert 0 < alone.mass < 1
+    assert len(posterior.predict(ROWS[:1], ANSWERS, 2)) == len(posterior.vote(ROWS[:1], 2)) == 1
+    assert posterior.vote(ROWS, 8) == [posterior.vote(row, 8) for row in ROWS]
 
 
 def greedy_answer(lm: LanguageModel, ids: list[int]) -> str:

@@ -379,6 +379,15 @@ def filled(**values: str) -> str:
     return text
 
 
+@pytest.mark.parametrize("value", ["16", "full"])
+def test_the_former_key_of_the_adapter_says_what_to_write(tmp_path: Path, value: str) -> None:
+    text = filled().replace("adapter: 2", f"lora: {value}")
+    with pytest.raises(
+        ConfigError, match=f"run.yaml: the key lora is now called adapter: write `adapter: {value}`"
+    ):
+        RunSpec.from_yaml(written(tmp_path, text))
+
+
 def test_words_and_dates_stay_text(tmp_path: Path) -> None:
     spec = RunSpec.from_yaml(written(tmp_path, filled(DATA="2024-01-01", STOP="no")))
     assert spec.rows() == [{"x": "2024-01-01"}]

@@ -24,7 +24,10 @@ import torch
 from amortlm.errors import ConfigError, RewardError
 
 SHIPPED = {"numbers.is_valid": ("amortlm.lab.tasks.numbers", "is_valid")}
-NAMES = {f"{module}:{name}": fixed for fixed, (module, name) in SHIPPED.items()}  # as they were saved before
+NAMES = {f"{module}:{name}": fixed for fixed, (module, name) in SHIPPED.items()}
+NAMES["amortlm.tasks.numbers:is_valid"] = (
+    "numbers.is_valid"  # as it was saved before functions had fixed names
+)
 REFERENCE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)")
 WRITE = "write 'package.module:function'"
 
