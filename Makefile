@@ -10,7 +10,7 @@ export OMP_NUM_THREADS
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-# Extra pytest arguments, e.g. make test PYTEST_ARGS="-m 'not slow'"
+# Extra pytest arguments, e.g. make test PYTEST_ARGS="-k support"
 PYTEST_ARGS ?=
 # A worker holds its own copy of torch and the models (about 1 GB).
 PYTEST_WORKERS ?= 2
@@ -19,11 +19,11 @@ PYTEST_WORKERS ?= 2
 VERSION_TESTS := tests/policy tests/targets/test_target_laws.py tests/targets/test_targets.py tests/support \
   tests/engine tests/objectives tests/train/test_trainer.py tests/train/test_arguments.py tests/text tests/exact
 
-.PHONY: help setup demo smoke test test-lowest test-newest lint format types clean
+.PHONY: help setup demo smoke test test-slow test-lowest test-newest lint format types clean
 
 help:
 	@echo "make demo    train, measure and plot two posteriors into runs/demo"
-	@echo "make test    all tests (PYTEST_ARGS=\"-m 'not slow'\" leaves out the slow ones)"
+	@echo "make test    the tests              make test-slow  those that train a model or start processes"
 	@echo "make test-lowest, make test-newest"
 	@echo "             laws, exactness and training with the oldest and the newest libraries that pyproject.toml allows,"
 	@echo "             in .venv-lowest and .venv-newest"
@@ -51,7 +51,11 @@ smoke: $(STAMP)
 	done
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+# One test at a time and worker: most of a file's may take minutes.
+test-slow: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
 
 test-lowest test-newest: test-%: .venv-%/.installed
 	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS) $(VERSION_TESTS)
