@@ -1,4 +1,4 @@
-"""Rows: what people hold them in, and the files they come from."""
+"""Rows of data: from lists, tables and files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ FIELD_LIMIT = 2**31 - 1  # characters of a CSV field; Python's default of 131,07
 def as_rows(data: Any, what: str = "data") -> list[dict[str, Any]]:
     """The rows of a list of mappings, a `datasets.Dataset`, a DataFrame (pandas, polars) or an Arrow table.
 
-    Raises DataError, with the remedy, for what is no list of rows (splits, streams, columns, a path) and for no rows.
+    Raises DataError, with the remedy, for anything else (splits, a stream, a mapping of columns, a path) and for no
+    rows.
     """
     if isinstance(data, str | bytes | Path):
         raise DataError(
@@ -55,7 +56,7 @@ def as_rows(data: Any, what: str = "data") -> list[dict[str, Any]]:
 
 
 def as_row(row: Any, what: str = "the row") -> dict[str, Any]:
-    """One row as a dict: a mapping or a Series. Raises DataError for anything else, and names that are not text."""
+    """A mapping or a Series as a dict. Raises DataError for anything else, and for column names that are not text."""
     if not is_row(row):
         raise DataError(f"{what} is {_shown(row)}, not a mapping of column to value")
     if not isinstance(row, Mapping):
@@ -101,16 +102,15 @@ def _refuse_repeated(names: Iterable[Any], what: str) -> None:
         raise DataError(f"{what} has more than one column {repeated[0]!r}: rename or drop all but one")
 
 
-def check_rows(rows: Sequence[Row], columns: set[str], what: str) -> None:
+def check_rows(
+    rows: Sequence[Row], columns: set[str], what: str, why: str = ", which a template uses"
+) -> None:
     """Raise DataError unless every row has `columns`."""
     for i, row in enumerate(rows):
         missing = columns - set(row)
         if missing:
             name = min(missing)
-            raise DataError(
-                f"{what}: row {i} has no column {name!r}, which a template uses; "
-                + nearest(name, map(str, row))
-            )
+            raise DataError(f"{what}: row {i} has no column {name!r}{why}; " + nearest(name, map(str, row)))
 
 
 # Files

@@ -1,7 +1,7 @@
-"""Expectation maximisation: fit p to data through a latent that nobody wrote down.
+"""Expectation maximisation: fit p to data (x, y) through a latent z that the data do not have.
 
-The E-step trains q(z | x, y) to sample the posterior of p, the M-step maximises log p(z y | x) over p with z
-from q, weighted by importance: Fisher's identity makes that the gradient of log p(y | x). Hu et al. 2024, section 3.2.
+The E-step trains q(z | x, y) to sample the posterior of p. The M-step maximises the importance-weighted mean of
+log p(z y | x) over z from q, whose gradient is that of log p(y | x) (Fisher's identity). Hu et al. 2024, section 3.2.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ DONE = "m_step.json"
 
 @dataclass(frozen=True)
 class MStep:
-    """steps: updates of p; num_samples: latents drawn from q for each row; batch_size: rows per update.
+    """Settings of an M-step.
 
-    weighted: weigh each row's latents by p(z y | x) / q(z), which keeps the step right where q is not yet the
-    posterior; without, every latent counts the same.
+    steps         updates of p
+    batch_size    rows per update
+    num_samples   latents drawn from q for each row
+    weighted      weigh the latents of a row by p(z y | x) / q(z), which keeps the gradient right where q is not yet the
+                  posterior; otherwise they count equally
     """
 
     steps: int = 100
@@ -106,10 +109,10 @@ class EM:
         self.model = lm.with_model(copied)
 
     def run(self) -> Posterior:
-        """All rounds. The result samples from q and scores with the fitted p, which is `em.model`."""
+        """Run all rounds. The result samples from q and scores with the fitted p, which is `em.model`."""
         folder = Path(str(self.args.output_dir))
         for p, start in zip(self._trained, self._start, strict=True):
-            p.data.copy_(start)  # of an M-step that was cut short nothing stays
+            p.data.copy_(start)  # undoes an M-step that was cut short
         self._claim(folder)
         q = self.q_adapter
         for number in range(self.rounds):
@@ -132,8 +135,8 @@ class EM:
         return Posterior.from_pretrained(here / "q", lm=self.lm, target=self._target())
 
     def _claim(self, folder: Path) -> None:
-        """Raise CheckpointError where the folder holds rounds of another run; else say whose it is. More rounds are no
-        other run."""
+        """Raise CheckpointError where the folder holds rounds of another run (one that differs in more than the number
+        of rounds); otherwise write what identifies this run."""
         policy = Policy(self.lm, self.prompt, self.support, self.q_adapter)
         stated = run.identity(policy, self._target(), self.rows, self.args, gold=self.gold)
         stated |= {
@@ -215,9 +218,10 @@ def posterior_weights(log_p: Tensor, log_q: Tensor, group: Tensor) -> Tensor:
 
 
 def joint_log_prob(passes: Passes, term: LogProb, rollouts: Rollouts) -> Tensor:
-    """[B] log p(z y | x) of a model, differentiable: what `term` says of finished completions, nats.
+    """[B] log p(z y | x) of finished completions, nats, differentiable in the model of `passes`.
 
-    The stop symbol is the one that was written (a target sums over them). Tokens of a tool cost nothing.
+    Of several stop symbols the one that was written counts (a target sums over them). Tokens of a tool have
+    probability 1.
     """
     sequences, scored = [], []
     contexts = [term.context(row) for row in rollouts.rows]
@@ -244,5 +248,5 @@ def _single_term(target: Target) -> LogProb:
     if len(terms) != 1 or not isinstance(terms[0][1], LogProb) or not terms[0][1].of.has_latent:
         raise ConfigError(f"EM fits a model through a target that is one log_prob of `{{z}}`, not {target!r}")
     if terms[0][0] <= 0:
-        raise ConfigError("EM needs a positive weight of its log_prob: a temperature")
+        raise ConfigError("EM needs a log_prob with a positive weight, the inverse of a temperature")
     return terms[0][1]

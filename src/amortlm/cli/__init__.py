@@ -72,7 +72,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--correct",
         default="none",
         metavar="METHOD",
-        help="sir, smc or mh: draws of the posterior itself as the budget grows; see docs/inference.md",
+        help="sir, smc or mh, which converge to the posterior as the budget grows; see docs/inference.md",
     )
     parser.add_argument(
         "--budget", type=int, help="completions drawn for a correction (default 256, or 16 n if that is more)"
@@ -82,9 +82,16 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _add_posterior(parser)
-    parser.add_argument("-n", type=int, default=256, help="samples per row (default 256; fewer flatter)")
+    parser.add_argument(
+        "-n",
+        type=int,
+        default=256,
+        help="samples per row (default 256; with fewer, a bad sampler looks better)",
+    )
     parser.add_argument("--rows", type=int, default=8, help="evaluate at most so many rows (default 8)")
-    parser.add_argument("--level", type=float, help="of the intervals (default 0.99)")
+    parser.add_argument(
+        "--level", type=float, help="probability with which the intervals hold (default 0.99)"
+    )
     parser.add_argument("--gold", metavar="COLUMN", help="a column with a completion known to be good")
     parser.add_argument("--output", help="write the figures to this JSON file")
     parser.add_argument(

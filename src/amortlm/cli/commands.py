@@ -115,7 +115,7 @@ def _check(args: Namespace) -> int:
     if (folder / "posterior.json").exists() and not (folder / certificate.FILE).exists():
         raise CheckpointError(
             f"{folder} has no certificate to check: a training with --set stop_at_gap=0.05 (in YAML: config: "
-            "{stop_at_gap: 0.05}) saves one when it gets there"
+            "{stop_at_gap: 0.05}) saves one when it reaches that gap"
         )
     known = args.data or args.column or (folder / "rows.jsonl").exists()
     posterior = _posterior(args)
@@ -141,7 +141,7 @@ def doctor(args: Namespace) -> None:
 def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:
     if column is None:
         return None
-    check_rows(rows, {column}, "--gold")
+    check_rows(rows, {column}, "--gold", why="")
     return [[str(row[column])] for row in rows]
 
 

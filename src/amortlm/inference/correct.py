@@ -1,8 +1,8 @@
 """Draws of the posterior from a policy that is not right yet: SIR, SMC and Metropolis-Hastings by one argument.
 
-All three converge to the exact posterior as the budget grows, whatever the policy, as long as it can write every
-completion with R > 0 (on its support it can). What is drawn is cut into batches that fit in memory: SIR's pool is
-one sample in pieces, SMC runs independent islands, Metropolis-Hastings independent chains.
+All three converge to the exact posterior on the policy's support as the budget grows, whatever the policy. Completions
+are drawn in batches that fit in memory: for SIR these are parts of one pool, for SMC independent runs ("islands"), for
+Metropolis-Hastings independent chains.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ START = 4  # Metropolis-Hastings spends a quarter of its budget on where its cha
 
 @dataclass(frozen=True)
 class Weighted:
-    """N completions and log weights that make them stand for the posterior. Nats.
+    """N completions with log weights, by which they represent the posterior. Nats.
 
     log_q, log_reward, log_weights   [N], on the CPU; the mean weight is unbiased for Z
     draws                            completions drawn from q to get them; a suffix that was redrawn counts as one
@@ -75,7 +75,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Corrected:
-    """n draws of the posterior, of equal weight, and how they came about (see `posterior.Samples`)."""
+    """n draws of the posterior, of equal weight, and how they were made (see `posterior.Samples`)."""
 
     drawn: Weighted
     ess: float | None = None
@@ -103,9 +103,7 @@ def corrected(
     budget = max(256, 16 * n) if budget is None else budget
     least = 2 * n if method == "mh" else n  # a chain takes a step at least
     if budget < least:
-        raise ConfigError(
-            f"budget={budget} is too small for n={n}: correct={method!r} needs at least {least}"
-        )
+        raise ConfigError(f"a budget of {budget} is too small for n={n}: {method} needs at least {least}")
     if method == "mh":
         return mh(policy, target, row, n, budget=budget, seed=seed)
     pool = (weigh if method == "sir" else islands)(policy, target, row, budget, seed=seed)
@@ -159,7 +157,8 @@ def weigh(policy: Policy, target: Target, row: Row, n: int, *, seed: object) -> 
 
 
 def islands(policy: Policy, target: Target, row: Row, n: int, *, seed: object) -> Weighted:
-    """n particles of independent runs of `smc`, of even size. Each is properly weighted, and so are all together."""
+    """n particles from independent runs of `smc`, of even size; the mean weight of all is unbiased for Z, as that of
+    each run is."""
     parts = [
         smc(policy, target, row, num_particles=high - low, seed=(seed, low)) for low, high in even(n, BATCH)
     ]
@@ -208,7 +207,7 @@ def mh(policy: Policy, target: Target, row: Row, n: int, *, budget: int, seed: o
 
 
 def even(n: int, batch: int) -> Iterator[tuple[int, int]]:
-    """[low, high) of as few pieces as `batch` allows, whose sizes differ by one at most."""
+    """[low, high) of as few pieces of at most `batch` as possible, whose sizes differ by at most one."""
     count = math.ceil(n / batch)
     bounds = [n * i // count for i in range(count + 1)]
     return pairwise(bounds)

@@ -1,7 +1,7 @@
 """Metropolis-Hastings over completions: redraw a suffix from the policy, accept or keep.
 
-The chain's stationary law is the posterior R / Z on the policy's support, whatever the policy; the policy only
-decides how fast it gets there.
+The stationary distribution of the chain is the posterior R / Z on the policy's support, whatever the policy; the
+policy decides only how fast the chain gets there.
 
 A step on z of L tokens: t is uniform on {0, .., L}, z_1:t is kept, and the rest of z' (tokens and stop) is
 drawn from q(. | z_1:t). t = 0 proposes a new completion; t = L asks again whether to stop. Given t, which is a

@@ -44,7 +44,7 @@ def refuse_tool(policy: Policy) -> None:
     if policy.support.tool is not None:
         raise ConfigError(
             "Metropolis-Hastings and sequential Monte Carlo cannot cut a completion that a tool writes into; "
-            'use a support without a tool, or posterior.sample(..., correct="sir")'
+            'use a support without a tool, or correct="sir", or --correct sir'
         )
 
 

@@ -1,32 +1,34 @@
-"""Sequential Monte Carlo over completions, with the twists that a target of prefixes gives for nothing.
+"""Sequential Monte Carlo over completions, with twists that a target which scores prefixes gives at no extra cost.
 
-N particles are drawn from q. Each carries a correction c (1 at first); at the end its weight is c w(z), w = R / q,
-and the mean weight is Z-hat. On the way, after t tokens, a live particle has the value c psi, a stopped one c w(z).
-Where the effective sample size of the values is low, N ancestors are drawn in proportion to them (systematic
-resampling), and each copy gets c = (mean value) / psi (or / w), that is, the value all copies now share. The mean
-of c f(z) therefore keeps its expectation for every f: E[Z-hat] = Z for ANY positive psi that reads no more than what
-is written at t. A good psi is the expected w given the prefix, and only the variance depends on it.
+N particles are drawn from q. Each carries a correction c, 1 at first. Its final weight is c w(z) with w = R / q, and
+Z-hat is the mean weight. After t tokens a particle that has stopped has the value c w(z), and a live one the value c
+psi(z_1:t), where the twist psi > 0 is a guess of w. Where the effective sample size of the values is low, N ancestors
+are drawn in proportion to their values (systematic resampling), and the correction of a copy becomes (mean value) /
+psi, or (mean value) / w, so that all copies have the same value. This leaves the expectation of the mean of c f(z) as
+it was for every f, so E[Z-hat] = Z for any positive psi that depends on the first t tokens alone. The variance is low
+where psi is close to the expected w given the prefix.
 
 The twist psi of z_1:t is half the weight of stopping there,
 
     log_w[t] = log R(z_1:t) - log q(z_1:t) - log q(stop | z_1:t),
 
-and half the mean over the particles. Not R(z_1:t) / q(z_1:t), which would punish a prefix for being in the middle of
-a sentence. For q = p and R = p(z y | x) the weight is p(y | x z_1:t stop). For a trained policy it is the flow of
-subtrajectory balance: at q = R / Z it is Z at every state, values stay equal, nothing is ever resampled. A particle
-that stops keeps its value w. The mean, weighed by c, is over the particles whose w or weight of stopping is known; psi
-may read all that is written at t. It bounds the harm where stopping now tells little about stopping later: a live
-particle keeps at least a third of the copies that c alone would give it, half where none has stopped.
+and half the mean over the particles. R(z_1:t) / q(z_1:t) would not do: it punishes a prefix for being in the middle
+of a sentence. For q = p and R = p(z y | x) the weight of stopping is p(y | x z_1:t stop). At q = R / Z it is Z at
+every state, so all values are equal and nothing is ever resampled. The mean, weighted by c, is over the particles
+whose w or weight of stopping is known. Because of it a live particle keeps at least a third of the copies that c
+alone would give it (half where none has stopped), even where the weight of stopping now says little about that of
+stopping later.
 
-Where log_w[t] says nothing - before min_tokens, for a target that only judges finished text, or where R = 0 at a
-prefix that may still come right - psi is the mean alone, of what is known at t, or 1 if nothing is. Zero
-would be wrong there (not every completion could be reached any more) and another constant would set live particles
-against stopped ones on an arbitrary scale. So before min_tokens psi = 1, and with a target of finished text
-particles that stopped with R = 0 are replaced by live ones.
+Where the weight of stopping is not known - before min_tokens, for a target that only judges finished text, or where
+R = 0 at a prefix that may still come right - psi is the mean alone, of what is known at t, or 1 where nothing is. A psi
+of zero would put some completions out of reach, and any other constant would compare live particles with stopped ones
+on an arbitrary scale. So before min_tokens psi = 1, and for a target that only judges finished text particles that
+stopped with R = 0 are replaced by live ones.
 
-Futures are drawn to their end and all their states scored in one `target.score`, which is far cheaper than a call
-per token; a resampling at t throws the copies' futures away and draws them anew from t. The choice to resample at t
-reads nothing beyond t, so this is the step-by-step algorithm in law, at 1 + (resamplings) decoding rounds.
+Completions are drawn to their end and all their states scored in one `target.score`, which is far cheaper than a call
+per token. A resampling at t discards what the copies have after t and draws it anew. The decision to resample at t
+depends on nothing beyond t, so the result has the distribution of the step-by-step algorithm, at 1 + (resamplings)
+rounds of decoding.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class Particles:
     completions_scored: int
 
     def resample(self, n: int, seed: object) -> Rollouts:
-        """n unweighted completions, drawn with replacement. Raises RewardError where every weight is zero."""
+        """n completions drawn by weight, with replacement. Raises RewardError where every weight is zero."""
         generator = torch.Generator().manual_seed(seed_of(("resample", seed)))
         return self.rollouts.select(resample(self.log_weights, n, generator))
 
@@ -90,8 +92,10 @@ def smc(
 ) -> Particles:
     """Sequential Monte Carlo from the policy to the posterior (module docstring).
 
-    Resamples at states where ESS < ess_threshold * num_particles; 0 never does: plain importance sampling, with
-    only finished completions scored. Raises ConfigError for counts or thresholds that make no sense and for a
+    Resamples at states where ESS < ess_threshold * num_particles; a threshold of 0 never does, which is plain
+    importance
+    sampling with only finished completions scored. Raises ConfigError for counts or thresholds that make no sense and
+    for a
     support with a tool.
     """
     if num_particles < 1 or not 0 <= ess_threshold <= 1:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Scoring:
-    """One batch being scored. Terms put what others can reuse (passes, texts) into `memo`."""
+    """One batch that is being scored. Terms share passes and texts through `memo`."""
 
     def __init__(self, rollouts: Rollouts):
         self.rollouts = rollouts
@@ -32,7 +32,7 @@ class Scoring:
         return self._memo[key]
 
     def sharing(self, rollouts: Rollouts) -> Scoring:
-        """The scoring of rollouts that differ in data columns alone, with what was found for these at hand."""
+        """The scoring of rollouts that differ from these in data columns alone; it reuses what is in the memo."""
         other = Scoring(rollouts)
         other._memo = self._memo
         return other

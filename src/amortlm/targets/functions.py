@@ -1,7 +1,8 @@
-"""Functions that a target calls: by what name one is saved, who may say that it is imported, how it is called.
+"""Functions that a target calls: the names they are saved by, where they may be imported from, how they are called.
 
-To import a function is to run code. So a posterior or a run file that names one, "my_package.rules:is_polite", is a
-reference: `Trust` says which modules the user allows. Functions that ship have a fixed name and need none.
+Importing a function runs the code of its module. So a saved posterior or a run file only refers to it, as
+"my_package.rules:is_polite", and `Trust` holds the modules that the user allows. Functions that ship have fixed names
+and need no trust.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ class Function(NamedTuple):
 
 @dataclass(frozen=True)
 class Trust:
-    """Modules whose functions a saved target may name: whoever trusts a module lets all of it run.
+    """Modules whose functions a saved target may name. All code of a trusted module may run.
 
-    modules   names, each with what lies below it, or paths of .py files
-    beside    a folder whose .py files count, too
+    modules   names (a package with all modules in it), or paths of .py files
+    beside    a folder whose .py files are trusted, too
     """
 
     modules: Sequence[str | Path] = ()
@@ -60,7 +61,7 @@ class Trust:
             raise ConfigError(f"trust: there is no file {missing[0]}")
 
     def file(self, module: str) -> str | None:
-        """The .py file that a module name stands for here."""
+        """The trusted .py file of that module name, if there is one."""
         named = [str(m) for m in self.modules if Path(m).name == f"{module}.py"]
         if self.beside is not None and "." not in module and (self.beside / f"{module}.py").is_file():
             named.append(str(self.beside / f"{module}.py"))
@@ -70,7 +71,7 @@ class Trust:
         return any(module == m or module.startswith(f"{m}.") for m in self.modules)
 
     def find(self, reference: Any) -> Function:
-        """The function. Raises ConfigError, before anything is imported, for one in a module that is not trusted."""
+        """The function of a reference. Raises ConfigError, before it imports anything, where it is not trusted."""
         shipped = SHIPPED.get(NAMES.get(str(reference), str(reference)))
         if shipped is not None:
             module, name = shipped
@@ -78,14 +79,14 @@ class Trust:
         parts = REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
         if parts is None:
             raise ConfigError(
-                f"function {reference!r}: {WRITE}, or a name of those that ship: {', '.join(SHIPPED)}"
+                f"function {reference!r}: {WRITE}, or the name of one that ships: {', '.join(SHIPPED)}"
             )
         module, name = parts.groups()
         file = self.file(module)
         if is_standard(module):
             raise ConfigError(
-                f"function {reference!r}: no function of Python's standard library is taken from a file; write one of "
-                "your own that calls it, in a module with another name"
+                f"function {reference!r}: functions of Python's standard library cannot be named; write one of your "
+                "own that calls it, in a module with another name"
             )
         if file is None and not self.covers(module):
             raise ConfigError(
@@ -115,7 +116,7 @@ def is_standard(module: str) -> bool:
 
 
 def _import(reference: str, module: str, file: str | None) -> ModuleType:
-    """The module, from its file if it has one: not through `sys.path`, where it could stand in for another."""
+    """The module; one with a file is not put on `sys.path`, where it could take the place of another."""
     key = module if file is None else str(Path(file).resolve())
     try:
         if file is None:
@@ -135,7 +136,7 @@ def _import(reference: str, module: str, file: str | None) -> ModuleType:
 
 
 def function_of(fn: Callable[..., Any] | Function | str) -> Function:
-    """What a user gives in Python: a function, or a reference, which is trusted since it is the user's own."""
+    """The function that a user gives in Python, by itself or by a reference, which is then trusted."""
     if isinstance(fn, Function):
         return fn
     if isinstance(fn, str):
@@ -190,13 +191,13 @@ def check_timeout(timeout: float | None) -> float | None:
 
 
 def call(fn: Callable[..., Any], *arguments: Any, timeout: float | None, what: str) -> Any:
-    """`fn(*arguments)`. Raises RewardError, which begins with `what`, for one that raises or takes more than `timeout`
-    seconds. Then its thread is left alone, not stopped: Python cannot; it ends with the process."""
+    """`fn(*arguments)`. Raises RewardError, which begins with `what`, where it raises or takes more than `timeout`
+    seconds. Python cannot stop the thread of such a call: it goes on until it returns, or the process ends."""
     try:
         return fn(*arguments) if timeout is None else _in_time(fn, arguments, timeout)
     except _LateError:
         raise RewardError(
-            f"{what} did not return within {timeout:g} seconds; mend it, or give it a longer timeout"
+            f"{what} did not return within {timeout:g} seconds; make it faster, or give it a longer timeout"
         ) from None
     except (Exception, SystemExit) as e:
         raise RewardError(f"{what} raised {type(e).__name__}: {e}") from e

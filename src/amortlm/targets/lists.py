@@ -1,6 +1,6 @@
 """Targets over lists of statements: latents in sequence, and lists whose order does not matter.
 
-A latent can be a list of statements, `s1 SEP s2 SEP s3`: see `separator` of `amortlm.Support`.
+A completion can be a list of statements, `s1 SEP s2 SEP s3`: see `separator` of `amortlm.Support`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ String = tuple[int, tuple[int, ...]]  # (row, tokens)
 
 
 class Unordered(Target):
-    """A distribution over sets of statements: log of the mean of R over all orders of the list, uniform over them.
+    """A distribution over sets of statements: R is the mean reward of all orders of the list.
 
         log R(z) = log 1/n! sum over orders o of exp(target(s_o(1) SEP .. s_o(n)))
 
-    The sum of R over all lists, log Z, is that of `target`. A prefix is a list whose last statement may be
-    unfinished, and is judged as one. Exact, for at most `MAX_STATEMENTS` statements: 120 orders of five. Every
-    different order is scored once. Raises SupportError for longer lists.
+    It has the same log Z as `target`. A prefix counts as a list, although its last statement may be unfinished. The
+    mean
+    is exact: each different order is scored, up to 120 for five statements, and SupportError is raised for more than
+    `MAX_STATEMENTS`.
 
     separator: that of the support (text or token id)
     """
@@ -92,7 +93,7 @@ class Unordered(Target):
         ]
 
     def _scores(self, rollouts: Rollouts, strings: set[String]) -> dict[String, Tensor]:
-        """`target` of each string, in one batch. One that another begins with is a state of its trajectory."""
+        """`target` of each string, in one batch. A string that another begins with is scored as a state of it."""
         if not strings:
             return {}
         trajectories: list[String] = []

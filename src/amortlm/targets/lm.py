@@ -54,7 +54,7 @@ class LogProb(Target):
     """log p(of | given); see `amortlm.LanguageModel.log_prob`. Hu et al. 2024, section 3.1: tempered, contrastive,
     infilling and chain-of-thought posteriors are sums of such terms.
 
-    Where a tool writes into z, p is the model with the same tool: its tokens are certain, and cost nothing."""
+    Where a tool writes into z, p is the model with the same tool, whose tokens have probability 1."""
 
     lm: CausalLM
 
