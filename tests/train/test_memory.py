@@ -116,7 +116,7 @@ def test_what_is_too_much_is_forgotten(one_lm: LanguageModel, monkeypatch: pytes
     memory = RewardMemory(target)
     one, other = batches(one_lm, 2)
     memory.score(one)
-    monkeypatch.setattr(module, "MAX_STATES", len(memory) - 1)
+    monkeypatch.setattr(module, "MAX_PREFIXES", len(memory) - 1)
     asked = len(target.asked)
     torch.testing.assert_close(memory.score(other), target.target.score(other), atol=1e-5, rtol=0)
     assert len(target.asked) - asked == len(states_of(other)), "all of them again"
