@@ -10,19 +10,26 @@ export OMP_NUM_THREADS
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-# Extra pytest arguments, e.g. make test PYTEST_ARGS="-m 'not slow'"
+# Extra pytest arguments, e.g. make test PYTEST_ARGS="-k support"
 PYTEST_ARGS ?=
 # A worker holds its own copy of torch and the models (about 1 GB).
 PYTEST_WORKERS ?= 2
 
-.PHONY: help setup demo smoke test lint format types clean
+# What test-lowest and test-newest run: laws, exactness, training.
+VERSION_TESTS := tests/policy tests/targets/test_target_laws.py tests/targets/test_targets.py tests/support \
+  tests/engine tests/objectives tests/train/test_trainer.py tests/train/test_arguments.py tests/text tests/exact
+
+.PHONY: help setup demo smoke test test-slow test-lowest test-newest lint format types clean
 
 help:
 	@echo "make demo    train, measure and plot two posteriors into runs/demo"
-	@echo "make test    all tests (PYTEST_ARGS=\"-m 'not slow'\" leaves out the slow ones)"
+	@echo "make test    the tests              make test-slow  those that train a model or start processes"
+	@echo "make test-lowest, make test-newest"
+	@echo "             laws, exactness and training with the oldest and the newest libraries that pyproject.toml allows,"
+	@echo "             in .venv-lowest and .venv-newest"
 	@echo "make smoke   every experiment of the paper for a few steps into runs/smoke"
 	@echo "make lint    ruff check and format check        make format  apply both"
-	@echo "make types   mypy                               make clean   remove .venv and caches"
+	@echo "make types   mypy                               make clean   remove environments, caches"
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else \
@@ -44,7 +51,31 @@ smoke: $(STAMP)
 	done
 
 test: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+
+# One test at a time and worker: most of a file's may take minutes.
+test-slow: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
+
+test-lowest test-newest: test-%: .venv-%/.installed
+	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS) $(VERSION_TESTS)
+
+# Each lower bound of pyproject.toml as an exact version, as `pip install -c` reads it.
+.venv-lowest/constraints.txt: pyproject.toml
+	@mkdir -p $(@D)
+	@$(PYTHON) -c 'import re, tomllib; project = tomllib.load(open("$<", "rb"))["project"]; \
+	  needed = project["dependencies"] + project["optional-dependencies"]["baselines"]; \
+	  print(*(re.sub(">=([^,]+).*", r"==\1", one) for one in needed), sep="\n")' > $@
+
+.venv-newest/constraints.txt: pyproject.toml
+	@mkdir -p $(@D)
+	@touch $@
+
+.venv-%/.installed: .venv-%/constraints.txt
+	@echo "setting up .venv-$* (once; some minutes)"
+	@$(PYTHON) -m venv .venv-$*
+	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --upgrade -c $< -e '.[dev]'
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -58,5 +89,5 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache
 	find src tests recipes -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,10 +30,10 @@ SUPPORT = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=WORDS)
 ROW = {"x": "Tom had a dog. One day the dog was lost."}
 EVERY = 10  # updates between two measurements
 BEHAVIOURS: dict[str, dict[str, float]] = {
-    "no replay": {"replay_ratio": 0.0},
-    "replay 0.5": {"replay_ratio": 0.5},
-    "corrected 0.25": {"replay_ratio": 0.0, "corrected_ratio": 0.25},
-    "corrected 0.5": {"replay_ratio": 0.0, "corrected_ratio": 0.5},
+    "no replay": {"tempered": 0.5},
+    "replay 0.5": {"replay": 0.5, "tempered": 0.25},
+    "corrected 0.25": {"corrected": 0.25, "tempered": 0.375},
+    "corrected 0.5": {"corrected": 0.5, "tempered": 0.25},
 }
 Curve = list[tuple[int, int, float]]  # updates, tokens, total variation
 
@@ -110,8 +110,8 @@ def run(lm: LanguageModel, target: Target, gold: Any, log_p: torch.Tensor, setti
             prompt="{x}",
             support=SUPPORT,
             train_dataset=[ROW],
-            peft_config="full",
-            seeds=gold,
+            adapter="full",
+            gold=gold,
             args=config,
         )
         meter = Meter(trainer, log_p)
@@ -151,12 +151,12 @@ def main() -> None:
     for task, (target, gold) in tasks(lm).items():
         log_p = exact.enumerate_posterior(target, SUPPORT.bind(lm), ROW).log_p
         for objective in args.objectives:
-            for behaviour, settings in BEHAVIOURS.items():
-                common = {"objective": objective, "max_steps": args.updates, **settings}
+            for behaviour, mix in BEHAVIOURS.items():
                 if objective == "forward_kl":
-                    if settings["replay_ratio"] > 0:
+                    if mix.get("replay"):
                         continue  # its weights are those of samples of q
-                    common["tempered_ratio"] = 0.0
+                    mix = {**mix, "tempered": 0.0}
+                common = {"objective": objective, "max_steps": args.updates, "behaviour": mix}
                 name = [task, objective, behaviour]
                 found = [run(lm, target, gold, log_p, {**common, "seed": s}) for s in range(args.seeds)]
                 curves["/".join(name)] = found

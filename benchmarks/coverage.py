@@ -54,10 +54,10 @@ def sampled(lm: LanguageModel, name: str, args: argparse.Namespace) -> list[obje
         trainer.train()
     posterior, sources, inside, widths = trainer.posterior, Counter[str](), 0, []
     for seed in range(args.runs):
-        report = posterior.diagnose([ROW], args.n, seed=seed, limit=0, level=args.level).reports[0]
-        sources[report["truth"]] += 1
-        inside += report["log_z_low"] <= problem.truth.log_z <= report["log_z_high"]
-        widths.append(report["log_z_high"] - report["log_z_low"])
+        found = posterior.diagnose(ROW, args.n, seed=seed, limit=0, level=args.level)
+        sources[found.truth.source] += 1
+        inside += problem.truth.log_z in found.bounds.log_z
+        widths.append(found.bounds.log_z.width)
     return [name, ", ".join(f"{k} {n}" for k, n in sources.items()), inside, median(widths)]
 
 

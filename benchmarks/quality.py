@@ -48,11 +48,11 @@ CASES = [
     ),
     Case("tempered", CAT, [model(CAT, temperature=0.8)], FEELINGS),
 ]
-PAPER = {"objective": "subtb", "tempered_ratio": 0.67, "replay_ratio": 0.25}
+PAPER = {"objective": "subtb", "behaviour": {"replay": 0.25, "tempered": 0.5025}}
 OURS: dict[str, dict[str, Any]] = {
     "SubTB": {"objective": "subtb"},
     "VarGrad": {"objective": "vargrad"},
-    "VarGrad, own samples": {"objective": "vargrad", "tempered_ratio": 0.0, "replay_ratio": 0.0},
+    "VarGrad, own samples": {"objective": "vargrad", "behaviour": {"policy": 1.0}},
 }
 GRPO = "GRPO"
 Point = tuple[int, float, float]  # updates, seconds, total variation
@@ -88,13 +88,13 @@ class PaperTrainer(GFNTrainer):
 
     watch: Stopwatch
 
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_inputs(self, inputs: Any) -> Any:
         with self.watch.paused():
-            rollouts = self.source.collect(inputs["rows"], self._next_micro_step())
-            self.buffer.add(rollouts, self.training_target.score_final(rollouts))
-            batch = paper_batch(self, rollouts)
+            return paper_batch(self, super()._prepare_inputs(inputs).rollouts)
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         # The released code scores in one pass where nothing follows z.
-        return paper_loop.loss(self.policy.model, self.lm.model, batch, pass_per_prefix=any(batch.after))
+        return paper_loop.loss(self.policy.model, self.lm.model, inputs, pass_per_prefix=any(inputs.after))
 
 
 def total_variation(problem: methods.Problem, policy: Policy) -> float:

@@ -82,7 +82,7 @@ def measure_update(case: Case, repeats: int, yardstick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(case, folder)
         update = Update(trainer)
-        rollouts = trainer._thin(trainer.source.collect(update.rows, (0, 0)))
+        rollouts = trainer.source.collect(update.rows, (0, 0)).rollouts
         bare, batch = BarePasses(trainer, rollouts), paper_batch(trainer, rollouts)
         parts: dict[str, Callable[[], Any]] = {"update": update, **bare.parts()}
         parts["sample"] = lambda: trainer.policy.sample(update.rows, case.samples, seed=0)

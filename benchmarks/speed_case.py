@@ -21,7 +21,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from amortlm import GFNConfig, GFNTrainer, LanguageModel, Rollouts, Support, default_lora
+from amortlm import GFNConfig, GFNTrainer, LanguageModel, Rollouts, Support
 from amortlm.engine.passes import pad_left, select_cache
 from amortlm.lab.tasks.infilling import STORIES
 from amortlm.language_model import EMBEDDED_PATH
@@ -29,7 +29,7 @@ from amortlm.language_model import EMBEDDED_PATH
 from . import paper_loop
 
 PHASES = {  # owner, attribute -> phase
-    ("source", "collect"): "sampling",
+    ("source", "draw"): "sampling",
     ("training_target", "score"): "reference scoring",
     ("buffer", "add"): "buffer",
     ("policy", "evaluate"): "policy forward",
@@ -78,7 +78,7 @@ def new_trainer(case: Case, folder: str, rows: int, **settings: Any) -> GFNTrain
         output_dir=folder,
         per_device_train_batch_size=case.prompts,
         num_samples=case.samples,
-        subtb_states=case.states,
+        objective={"subtb": {"states": case.states}},
         save_strategy="no",
         diagnose_steps=0,
         use_cpu=case.device == "cpu",
@@ -93,13 +93,13 @@ def new_trainer(case: Case, folder: str, rows: int, **settings: Any) -> GFNTrain
         ),
         train_dataset=_rows(case, lm, rows),
         args=config,
-        peft_config=default_lora(case.rank),
+        adapter=case.rank,
     )
 
 
 def build(case: Case, folder: str) -> GFNTrainer:
     """A trainer whose policy differs from the model, and stays as it is: the learning rate is 0."""
-    settings = {"learning_rate": 0.0, "replay_ratio": 0.0, "tempered_ratio": 0.0, "max_steps": 10**6}
+    settings = {"learning_rate": 0.0, "behaviour": {"policy": 1.0}, "max_steps": 10**6}
     trainer = new_trainer(case, folder, case.prompts, **settings)
     generator = torch.Generator().manual_seed(0)
     for name, p in trainer.policy.named_parameters():
@@ -194,7 +194,7 @@ class Training(TrainerCallback):
         """What is trained on for a batch of prompts, at the end of the run."""
         size = self.trainer.args.per_device_train_batch_size
         rows = random.Random(seed).sample(self.trainer.train_dataset, size)
-        return paper_batch(self.trainer, self.trainer.source.collect(rows, (-1, seed)))
+        return paper_batch(self.trainer, self.trainer.source.collect(rows, (-1, seed)).rollouts)
 
 
 def apply_gradient(trainer: GFNTrainer) -> None:

@@ -73,7 +73,7 @@ def compare(
         support=SUPPORT,
         train_dataset=seen,
         args=config,
-        peft_config=default_lora(args.rank),
+        adapter=args.rank,
     )
     start = time.perf_counter()
     trainer.train(overwrite_output_dir=True)

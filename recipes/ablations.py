@@ -36,7 +36,7 @@ SETTINGS: Settings = {
     "stories": 4,
     "samples": 256,
     "lora": 16,
-    "common": {"objective": "subtb", "replay_ratio": 0.25, "tempered_ratio": 0.5},
+    "common": {"objective": "subtb", "behaviour": {"replay": 0.25, "tempered": 0.375}},
     "short": {"num_samples": 32, "per_device_train_batch_size": 1, "learning_rate": 1e-3},
     "stories_config": {"num_samples": 12, "per_device_train_batch_size": 2, "learning_rate": 2e-3},
 }
@@ -47,13 +47,13 @@ def changes(task: str, steps: int) -> dict[str, dict[str, Any]]:
     """What each method changes; the schedule ends half-way, so that the last updates have the target itself."""
     return {
         "default": {},
-        "no replay": {"replay_ratio": 0.0},
-        "no tempering": {"tempered_ratio": 0.0},
+        "no replay": {"behaviour": {"tempered": 0.5}},
+        "no tempering": {"behaviour": {"replay": 0.25}},
         "reward T 1.5 to 1": {"reward_temperature": (1.5, 1.0, max(1, steps // 2))},
-        "some states": {"subtb_states": SOME[task]},
-        "few states": {"subtb_states": FEW[task]},
+        "some states": {"objective": {"subtb": {"states": SOME[task]}}},
+        "few states": {"objective": {"subtb": {"states": FEW[task]}}},
         "VarGrad": {"objective": "vargrad"},
-        "VarGrad, own samples": {"objective": "vargrad", "replay_ratio": 0.0, "tempered_ratio": 0.0},
+        "VarGrad, own samples": {"objective": "vargrad", "behaviour": {"policy": 1.0}},
     }
 
 

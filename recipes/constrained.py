@@ -36,11 +36,10 @@ SETTINGS: Settings = {
     "samples": 512,  # of each row that is measured
     "lora": 16,
     "gflownet": {
-        "objective": "subtb",
+        "objective": {"subtb": {"states": 6}},
         "max_steps": 150,
         "num_samples": 12,
         "per_device_train_batch_size": 6,
-        "subtb_states": 6,
         "learning_rate": 1e-3,
     },
 }

@@ -132,8 +132,8 @@ def _measure(posterior: Posterior, rows: list[Any]) -> dict[str, Any]:
                 "ESS": estimate.ess,
                 "ELBO": estimate.elbo,
                 "log-weight variance": estimate.log_w_variance,
-                "distinct": spread["distinct"],
-                "edit distance": spread["edit_distance"],
+                "distinct": spread.distinct,
+                "edit distance": spread.edit_distance,
             }
         )
     means = {name: sum(f[name] for f in figures) / len(figures) for name in SHOWN}

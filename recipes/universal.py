@@ -18,7 +18,6 @@ from amortlm.lab.experiment import Context, Experiment, Outcome, Results, Settin
 from amortlm.lab.tasks import arithmetic
 from amortlm.lab.tasks.infilling import STORIES
 from amortlm.lab.training import Problem, train_gflownet, untrained
-from amortlm.predictive import vote
 from amortlm.train import GFNConfig
 from amortlm.types import Row
 
@@ -119,7 +118,7 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
 def right_answers(posterior: Posterior, rows: list[Row], seed: int) -> Figures:
     # The same policy; the target with the answer as a column of its own, which is what is voted on.
     answer = posterior.lm.log_prob(arithmetic.OF, given=GIVEN)
-    votes = vote(Posterior(posterior.policy, answer), rows, 10, seed=("vote", seed))
+    votes = Posterior(posterior.policy, answer).vote(rows, 10, seed=("vote", seed))
     pairs = list(zip(votes, rows, strict=True))
     return {
         "sums: right by vote of 10": sum(v.best == row["y"] for v, row in pairs) / len(rows),

@@ -10,10 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from reference import tiny_lm, tiny_tokenizer
 from transformers import logging as transformers_logging
 
 from amortlm.language_model import EMBEDDED_PATH, LanguageModel
-from reference import tiny_lm, tiny_tokenizer
 
 torch.set_num_threads(1)
 # A shell in the background (nohup, CI) may have these ignored, which amortlm leaves so; the tests send them.

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from stats import LEVEL, g_test
 
 from amortlm.buffer import Entry, ReplayBuffer, near_duplicates
 from amortlm.engine.passes import pad_right
 from amortlm.errors import CheckpointError
 from amortlm.types import Rollouts, Row, row_key
-from stats import LEVEL, g_test
 
 ROW: Row = {"x": "the dog"}
 OTHER: Row = {"x": "a cat"}

@@ -23,7 +23,6 @@ from amortlm.lab.baselines.decoding import decode
 from amortlm.lab.baselines.ppo import PPOConfig, train_ppo
 from amortlm.lab.baselines.sft import examples
 from amortlm.policy import Policy
-from amortlm.predictive import predict, vote
 from amortlm.support import Support
 
 ROWS = [{"x": "the dog", "y": " ran"}, {"x": "a", "y": " a cat"}]
@@ -184,9 +183,9 @@ def test_a_posterior_takes_a_series(one_lm: LanguageModel) -> None:
     texts = [s.tokens for s in plain]
     assert posterior.log_prob(series, texts).tolist() == posterior.log_prob(ROWS[1], texts).tolist()
     assert posterior.estimate(series, 20) == posterior.estimate(ROWS[1], 20)
-    of_frame = posterior.diagnose(pd.DataFrame(ROWS), 20).reports
-    assert of_frame == posterior.diagnose(ROWS, 20).reports
-    assert posterior.diagnose(series, 20).reports == of_frame[1:]
+    of_frame = posterior.diagnose(pd.DataFrame(ROWS), 20).rows
+    assert str(of_frame) == str(posterior.diagnose(ROWS, 20).rows), "NaN is not equal to itself"
+    assert str([posterior.diagnose(series, 20)]) == str(of_frame[1:])
     for call in (posterior.sample, posterior.estimate, posterior.diagnose):
         with pytest.raises(DataError, match="a column named 0, not text"):
             call({**ROWS[0], 0: "a"})
@@ -198,8 +197,8 @@ def test_predictions_take_a_series(one_lm: LanguageModel) -> None:
     assert posterior.predict(series, [" a", " cat"], 4) == posterior.predict(ROWS[0], [" a", " cat"], 4)
     assert posterior.vote(series, 4) == posterior.vote(ROWS[0], 4)
     frame = pd.DataFrame(ROWS)
-    assert predict(posterior, frame, [" a", " cat"], 4) == predict(posterior, ROWS, [" a", " cat"], 4)
-    assert vote(posterior, frame, 4) == vote(posterior, ROWS, 4)
+    assert posterior.predict(frame, [" a", " cat"], 4) == posterior.predict(ROWS, [" a", " cat"], 4)
+    assert posterior.vote(frame, 4) == posterior.vote(ROWS, 4)
 
 
 # Files

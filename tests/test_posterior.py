@@ -6,17 +6,24 @@ import copy
 import json
 import math
 import pickle
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from reference import plain_ids, sequence_log_prob, slow_log_q, tiny_policy
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from amortlm import LanguageModel, Policy, Posterior, Support, Target, constraint
+from amortlm.diagnostics.diagnose import RowDiagnosis
 from amortlm.errors import CheckpointError, ConfigError, DataError
-from reference import plain_ids, sequence_log_prob, slow_log_q, tiny_policy
+from amortlm.lab.tasks.numbers import is_valid
+from amortlm.targets.base import Scoring
 
 ROW = {"x": "the dog", "y": " ran"}
 ROWS = [ROW, {"x": "a", "y": " a cat"}]
@@ -80,7 +87,7 @@ def test_weights_are_self_normalised(posterior: Posterior) -> None:
 def test_batches_of_one_call_are_not_copies_of_each_other(
     posterior: Posterior, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amortlm.posterior.BATCH", 8)
+    monkeypatch.setattr("amortlm.inference.correct.BATCH", 8)
     tokens = [s.tokens for s in posterior.sample(ROW, 20)]
     assert len(tokens) == 20
     assert tokens[:8] != tokens[8:16]
@@ -101,7 +108,10 @@ def test_without_a_target_there_is_no_weight(one_lm: LanguageModel) -> None:
     assert sample.log_reward is None
     assert sample.weight is None
     assert sample.log_q < 0
-    with pytest.raises(ConfigError, match="no target to weigh samples with; pass target= to from_pretrained"):
+    with pytest.raises(
+        ConfigError,
+        match="has no target, .* pass target= to Posterior or from_pretrained. .* give --trust MODULE",
+    ):
         posterior.estimate(ROW)
 
 
@@ -118,6 +128,37 @@ def test_samples_become_json(posterior: Posterior) -> None:
 def test_no_samples_cannot_be_drawn(posterior: Posterior, n: int) -> None:
     with pytest.raises(ConfigError, match="n must be at least 1"):
         posterior.sample(ROW, n)
+
+
+# A row or rows
+
+
+def test_rows_give_a_list_and_a_row_its_result_alone(posterior: Posterior) -> None:
+    calls: list[Callable[[Any], Any]] = [
+        lambda rows: posterior.sample(rows, 3, seed=1),
+        lambda rows: posterior.sample(rows, 3, correct="sir", budget=8, seed=1),
+        lambda rows: posterior.estimate(rows, 30, seed=1),
+    ]
+    for call in calls:
+        alone, together = [call(row) for row in ROWS], call(ROWS)
+        assert isinstance(together, list)
+        assert str(together) == str(alone), "NaN is not equal to itself"
+        assert str(call(ROWS[:1])) == str(alone[:1]), "a list of one row gives a list"
+    alone, together = (
+        [posterior.diagnose(row, 20, seed=1) for row in ROWS],
+        posterior.diagnose(ROWS, 20, seed=1),
+    )
+    assert str(together.rows) == str(alone)
+    assert len(posterior.diagnose(ROWS[:1], 20).rows) == 1
+
+
+def test_estimates_share_one_default(posterior: Posterior) -> None:
+    defaults = {
+        name: signature(getattr(Posterior, name)).parameters["n"].default
+        for name in ("estimate", "diagnose", "predict", "vote")
+    }
+    assert set(defaults.values()) == {256}
+    assert posterior.estimate(ROW).n == 256
 
 
 # log q of given completions
@@ -206,41 +247,47 @@ def test_diagnosis_agrees_with_a_direct_enumeration(posterior: Posterior) -> Non
     kl_qp = (q * (log_q - log_p)).sum().item()
 
     diagnosis = posterior.diagnose(ROWS, n=2000)
-    assert len(diagnosis.reports) == 2
-    report = diagnosis.reports[0]
-    assert report["exact_log_z"] == pytest.approx(log_z.item(), abs=1e-4)
-    assert report["total_variation"] == pytest.approx(0.5 * (q - log_p.exp()).abs().sum().item(), abs=1e-4)
-    assert report["kl_qp"] == pytest.approx(kl_qp, abs=1e-4)
-    assert report["kl_pq"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), abs=1e-4)
-    assert report["kl_qp"] > 0.05, "the two distributions differ, or the test says nothing"
+    assert len(diagnosis.rows) == 2
+    found = diagnosis.rows[0]
+    assert found.distance is not None
+    assert found.exact_log_z == pytest.approx(log_z.item(), abs=1e-4)
+    assert found.distance.total_variation == pytest.approx(
+        0.5 * (q - log_p.exp()).abs().sum().item(), abs=1e-4
+    )
+    assert found.distance.kl_qp == pytest.approx(kl_qp, abs=1e-4)
+    assert found.distance.kl_pq == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), abs=1e-4)
+    assert found.distance.kl_qp > 0.05, "the two distributions differ, or the test says nothing"
 
     # Estimates of the same figures from 2000 samples, within six standard errors.
     log_w = log_r - log_q
     spread = ((q * log_w**2).sum() - (q * log_w).sum() ** 2).sqrt().item()
-    assert report["elbo"] == pytest.approx(log_z.item() - kl_qp, abs=6 * spread / math.sqrt(2000))
+    assert found.importance.elbo == pytest.approx(log_z.item() - kl_qp, abs=6 * spread / math.sqrt(2000))
     w = (log_w - log_z).exp()  # relative to Z: its mean is 1
     error = ((q * w**2).sum() - 1).sqrt().item() / math.sqrt(2000)
-    assert report["log_z"] == pytest.approx(log_z.item(), abs=6 * error)
-    assert report["n"] == 2000
-    assert report["valid"] == 1.0
-    assert 0 < report["distinct"] < 1
-    assert diagnosis.mean("elbo") == pytest.approx((report["elbo"] + diagnosis.reports[1]["elbo"]) / 2)
+    assert found.importance.log_z == pytest.approx(log_z.item(), abs=6 * error)
+    assert found.importance.n == 2000
+    assert found.importance.valid == 1.0
+    assert 0 < found.diversity.distinct < 1
+    assert diagnosis.mean("elbo") == pytest.approx(sum(row.importance.elbo for row in diagnosis.rows) / 2)
 
 
 def test_one_row_may_stand_alone_and_large_supports_are_not_enumerated(posterior: Posterior) -> None:
-    alone = posterior.diagnose(ROW, n=50, limit=83).reports
-    assert len(alone) == 1
-    assert "total_variation" not in alone[0], "4 + 16 + 64 completions"
-    assert "total_variation" in posterior.diagnose(ROW, n=50, limit=84).reports[0]
-    assert "elbo" in alone[0]
+    alone = posterior.diagnose(ROW, n=50, limit=83)
+    assert isinstance(alone, RowDiagnosis)
+    assert alone.distance is None, "4 + 16 + 64 completions"
+    assert alone.exact_log_z is None
+    assert posterior.diagnose(ROW, n=50, limit=84).distance is not None
+    with pytest.raises(DataError, match="not every row has the figure 'total_variation'"):
+        posterior.diagnose([ROW], n=50, limit=83).mean("total_variation")
 
 
 def test_a_hard_constraint_shows_in_the_diagnosis(one_lm: LanguageModel) -> None:
-    report = make(one_lm, extra=constraint.predicate(no_dog)).diagnose(ROW, n=200).reports[0]
-    assert 0 < report["valid"] < 1
-    assert report["elbo"] == -math.inf
-    assert report["kl_qp"] == math.inf
-    assert 0 < report["kl_pq"] < math.inf
+    found = make(one_lm, extra=constraint.predicate(no_dog)).diagnose(ROW, n=200)
+    assert 0 < found.importance.valid < 1
+    assert found.importance.elbo == -math.inf
+    assert found.distance is not None
+    assert found.distance.kl_qp == math.inf
+    assert 0 < found.distance.kl_pq < math.inf
 
 
 # On disk
@@ -319,6 +366,50 @@ def test_a_predicate_with_an_import_path_survives(one_lm: LanguageModel, tmp_pat
     assert all(math.isfinite(s.log_reward) == no_dog(s.text) for s in samples)
 
 
+# posterior.json as commit 94b16de wrote it.
+OLD = """{"format": 1, "model": "embedded", "weights": "adapter", "prompt": "{x}", "support": {"stop": [".", "!"],
+"min_tokens": 1, "max_tokens": 3, "allowed_tokens": null, "banned_tokens": ["a"], "tool": null}, "target": [{"log_prob":
+{"of": "{z}", "given": "{x}"}, "weight": 1.25}, {"predicate": "amortlm.tasks.numbers:is_valid", "weight": 1.25}]}"""
+
+
+def test_a_posterior_of_an_earlier_version_loads(one_lm: LanguageModel, tmp_path: Path) -> None:
+    support = Support(stop=(".", "!"), min_tokens=1, max_tokens=3, banned_tokens=("a",))
+    policy = tiny_policy(one_lm, "{x}", support)
+    policy.save_adapter(tmp_path)
+    (tmp_path / "posterior.json").write_text(OLD)
+    loaded = Posterior.from_pretrained(tmp_path, lm=one_lm)
+    target = (one_lm.log_prob("{z}", given="{x}") + constraint.predicate(is_valid)) / 0.8
+    assert loaded.target is not None
+    assert loaded.target.to_spec() == target.to_spec()
+    assert loaded.policy.support_spec.to_dict() == support.to_dict()
+    assert loaded.sample(ROW, 8) == Posterior(policy, target).sample(ROW, 8)
+
+
+class Mine(Target):
+    """All that a target has to be."""
+
+    def score_batch(self, scoring: Scoring) -> Tensor:
+        return torch.zeros(scoring.rollouts.stop_mask.shape)
+
+
+def test_a_target_is_its_score_and_no_more(one_lm: LanguageModel, tmp_path: Path) -> None:
+    posterior = Posterior(tiny_policy(one_lm, PROMPT, SUPPORT), Mine())
+    assert {s.log_reward for s in posterior.sample(ROW, 4)} == {0.0}
+    assert repr(Mine()) == "Mine", "no address: a run is known by its target in other processes, too"
+    with pytest.raises(
+        ConfigError, match="Mine cannot be saved by name: .* pass target= to Posterior.from_pretrained"
+    ):
+        Mine().to_spec()
+    posterior.save_pretrained(tmp_path)
+    assert (
+        "Mine cannot be saved by name"
+        in json.loads((tmp_path / "posterior.json").read_text())["target_not_saved"]
+    )
+    assert Posterior.from_pretrained(tmp_path, lm=one_lm, target=Mine()).sample(ROW, 4) == posterior.sample(
+        ROW, 4
+    )
+
+
 def test_a_lambda_is_left_out_and_given_again(one_lm: LanguageModel, tmp_path: Path) -> None:
     only = constraint.predicate(lambda text: "cat" in text)
     posterior = make(one_lm, extra=only)
@@ -329,7 +420,7 @@ def test_a_lambda_is_left_out_and_given_again(one_lm: LanguageModel, tmp_path: P
     bare = Posterior.from_pretrained(tmp_path, lm=one_lm)
     assert bare.target is None
     assert bare.sample(ROW)[0].text == posterior.sample(ROW)[0].text
-    with pytest.raises(ConfigError, match="pass target= to from_pretrained"):
+    with pytest.raises(ConfigError, match="pass target= to Posterior or from_pretrained"):
         bare.diagnose(ROW)
     again = Posterior.from_pretrained(tmp_path, lm=one_lm, target=only)
     samples = again.sample(ROW, 20)

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from reference import plain_ids, sequence_log_prob, tiny_policy
+from stats import LEVEL
 
 from amortlm.engine.decoding import Exploration
 from amortlm.errors import ConfigError
@@ -15,10 +17,7 @@ from amortlm.language_model import LanguageModel
 from amortlm.policy import Policy
 from amortlm.policy.laws import support_completions
 from amortlm.posterior import Posterior
-from amortlm.predictive import predict, vote
 from amortlm.support import Support
-from reference import plain_ids, sequence_log_prob, tiny_policy
-from stats import LEVEL
 
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=(" a", " cat", "s"))
 ROWS = [{"x": "the cat"}, {"x": "a"}]
@@ -69,12 +68,14 @@ def test_predictive_agrees_with_enumeration(one_lm: LanguageModel) -> None:
 
 def test_rows_at_once_equal_rows_alone(one_lm: LanguageModel) -> None:
     posterior = posterior_of(one_lm)
-    for row, together in zip(ROWS, predict(posterior, ROWS, ANSWERS, 8), strict=True):
+    for row, together in zip(ROWS, posterior.predict(ROWS, ANSWERS, 8), strict=True):
         alone = posterior.predict(row, ANSWERS, 8)
         assert together.probs == pytest.approx(alone.probs, abs=1e-5)
         assert sum(alone.probs) == pytest.approx(1)
         assert alone.best == ANSWERS[max(range(3), key=alone.probs.__getitem__)]
         assert 0 < alone.mass < 1
+    assert len(posterior.predict(ROWS[:1], ANSWERS, 2)) == len(posterior.vote(ROWS[:1], 2)) == 1
+    assert posterior.vote(ROWS, 8) == [posterior.vote(row, 8) for row in ROWS]
 
 
 def greedy_answer(lm: LanguageModel, ids: list[int]) -> str:
@@ -96,7 +97,7 @@ def greedy_answer(lm: LanguageModel, ids: list[int]) -> str:
 def test_votes_count_the_greedy_answers(one_lm: LanguageModel) -> None:
     """Of two rows at once, whose prompts differ in length."""
     posterior = posterior_of(one_lm)
-    votes = vote(posterior, ROWS, 32, max_tokens=3, seed=4)
+    votes = posterior.vote(ROWS, 32, max_tokens=3, seed=4)
     rollouts, _ = posterior.policy.sample(ROWS, 32, seed=4)
     counts: list[dict[str, int]] = [{}, {}]
     for row, z in zip(rollouts.row_index.tolist(), rollouts.completions(), strict=True):

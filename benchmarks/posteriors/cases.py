@@ -142,12 +142,11 @@ def policy_law(policy: Policy, row: Row = ROW) -> Array:
     for start in range(0, len(tokens), 512):
         part = tokens[start : start + 512]
         logits = passes.state_logits(prefix, torch.zeros(len(part), dtype=torch.long), part)
-        position = support.positions(part)
+        node = support.nodes(part)
         for depth in range(support.max_tokens):
-            legal = support.legal(depth, position[:, depth])
-            log_q = logits[:, depth].double().masked_fill(~legal, -torch.inf).log_softmax(-1)
-            end = log_q[:, list(support.stop_ids)].logsumexp(-1)
-            levels.setdefault(depth, []).append((log_q[:, choices], end))
+            t = torch.full((len(part),), depth)
+            next_ = support.step(logits[:, depth].double(), t, node[:, depth])
+            levels.setdefault(depth, []).append((next_.log_q[:, choices], next_.log_stop))
     log_prefix, out = torch.zeros(1, dtype=torch.float64), []
     for depth in range(support.max_tokens + 1):
         if depth < support.max_tokens:

@@ -153,8 +153,9 @@ SETTINGS: Settings = {
     "subtb": {},
     "db": {},
     "vargrad": {},
-    "tb": {"log_z": "learned"},  # an estimate from replayed or tempered samples is biased
-    "forward_kl": {"replay_ratio": 0.0, "tempered_ratio": 0.0},  # its weights are right for draws of q alone
+    # An estimate of log Z from replayed or tempered samples is biased.
+    "tb": {"objective": {"tb": {"log_z": "learned"}}},
+    "forward_kl": {"behaviour": {"policy": 1.0}},  # its weights are right for draws of q alone
 }
 OBJECTIVES = ("subtb", "db", "tb", "vargrad", "forward_kl")
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "diagnose_steps": 0}
@@ -178,7 +179,7 @@ def trainer_of(lm: LanguageModel, case: Case, folder: str, **settings: Any) -> G
                 "per_device_train_batch_size": 1,
             }
         ),
-        peft_config=default_lora(RANK),
+        adapter=RANK,
         callbacks=callbacks,
     )
 

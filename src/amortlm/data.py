@@ -1,4 +1,4 @@
-"""Rows: what people hold them in, and the files they come from."""
+"""Rows of data: from lists, tables and files."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ FIELD_LIMIT = 2**31 - 1  # characters of a CSV field; Python's default of 131,07
 def as_rows(data: Any, what: str = "data") -> list[dict[str, Any]]:
     """The rows of a list of mappings, a `datasets.Dataset`, a DataFrame (pandas, polars) or an Arrow table.
 
-    Raises DataError, with the remedy, for what is no list of rows (splits, streams, columns, a path) and for no rows.
+    Raises DataError, with the remedy, for anything else (splits, a stream, a mapping of columns, a path) and for no
+    rows.
     """
     if isinstance(data, str | bytes | Path):
         raise DataError(
             f"{what} is a path or text; give rows: amortlm.data.load_rows({str(data)!r}) reads a file"
         )
-    if _is_one_row(data):
+    if is_row(data):
         as_row(data, what)  # splits say so themselves
         raise DataError(
             f"{what} is one mapping; give a list of rows, [{{column: value, ...}}, ...], or "
@@ -55,8 +56,8 @@ def as_rows(data: Any, what: str = "data") -> list[dict[str, Any]]:
 
 
 def as_row(row: Any, what: str = "the row") -> dict[str, Any]:
-    """One row as a dict: a mapping or a Series. Raises DataError for anything else, and names that are not text."""
-    if not _is_one_row(row):
+    """A mapping or a Series as a dict. Raises DataError for anything else, and for column names that are not text."""
+    if not is_row(row):
         raise DataError(f"{what} is {_shown(row)}, not a mapping of column to value")
     if not isinstance(row, Mapping):
         _refuse_repeated(row.index, what)
@@ -75,11 +76,12 @@ def as_row(row: Any, what: str = "the row") -> dict[str, Any]:
 
 
 def rows_or_row(data: Any, what: str = "rows") -> list[dict[str, Any]]:
-    """Rows, or one row by itself."""
-    return as_rows([data] if _is_one_row(data) else data, what)
+    """The rows of `as_rows`, or the only row where `data` is one row."""
+    return as_rows([data] if is_row(data) else data, what)
 
 
-def _is_one_row(data: Any) -> bool:
+def is_row(data: Any) -> bool:
+    """Is it one row (a mapping or a Series), not rows?"""
     return isinstance(data, Mapping) or (
         hasattr(data, "to_dict") and hasattr(data, "index") and not _is_table(data)
     )
@@ -100,16 +102,15 @@ def _refuse_repeated(names: Iterable[Any], what: str) -> None:
         raise DataError(f"{what} has more than one column {repeated[0]!r}: rename or drop all but one")
 
 
-def check_rows(rows: Sequence[Row], columns: set[str], what: str) -> None:
+def check_rows(
+    rows: Sequence[Row], columns: set[str], what: str, why: str = ", which a template uses"
+) -> None:
     """Raise DataError unless every row has `columns`."""
     for i, row in enumerate(rows):
         missing = columns - set(row)
         if missing:
             name = min(missing)
-            raise DataError(
-                f"{what}: row {i} has no column {name!r}, which a template uses; "
-                + nearest(name, map(str, row))
-            )
+            raise DataError(f"{what}: row {i} has no column {name!r}{why}; " + nearest(name, map(str, row)))
 
 
 # Files

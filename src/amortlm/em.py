@@ -1,7 +1,7 @@
-"""Expectation maximisation: fit p to data through a latent that nobody wrote down.
+"""Expectation maximisation: fit p to data (x, y) through a latent z that the data do not have.
 
-The E-step trains q(z | x, y) to sample the posterior of p, the M-step maximises log p(z y | x) over p with z
-from q, weighted by importance: Fisher's identity makes that the gradient of log p(y | x). Hu et al. 2024, section 3.2.
+The E-step trains q(z | x, y) to sample the posterior of p. The M-step maximises the importance-weighted mean of
+log p(z y | x) over z from q, whose gradient is that of log p(y | x) (Fisher's identity). Hu et al. 2024, section 3.2.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from transformers import set_seed
 
 from amortlm.data import as_rows
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
-from amortlm.engine.decoding import seed_of
-from amortlm.engine.passes import gather_log_probs, pad_right
-from amortlm.errors import AmortLMError, ConfigError
+from amortlm.engine.passes import Passes, pad_right
+from amortlm.errors import ConfigError, TrainingError
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Policy
 from amortlm.posterior import Posterior
+from amortlm.seeds import seed_of
 from amortlm.support import Support
 from amortlm.targets.base import Target
 from amortlm.targets.lm import LogProb
 from amortlm.text.template import Messages
 from amortlm.train import GFNConfig, GFNTrainer, run
+from amortlm.train.renamed import refuse_keywords
 from amortlm.types import Rollouts, Row
 
 if TYPE_CHECKING:
@@ -41,10 +42,13 @@ DONE = "m_step.json"
 
 @dataclass(frozen=True)
 class MStep:
-    """steps: updates of p; num_samples: latents drawn from q for each row; batch_size: rows per update.
+    """Settings of an M-step.
 
-    weighted: weigh each row's latents by p(z y | x) / q(z), which keeps the step right where q is not yet the
-    posterior; without, every latent counts the same.
+    steps         updates of p
+    batch_size    rows per update
+    num_samples   latents drawn from q for each row
+    weighted      weigh the latents of a row by p(z y | x) / q(z), which keeps the gradient right where q is not yet the
+                  posterior; otherwise they count equally
     """
 
     steps: int = 100
@@ -59,8 +63,8 @@ class EM:
 
     target   one `log_prob` with `{z}`: `lm.log_prob("{z} The answer is {y}.", given="{x}")`
     args     settings of an E-step; its output_dir receives `round-0`, `round-1`, ... with `q` and `p` inside
-    adapter  what is trained of p in the M-step: as in `Policy`
-    seeds    gold completions in the replay buffer: a list per row
+    adapter, p_adapter   what is trained of q in an E-step, and of p in an M-step: as in `GFNTrainer`
+    gold     completions that start in the replay buffer: a list per row
 
     Finished rounds of an interrupted run are loaded, not run again. Raises ConfigError for another kind of target,
     CheckpointError for a folder with rounds of another run.
@@ -77,34 +81,38 @@ class EM:
         args: GFNConfig,
         m_step: MStep | None = None,
         rounds: int = 1,
-        peft_config: LoraConfig | str | None = None,
-        adapter: LoraConfig | str | None = None,
-        seeds: Sequence[Sequence[str | list[int]]] | None = None,
+        adapter: LoraConfig | int | str | Path | None = None,
+        p_adapter: LoraConfig | int | str | Path | None = None,
+        gold: Sequence[Sequence[str | list[int]]] | None = None,
+        **kwargs: Any,
     ):
+        refuse_keywords(kwargs, {"peft_config": "adapter", "seeds": "gold"})
+        if kwargs:
+            raise ConfigError(f"EM takes no {next(iter(kwargs))}")
         self.term = _single_term(target)
         self.temperature = 1.0 / target.terms[0][0]
         self.lm, self.prompt, self.support = lm, prompt, support
         self.rows = as_rows(train_dataset, "train_dataset")
-        self.args, self.m_step, self.rounds, self.seeds = args, m_step or MStep(), rounds, seeds
+        self.args, self.m_step, self.rounds, self.gold = args, m_step or MStep(), rounds, gold
         if rounds < 1:
             raise ConfigError(f"rounds must be at least 1, got {rounds}")
-        if peft_config == FULL and rounds > 1:
+        if adapter == FULL and rounds > 1:
             raise ConfigError(
                 "a full copy as q cannot go on from the round before; give a LoraConfig, or rounds=1"
             )
-        self.q_adapter, self.is_full = peft_config, adapter == FULL
+        self.q_adapter, self.is_full = adapter, p_adapter == FULL
         set_seed(args.seed)  # an adapter starts at random
-        copied = trainable_copy(lm, adapter)
+        copied = trainable_copy(lm, p_adapter)
         self._trained = [p for p in copied.parameters() if p.requires_grad]
         self._start = [p.detach().clone() for p in self._trained]
         # p as it stands; so far it is `lm` in another module tree.
         self.model = lm.with_model(copied)
 
     def run(self) -> Posterior:
-        """All rounds. The result samples from q and scores with the fitted p, which is `em.model`."""
+        """Run all rounds. The result samples from q and scores with the fitted p, which is `em.model`."""
         folder = Path(str(self.args.output_dir))
         for p, start in zip(self._trained, self._start, strict=True):
-            p.data.copy_(start)  # of an M-step that was cut short nothing stays
+            p.data.copy_(start)  # undoes an M-step that was cut short
         self._claim(folder)
         q = self.q_adapter
         for number in range(self.rounds):
@@ -112,7 +120,7 @@ class EM:
             if not (here / DONE).exists():
                 posterior = self._e_step(here / "q", q, number)
                 losses = fit(
-                    self.model.model,
+                    self.model.passes,
                     self.term,
                     posterior,
                     self.rows,
@@ -127,10 +135,10 @@ class EM:
         return Posterior.from_pretrained(here / "q", lm=self.lm, target=self._target())
 
     def _claim(self, folder: Path) -> None:
-        """Raise CheckpointError where the folder holds rounds of another run; else say whose it is. More rounds are no
-        other run."""
+        """Raise CheckpointError where the folder holds rounds of another run (one that differs in more than the number
+        of rounds); otherwise write what identifies this run."""
         policy = Policy(self.lm, self.prompt, self.support, self.q_adapter)
-        stated = run.identity(policy, self._target(), self.rows, self.args, seeds=self.seeds)
+        stated = run.identity(policy, self._target(), self.rows, self.args, gold=self.gold)
         stated |= {
             "m_step": asdict(self.m_step),
             "p": run.stated_adapter(self.model.model, self.is_full),
@@ -155,8 +163,8 @@ class EM:
             support=self.support,
             train_dataset=self.rows,
             args=args,
-            peft_config=q,
-            seeds=self.seeds,
+            adapter=q,
+            gold=self.gold,
         )
         found = run.can_resume(folder)
         trainer.train(resume_from_checkpoint=found, overwrite_output_dir=not found)
@@ -164,7 +172,7 @@ class EM:
 
 
 def fit(
-    model: Any,
+    passes: Passes,
     term: LogProb,
     posterior: Posterior,
     rows: Sequence[Row],
@@ -172,7 +180,7 @@ def fit(
     config: MStep,
     seed: object,
 ) -> list[float]:
-    """The M-step: maximise log p(z y | x) of `model` over `parameters`, z from the posterior's policy.
+    """The M-step: maximise log p(z y | x) of a model over `parameters`, z from the posterior's policy.
 
     Returns the loss of each step: minus the weighted mean of log p(z y | x), nats.
     """
@@ -183,13 +191,13 @@ def fit(
     for step in tqdm(range(config.steps), desc="M-step", disable=None):
         batch = _batch(rows, config.batch_size, (seed, step))
         rollouts, log_q = posterior.policy.sample(batch, config.num_samples, seed=(seed, step))
-        log_p = joint_log_prob(model, term, rollouts)
+        log_p = joint_log_prob(passes, term, rollouts)
         weight = posterior_weights(log_p.detach(), log_q.final(rollouts.lengths), rollouts.row_index)
         if not config.weighted:
             weight = torch.full_like(weight, 1.0 / config.num_samples)
         loss = -(weight * log_p).sum() / len(batch)
         if not torch.isfinite(loss):
-            raise AmortLMError(f"the M-step's loss is {loss.item()} at step {step}: lower its learning_rate")
+            raise TrainingError(f"the M-step's loss is {loss.item()} at step {step}: lower its learning_rate")
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -209,10 +217,11 @@ def posterior_weights(log_p: Tensor, log_q: Tensor, group: Tensor) -> Tensor:
     return out
 
 
-def joint_log_prob(model: Any, term: LogProb, rollouts: Rollouts) -> Tensor:
-    """[B] log p(z y | x) under `model`, differentiable: what `term` says of finished completions, nats.
+def joint_log_prob(passes: Passes, term: LogProb, rollouts: Rollouts) -> Tensor:
+    """[B] log p(z y | x) of finished completions, nats, differentiable in the model of `passes`.
 
-    The stop symbol is the one that was written (a target sums over them). Tokens of a tool cost nothing.
+    Of several stop symbols the one that was written counts (a target sums over them). Tokens of a tool have
+    probability 1.
     """
     sequences, scored = [], []
     contexts = [term.context(row) for row in rollouts.rows]
@@ -224,11 +233,9 @@ def joint_log_prob(model: Any, term: LogProb, rollouts: Rollouts) -> Tensor:
         before, after = len(c.before) - c.before_scored, len(c.after) - c.after_scored
         own = [*chosen[b][: len(tokens)], True]
         scored.append([0] * before + [1] * c.before_scored + own + [0] * after + [1] * c.after_scored)
-    ids, lengths = pad_right(sequences, model.device)
-    counts = pad_right(scored, model.device)[0][:, 1:].bool()
-    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits[:, :-1]
-    return torch.where(counts, gather_log_probs(logits, ids[:, 1:]), 0.0).sum(1)
+    log_p = passes.log_probs(sequences)
+    counts = pad_right(scored, log_p.device)[0][:, 1:].bool()
+    return torch.where(counts, log_p, 0.0).sum(1)
 
 
 def _batch(rows: Sequence[Row], size: int, seed: object) -> list[Row]:
@@ -241,5 +248,5 @@ def _single_term(target: Target) -> LogProb:
     if len(terms) != 1 or not isinstance(terms[0][1], LogProb) or not terms[0][1].of.has_latent:
         raise ConfigError(f"EM fits a model through a target that is one log_prob of `{{z}}`, not {target!r}")
     if terms[0][0] <= 0:
-        raise ConfigError("EM needs a positive weight of its log_prob: a temperature")
+        raise ConfigError("EM needs a log_prob with a positive weight, the inverse of a temperature")
     return terms[0][1]

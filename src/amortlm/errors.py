@@ -8,6 +8,7 @@ AmortLMError
 ├── SupportError         a stop string that is not one token, a support that allows nothing
 ├── RewardError          NaN or +inf reward, a target that cannot do what an objective needs
 ├── ConfigError          unknown task, YAML key or objective (with the nearest valid name)
+├── TrainingError        a loss that is not finite, a process of the run that stopped
 ├── CheckpointError      a saved run or posterior that is incomplete or of another layout
 └── MissingExtraError    an optional dependency is not installed
 """
@@ -46,6 +47,10 @@ class RewardError(AmortLMError, ValueError):
 
 
 class ConfigError(AmortLMError, ValueError):
+    pass
+
+
+class TrainingError(AmortLMError, RuntimeError):
     pass
 
 

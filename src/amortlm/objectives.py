@@ -1,4 +1,4 @@
-"""GFlowNet objectives as pure functions of the log importance weights.
+"""GFlowNet objectives: pure functions of the log importance weights, and the records by which training knows them.
 
     log_w[b, t] = log R(z_1:t) - sum_{k<=t} log q(z_k | z_<k) - log q(stop | z_1:t)
 
@@ -6,21 +6,27 @@ At q = R / Z every entry is log Z, so every objective and its gradient are zero 
 of the posterior: zero on average). Each takes log_w [B, T+1] and stop_mask [B, T+1] (entries outside are ignored) and
 returns (loss, metrics): a scalar and a dict of floats. Losses are means over trajectories or groups, so a batch
 split evenly over processes has the gradient of the whole. An objective never sees a model, a tokenizer or a task.
+
+To add one, write its function, and a record (`Objective`) under `register`: nothing else asks for its name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Literal
+
 import torch
 from torch import Tensor
 
-from amortlm.errors import DataError, RewardError
+from amortlm.errors import ConfigError, DataError, RewardError, nearest
+from amortlm.settings import check_keys, typed
 from amortlm.types import PolicyLogProbs
+from amortlm.weights import log_mean_exp
 
 Loss = tuple[Tensor, dict[str, float]]
 
-OBJECTIVES = ("subtb", "db", "tb", "vargrad", "forward_kl")
-EVERY_PREFIX_OBJECTIVES = ("subtb", "db")  # these compare the rewards of prefixes
-GROUP_OBJECTIVES = ("vargrad", "forward_kl")  # these compare samples of one prompt, and know no log Z
+# Formulas
 
 
 def log_weights(log_reward: Tensor, log_probs: PolicyLogProbs, stop_mask: Tensor) -> Tensor:
@@ -149,8 +155,7 @@ def forward_kl(log_w: Tensor, stop_mask: Tensor, group: Tensor, drawn_from_p: Te
 
 def group_log_mean_exp(values: Tensor, group: Tensor) -> Tensor:
     """[G] log of the mean of exp(values) within each group."""
-    out = [values[group == g] for g in range(int(group.max()) + 1)]
-    return torch.stack([v.logsumexp(0) - torch.tensor(float(len(v))).log() for v in out])
+    return torch.stack([log_mean_exp(values[group == g]) for g in range(int(group.max()) + 1)])
 
 
 def _group_mean(values: Tensor, group: Tensor) -> Tensor:
@@ -172,7 +177,198 @@ def subsample_states(stop_mask: Tensor, keep: int, generator: torch.Generator | 
     return stop_mask & (rank < keep)
 
 
+def spread(log_w: Tensor, stop_mask: Tensor, group: Tensor) -> dict[str, float]:
+    """Means over the prompts of the batch, for the log: `log_z`, the mean of a prompt's final log_w, and
+    `log_w_variance`, their variance; nats and nats squared. Needs two samples of each prompt."""
+    final = final_log_w(log_w, stop_mask)
+    variance, metrics = vargrad(final[:, None], torch.ones_like(final[:, None], dtype=torch.bool), group)
+    return {**metrics, "log_w_variance": variance.item()}
+
+
 def _mean_over_trajectories(total: Tensor, weight: Tensor) -> Loss:
     """Mean over trajectories of total / weight. Those without a pair count as zero."""
     per_trajectory = total / weight.clamp(min=torch.finfo(torch.float32).tiny)
     return per_trajectory.mean(), {"trajectories_without_pair": (weight == 0).sum().item()}
+
+
+# Records
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What an objective sees of B trajectories of N prompts.
+
+    log_w           [B, T+1]  log importance weights, nats; 0 outside stop_mask
+    stop_mask       [B, T+1]  bool: the stopping states that count
+    group           [B] long  the prompt of each trajectory
+    log_z           [N]       log Z of each prompt, nats, where the objective learns it
+    from_posterior  [N] bool  prompts with draws of the posterior among their completions
+    """
+
+    log_w: Tensor
+    stop_mask: Tensor
+    group: Tensor
+    log_z: Tensor | None = None
+    from_posterior: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What training knows of an objective. Each is a frozen dataclass whose fields are its settings.
+
+    every_prefix    does it compare the rewards of prefixes? Then a target must be able to judge unfinished text
+    biased_by       behaviours (names of `GFNConfig.behaviour`, and "epsilon") that move its optimum
+    posterior_only  are the corrected completions of a prompt taken for draws of the posterior? Then all of them are
+                    corrected; else half of them, which are compared with fresh ones
+
+    Raises ConfigError for settings that cannot be.
+    """
+
+    name: ClassVar[str]
+    every_prefix: ClassVar[bool] = False
+    biased_by: ClassVar[tuple[str, ...]] = ()
+    posterior_only: ClassVar[bool] = False
+
+    @property
+    def min_samples(self) -> int:
+        """Completions of a prompt that it needs."""
+        return 1
+
+    @property
+    def log_z_rate(self) -> float | None:
+        """The learning rate of log Z of each prompt; None: it learns none."""
+        return None
+
+    def kept_states(self, stop_mask: Tensor, generator: torch.Generator) -> Tensor:
+        """[B, T+1] bool: the stopping states that it looks at; no others are scored."""
+        return stop_mask
+
+    def loss(self, inputs: LossInputs) -> Loss:
+        """(a scalar, figures for the log)."""
+        raise NotImplementedError
+
+    @property
+    def stated(self) -> str | dict[str, dict[str, Any]]:
+        """As `parse` reads it: its name, with the settings that are not the default."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {f.name: own[f.name] for f in fields(self) if own[f.name] != f.default}
+        return {self.name: changed} if changed else self.name
+
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register(record: type[Objective]) -> type[Objective]:
+    """Make an objective known by its name."""
+    OBJECTIVES[record.name] = record
+    return record
+
+
+def parse(given: Any) -> Objective:
+    """The objective that a setting states: a name, or {name: {setting: value, ...}}. Raises ConfigError."""
+    if isinstance(given, str):
+        given = {given: {}}
+    if not isinstance(given, Mapping) or len(given) != 1:
+        raise ConfigError(
+            f"objective is a name, or a name with its settings such as {{'subtb': {{'lam': 0.9}}}}, not {given!r}"
+        )
+    ((name, settings),) = given.items()
+    if name not in OBJECTIVES:
+        raise ConfigError(f"unknown objective {name!r}; {nearest(str(name), OBJECTIVES)}")
+    record, where = OBJECTIVES[name], f"objective {name}"
+    settings = {} if settings is None else settings
+    check_keys(settings, [f.name for f in fields(record)], where)
+    return record(**typed(settings, record, where))
+
+
+@dataclass(frozen=True)
+class _WithLogZ(Objective):
+    """log_z: of a prompt, estimated from the "group" of its samples, or "learned" at log_z_learning_rate."""
+
+    log_z: Literal["group", "learned"] = "group"
+    log_z_learning_rate: float = 0.1
+
+    @property
+    def min_samples(self) -> int:
+        return 2 if self.log_z == "group" else 1
+
+    @property
+    def log_z_rate(self) -> float | None:
+        return self.log_z_learning_rate if self.log_z == "learned" else None
+
+
+@register
+@dataclass(frozen=True)
+class SubTB(_WithLogZ):
+    """lam: decay of a pair's weight with its distance; states: look at so many random stopping states of each
+    completion (None: all). log Z is the root's, where min_tokens > 0."""
+
+    name = "subtb"
+    every_prefix = True
+    lam: float = 1.0
+    states: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.states is not None and self.states < 2:
+            raise ConfigError(
+                f"objective subtb: states must be at least 2, got {self.states}: a pair residual needs two states"
+            )
+
+    def kept_states(self, stop_mask: Tensor, generator: torch.Generator) -> Tensor:
+        return stop_mask if self.states is None else subsample_states(stop_mask, self.states, generator)
+
+    def loss(self, inputs: LossInputs) -> Loss:
+        return subtb(*with_root(inputs.log_w, inputs.stop_mask, inputs.group, inputs.log_z), self.lam)
+
+
+@register
+@dataclass(frozen=True)
+class DB(_WithLogZ):
+    """log Z is the root's, where min_tokens > 0."""
+
+    name = "db"
+    every_prefix = True
+
+    def loss(self, inputs: LossInputs) -> Loss:
+        return db(*with_root(inputs.log_w, inputs.stop_mask, inputs.group, inputs.log_z))
+
+
+@register
+@dataclass(frozen=True)
+class TB(_WithLogZ):
+    name = "tb"
+
+    def loss(self, inputs: LossInputs) -> Loss:
+        return tb(inputs.log_w, inputs.stop_mask, inputs.group, inputs.log_z)
+
+
+class _OfGroup(Objective):
+    """Compares the samples of one prompt, and knows no log Z."""
+
+    @property
+    def min_samples(self) -> int:
+        return 2
+
+
+@register
+@dataclass(frozen=True)
+class VarGrad(_OfGroup):
+    name = "vargrad"
+
+    def loss(self, inputs: LossInputs) -> Loss:
+        return vargrad(inputs.log_w, inputs.stop_mask, inputs.group)
+
+
+@register
+@dataclass(frozen=True)
+class ForwardKL(_OfGroup):
+    name = "forward_kl"
+    biased_by = (
+        "tempered",
+        "replay",
+        "epsilon",
+    )  # it weighs samples by R / q, which is right for those of q alone
+    posterior_only = True
+
+    def loss(self, inputs: LossInputs) -> Loss:
+        return forward_kl(inputs.log_w, inputs.stop_mask, inputs.group, inputs.from_posterior)

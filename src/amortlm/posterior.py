@@ -1,4 +1,4 @@
-"""The trained sampler, for users: sample, log_prob, diagnose, save and load."""
+"""The trained sampler, for users: sample, log_prob, diagnose, predict, vote, save and load."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from amortlm import saved
-from amortlm.data import as_row, check_rows, rows_or_row
-from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, diagnose
+from amortlm.data import as_row, check_rows, is_row, rows_or_row
+from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, RowDiagnosis, diagnose
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.engine.adapter import FULL
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
-from amortlm.inference.correct import Weighted, check_method, corrected, draw
+from amortlm.inference.correct import check_method, check_n, corrected, draw, require_target, weigh
 from amortlm.inference.exact import LIMIT
 from amortlm.language_model import LanguageModel
 from amortlm.policy.policy import Policy
@@ -28,14 +28,22 @@ from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
 from amortlm.types import Rollouts, Row
 
-BATCH = 256  # completions sampled and scored at once
+Rows = Sequence[Row]
+SAMPLES = (
+    256  # that estimates are made of: a probability is then known to 3 points, and k-hat has a tail to fit
+)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One completion. log_q, log_reward: nats; weight: self-normalised importance weight among its batch (they
-    sum to 1; all 0 where R = 0 for every one of them), 1/n after a correction, None when the posterior has no
-    target; statements: of a completion that is a list (the support has a separator)."""
+    """One completion.
+
+    text         with its stop symbol, unless that is a special token; tokens: without it
+    log_q        nats; log_reward: nats, None where the posterior has no target
+    weight       importance weight among the samples of its row, which sum to 1 (0 for all where R = 0 for all);
+                 1/n after a correction, None where the posterior has no target
+    statements   those of a completion that is a list (the support has a separator), else None
+    """
 
     text: str
     tokens: list[int]
@@ -49,16 +57,17 @@ class Sample:
 
 
 class Samples(list[Sample]):
-    """n samples and how they came about. Without a correction they are draws of q, with importance weights; with
-    one, draws of the posterior, approximately, of equal weight: copies of each other where the budget found little.
+    """The n samples of one row, and how they were made. Without a correction they are draws of q with importance
+    weights. With one they are approximate draws of the posterior, of equal weight; where few of the completions drawn
+    are any good, many of the samples are copies of these.
 
     method           "none", "sir", "smc" or "mh"
-    draws            completions drawn from q for them; the rest of one, drawn anew by smc or mh, counts as one
-    ess              effective sample size, in draws, of the weights: before resampling for sir and smc, where far
-                     fewer than n means many copies. None for mh, or without a target
-    log_z            log of the mean weight, whose expectation is Z exactly; nats; -inf where R = 0 for all draws.
-                     None for mh, or without a target
-    acceptance_rate  of mh, else None
+    draws            completions drawn from q to make them; a suffix that smc or mh redraws counts as one
+    ess              effective sample size of the weights, in draws (for sir and smc before resampling: far below n, the
+                     samples are mostly copies). None for mh, or without a target
+    log_z            log of the mean weight, nats, -inf where R = 0 for all draws; the mean weight is an unbiased
+                     estimate of Z. None for mh, or without a target
+    acceptance_rate  share of the steps of mh that were accepted, else None
     """
 
     def __init__(
@@ -76,67 +85,81 @@ class Samples(list[Sample]):
         self.ess, self.log_z, self.acceptance_rate = ess, log_z, acceptance_rate
 
     def summary(self) -> dict[str, Any]:
-        """All of the above, for JSON."""
+        """How they were made, for JSON: the attributes above."""
         return dict(self.__dict__)
 
 
 class Posterior:
-    """A policy and the target it was trained on. `target` may be None: then it samples but cannot weigh."""
+    """A policy and the target it was trained on. `target` may be None: then it samples but cannot weigh.
+
+    `sample`, `estimate`, `diagnose`, `predict` and `vote` take one row, and give one result, or rows (a list, a
+    DataFrame, a Dataset), and give a list with a result for each. The same seed gives the same samples of a row,
+    whatever other rows there are. What is estimated rests on n = 256 samples by default: then a probability has a
+    standard error of at most 0.03, and the Pareto fit of the weights (k-hat) has a tail of some fifty.
+    """
 
     def __init__(self, policy: Policy, target: Target | None):
         self.policy, self.target, self.lm = policy, target, policy.lm
         if target is not None:
             check_statements(target, policy.support)
 
+    @overload
     def sample(
-        self, row: Row, n: int = 1, *, correct: str = "none", budget: int | None = None, seed: object = 0
-    ) -> Samples:
-        """n completions for one row. The same seed gives the same samples.
+        self, rows: Row, n: int = ..., *, correct: str = ..., budget: int | None = ..., seed: object = ...
+    ) -> Samples: ...
+    @overload
+    def sample(
+        self, rows: Rows, n: int = ..., *, correct: str = ..., budget: int | None = ..., seed: object = ...
+    ) -> list[Samples]: ...
+    def sample(
+        self,
+        rows: Row | Rows,
+        n: int = 1,
+        *,
+        correct: str = "none",
+        budget: int | None = None,
+        seed: object = 0,
+    ) -> Samples | list[Samples]:
+        """n completions of a row, or of each row.
 
-        correct: "none" draws from q, in one left-to-right pass each. The others draw from the posterior itself as
-        the budget grows, whatever q is: "sir" resamples `budget` draws by weight, "smc" as many particles, weighted
-        and resampled on the way, "mh" spends a quarter of the budget on draws to start from and the rest on the
-        steps of n chains. budget: completions drawn from q in all, by default max(256, 16 n); what smc draws anew
-        after resampling comes on top. See docs/inference.md.
+        correct: "none" draws from q, one left-to-right pass for each completion. The others converge to the posterior
+        as the budget grows, whatever q is: "sir" resamples `budget` draws by weight; "smc" resamples as many particles
+        on the way, too; "mh" spends a quarter of the budget on where n chains start and the rest on their steps.
+        budget: completions drawn from q for a row, by default max(256, 16 n); suffixes that smc redraws come on top.
+        See docs/inference.md.
 
-        Raises DataError for a missing column, PromptTooLongError for a prompt that does not fit, ConfigError for a
-        correction that is unknown or has no target, a budget without one or too small for n (sir, smc: n; mh: 2 n),
-        and smc or mh on a support with a tool; RewardError where there is nothing to resample: R = 0 everywhere.
+        Raises DataError for a missing column, PromptTooLongError for a prompt that does not fit, ConfigError for an
+        unknown correction, one without a target, a budget without a correction or too small for n (sir, smc: n; mh:
+        2 n), smc or mh on a support with a tool; RewardError where every completion drawn for a correction has R = 0.
         """
         check_method(correct)
-        if correct == "none":
-            if budget is not None:
-                raise ConfigError(
-                    'budget is for corrected samples: give correct="sir", "smc" or "mh" with it'
-                )
-            return self._uncorrected(row, n, seed)
+        check_n(n)
+        if correct == "none" and budget is not None:
+            raise ConfigError('budget is for corrected samples: give correct="sir", "smc" or "mh" with it')
+        found = [self._sample(row, n, correct, budget, seed) for row in self._checked(rows)]
+        return found[0] if is_row(rows) else found
+
+    def _sample(self, row: Row, n: int, method: str, budget: int | None, seed: object) -> Samples:
+        if method != "none":
+            target = require_target(self.target)
+            got = corrected(self.policy, target, row, n, method=method, budget=budget, seed=seed)
+            return Samples(
+                self._listed(got.drawn.rollouts, got.drawn.log_q, got.drawn.log_reward, [1 / n] * n),
+                method=method,
+                draws=got.drawn.draws,
+                ess=got.ess,
+                log_z=got.log_z,
+                acceptance_rate=got.acceptance_rate,
+            )
         if self.target is None:
-            raise ConfigError(f"correct={correct!r} needs a target; pass target= to from_pretrained")
-        row = self._check_draw(row, n)
-        got = corrected(
-            self.policy, self.target, row, n, method=correct, budget=budget, seed=seed, batch=BATCH
-        )
-        return Samples(
-            self._samples(got.drawn.rollouts, got.drawn.log_q, got.drawn.log_reward, [1 / n] * n),
-            method=correct,
-            draws=got.drawn.draws,
-            ess=got.ess,
-            log_z=got.log_z,
-            acceptance_rate=got.acceptance_rate,
-        )
+            rollouts, log_q, _ = draw(self.policy, None, row, n, seed=seed)
+            return Samples(self._listed(rollouts, log_q, None, None), draws=n)
+        pool = weigh(self.policy, self.target, row, n, seed=seed)
+        weights = pool.log_weights.double().softmax(0).nan_to_num(0.0).tolist()
+        listed = self._listed(pool.rollouts, pool.log_q, pool.log_reward, weights)
+        return Samples(listed, draws=n, ess=pool.ess, log_z=pool.log_z)
 
-    def _uncorrected(self, row: Row, n: int, seed: object) -> Samples:
-        rollouts, log_q, log_reward = self._draw(row, n, seed)
-        if log_reward is None:
-            return Samples(self._samples(rollouts, log_q, None, None), draws=n)
-        log_w = log_reward - log_q
-        weights = log_w.double().softmax(0).nan_to_num(0.0).tolist()
-        pool = Weighted(rollouts, log_q, log_reward, log_w, n)
-        return Samples(
-            self._samples(rollouts, log_q, log_reward, weights), draws=n, ess=pool.ess, log_z=pool.log_z
-        )
-
-    def _samples(
+    def _listed(
         self, rollouts: Rollouts, log_q: Tensor, log_reward: Tensor | None, weights: list[float] | None
     ) -> list[Sample]:
         texts = self.texts(rollouts)
@@ -158,11 +181,11 @@ class Posterior:
 
     @torch.no_grad()
     def log_prob(self, row: Row, completions: Sequence[str | Sequence[int]]) -> Tensor:
-        """[n] exact log q of completions (texts or token lists), nats, on the support.
+        """[n] log q of n completions (texts or token lists) of a row, exactly, in nats.
 
-        A completion outside the support raises DataError.
+        Raises DataError for a completion outside the support, or a missing column.
         """
-        row = self._check(as_row(row))[0]
+        row = self._checked(as_row(row))[0]
         if isinstance(completions, str):
             raise DataError(f"log_prob takes a list of completions: write [{completions!r}]")
         if len(completions) == 0:
@@ -176,67 +199,126 @@ class Posterior:
         pairs = zip(rollouts.completions(), rollouts.stops.tolist(), strict=True)
         return [self.lm.decode(tokens if stop in special else [*tokens, stop]) for tokens, stop in pairs]
 
-    def estimate(self, row: Row, n: int = 256, *, seed: object = 0) -> ImportanceEstimate:
-        """Importance diagnostics of one row from n fresh samples. Small n flatter a bad proposal."""
-        return self._weigh(row, n, seed)[2]
+    @overload
+    def estimate(self, rows: Row, n: int = ..., *, seed: object = ...) -> ImportanceEstimate: ...
+    @overload
+    def estimate(self, rows: Rows, n: int = ..., *, seed: object = ...) -> list[ImportanceEstimate]: ...
+    def estimate(
+        self, rows: Row | Rows, n: int = SAMPLES, *, seed: object = 0
+    ) -> ImportanceEstimate | list[ImportanceEstimate]:
+        """Importance diagnostics from n fresh samples of each row. With a small n a bad sampler looks better than it
+        is. Raises ConfigError without a target, DataError for a missing column."""
+        target = require_target(self.target)
+        pools = [weigh(self.policy, target, row, n, seed=seed) for row in self._checked(rows)]
+        found = [estimate(pool.log_weights, pool.log_reward) for pool in pools]
+        return found[0] if is_row(rows) else found
 
-    def _weigh(self, row: Row, n: int, seed: object) -> tuple[Rollouts, Tensor, ImportanceEstimate]:
-        """n samples, their log weights [n] and what these say."""
-        rollouts, log_q, log_reward = self._draw(row, n, seed)
-        if log_reward is None:
-            raise ConfigError(
-                "this posterior has no target to weigh samples with; pass target= to from_pretrained"
-            )
-        log_w = log_reward - log_q
-        return rollouts, log_w, estimate(log_w, log_reward)
-
+    @overload
     def diagnose(
         self,
-        rows: Row | Sequence[Row],
-        n: int = 256,
+        rows: Row,
+        n: int = ...,
+        *,
+        seed: object = ...,
+        limit: int = ...,
+        level: float = ...,
+        gold: Gold | None = ...,
+    ) -> RowDiagnosis: ...
+    @overload
+    def diagnose(
+        self,
+        rows: Rows,
+        n: int = ...,
+        *,
+        seed: object = ...,
+        limit: int = ...,
+        level: float = ...,
+        gold: Gold | None = ...,
+    ) -> Diagnosis: ...
+    def diagnose(
+        self,
+        rows: Row | Rows,
+        n: int = SAMPLES,
         *,
         seed: object = 0,
         limit: int = LIMIT,
         level: float = LEVEL,
         gold: Gold | None = None,
-    ) -> Diagnosis:
+    ) -> RowDiagnosis | Diagnosis:
         """How far the sampler is from the posterior, row by row, with a verdict (`amortlm.diagnostics.diagnose`).
 
-        Importance diagnostics from n samples each, and intervals for log Z and both KL divergences that hold jointly
-        at `level`, from draws of the posterior (`amortlm.inference.truth`): four to five times the cost of
-        `estimate`, more where q is too far off and chains must run. Where the support has at most `limit`
-        completions, also exact log Z, total variation and both divergences by enumeration.
+        Importance diagnostics of n samples each; intervals for log Z, KL(q || p) and KL(p || q) that hold jointly at
+        `level`, from draws of the posterior (`amortlm.inference.truth`); and where the support has at most `limit`
+        completions, the exact values by enumeration. It costs four to five times `estimate`, and more where q is so far
+        off that Markov chains must run.
 
-        gold: per row, completions known to be good (texts or tokens); they can show a mode that q misses. Raises
-        ConfigError without a target, DataError for missing columns or gold completions outside the support.
+        gold: a list for each row (also for a single one) of completions known to be good, texts or tokens; they can
+        show a mode that q misses. Raises ConfigError without a target, DataError for a missing column or a gold
+        completion outside the support.
         """
-        return diagnose(self, self._check(rows), n, seed=seed, limit=limit, level=level, gold=gold)
+        target, checked = require_target(self.target), self._checked(rows)
+        found = diagnose(self.policy, target, checked, n, seed=seed, limit=limit, level=level, gold=gold)
+        return found.rows[0] if is_row(rows) else found
 
+    @overload
     def predict(
-        self, row: Row, answers: Sequence[str], n: int = 64, *, temperature: float = 1.0, seed: object = 0
-    ) -> Prediction:
-        """p(y | x) over the answers: the mean over n samples z of p(y | x z), with its Monte-Carlo error.
+        self, rows: Row, answers: Sequence[str], n: int = ..., *, temperature: float = ..., seed: object = ...
+    ) -> Prediction: ...
+    @overload
+    def predict(
+        self,
+        rows: Rows,
+        answers: Sequence[str],
+        n: int = ...,
+        *,
+        temperature: float = ...,
+        seed: object = ...,
+    ) -> list[Prediction]: ...
+    def predict(
+        self,
+        rows: Row | Rows,
+        answers: Sequence[str],
+        n: int = SAMPLES,
+        *,
+        temperature: float = 1.0,
+        seed: object = 0,
+    ) -> Prediction | list[Prediction]:
+        """p(y | x) for each of the answers: the mean over n samples z of p(y | x z), with its standard error.
 
-        The target must be one log_prob with the answer's column after `{z}`, which the prompt may not show (see
-        `amortlm.predictive`, also for many rows at once). Raises ConfigError, DataError.
+        temperature: of the samples; 0 takes the greedy one, token by token. The target must be one log_prob with the
+        answer's column after `{z}`, and the prompt may not show that column (`amortlm.predictive`). Raises ConfigError
+        for another target, a temperature below 0 or n < 1, DataError for no answers.
         """
-        return predict(self, [row], answers, n, temperature=temperature, seed=seed)[0]
+        known = rows_or_row(rows)
+        found = predict(self.policy, self.target, known, answers, n, temperature=temperature, seed=seed)
+        return found[0] if is_row(rows) else found
 
-    def vote(self, row: Row, n: int = 10, *, temperature: float = 1.0, seed: object = 0) -> Votes:
-        """The model's greedy answers after each of n samples z, counted; under the same conditions."""
-        return vote(self, [row], n, temperature=temperature, seed=seed)[0]
+    @overload
+    def vote(
+        self, rows: Row, n: int = ..., *, temperature: float = ..., max_tokens: int = ..., seed: object = ...
+    ) -> Votes: ...
+    @overload
+    def vote(
+        self, rows: Rows, n: int = ..., *, temperature: float = ..., max_tokens: int = ..., seed: object = ...
+    ) -> list[Votes]: ...
+    def vote(
+        self,
+        rows: Row | Rows,
+        n: int = SAMPLES,
+        *,
+        temperature: float = 1.0,
+        max_tokens: int = 8,
+        seed: object = 0,
+    ) -> Votes | list[Votes]:
+        """The frozen model's greedy answers after each of n samples z, of at most `max_tokens` tokens, counted. Target
+        and prompt are as for `predict`, and so are the errors."""
+        known = rows_or_row(rows)
+        found = vote(
+            self.policy, self.target, known, n, temperature=temperature, max_tokens=max_tokens, seed=seed
+        )
+        return found[0] if is_row(rows) else found
 
-    def _draw(self, row: Row, n: int, seed: object) -> tuple[Rollouts, Tensor, Tensor | None]:
-        row = self._check_draw(row, n)
-        return draw(self.policy, self.target, row, n, seed=seed, batch=BATCH)
-
-    def _check_draw(self, row: Row, n: int) -> Row:
-        row = self._check(as_row(row))[0]
-        if n < 1:
-            raise ConfigError(f"n must be at least 1, got {n}")
-        return row
-
-    def _check(self, rows: Row | Sequence[Row]) -> list[Row]:
+    def _checked(self, rows: Row | Rows) -> list[Row]:
         """These rows, or this row, as dicts that have the columns of prompt and target."""
         checked: list[Row] = [*rows_or_row(rows)]
         columns = set(self.policy.prompt.columns) | (set(self.target.columns) if self.target else set())
@@ -244,10 +326,10 @@ class Posterior:
         return checked
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """A PEFT adapter (or full model) folder with `posterior.json`: model, prompt, support, target; and a tokenizer
-        for other programs: amortlm uses the model's own.
+        """Write a PEFT adapter (or full model) folder with `posterior.json`: model, prompt, support and target.
 
-        A target with a function that has no import path is saved without it; pass it to from_pretrained again.
+        The tokenizer is saved for other programs; amortlm loads the model's own. A target with a function that cannot
+        be imported by name is left out: pass it to from_pretrained again.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -264,8 +346,8 @@ class Posterior:
             "target": None,
             "tokenizer": saved.tokenizer_hash(self.lm.tokenizer),
         }
-        if getattr(self.lm, "chat_template_kwargs", None):
-            spec["chat_template_kwargs"] = self.lm.chat_template_kwargs  # type: ignore[attr-defined]
+        if self.lm.chat_template_kwargs:
+            spec["chat_template_kwargs"] = self.lm.chat_template_kwargs
         try:
             spec["target"] = self.target.to_spec() if self.target else None
         except ConfigError as e:
@@ -283,9 +365,10 @@ class Posterior:
     ) -> Posterior:
         """Load a saved posterior.
 
-        lm: the frozen model, or its name or path, if it is at hand or has moved; target: overrides the saved. trust:
-        modules (names, or paths of .py files) whose functions the saved target may call. Nothing else that the folder
-        says is run or imported: a saved predicate or verifier is a name, and importing it runs its module.
+        lm: the frozen model where it is loaded already, or its name or path where it has moved
+        target: takes the place of the saved one
+        trust: modules (names, or paths of .py files) whose functions the saved target may call; a predicate or
+        verifier is saved as a name, and importing it runs its module. Nothing else in the folder is run or imported
 
         Raises CheckpointError for an incomplete or damaged folder, ConfigError for a function that is not trusted or a
         model that cannot be loaded.

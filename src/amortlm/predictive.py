@@ -1,8 +1,8 @@
-"""What a posterior over z says about y: the posterior predictive, and votes over generated answers.
+"""Predicting y from samples of z: the posterior predictive, and votes over generated answers.
 
-Hu et al. 2024, section 3.2: y is predicted from the average over z ~ q(z | x) of p(y | x z), or by a vote. The
-target must be one `log_prob` with text after `{z}`, such as `lm.log_prob("{z} The answer is {y}.", given="{x}")`;
-the column in that text is what is predicted, and the policy's prompt may not show it.
+Hu et al. 2024, section 3.2: y is predicted from the mean of p(y | x z) over z ~ q(z | x), or by a vote. The target
+must be one `log_prob` with text after `{z}`, such as `lm.log_prob("{z} The answer is {y}.", given="{x}")`. The column
+in that text is what is predicted; the policy's prompt and `given` may not show it.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from amortlm.data import rows_or_row
-from amortlm.engine.decoding import Exploration, draw
+from amortlm.engine.decoding import Exploration, decode
 from amortlm.errors import ConfigError, DataError
+from amortlm.inference.correct import check_n
+from amortlm.policy.policy import Policy
+from amortlm.support.law import SupportLaw
 from amortlm.support.spec import Support
-from amortlm.targets.base import Scoring
+from amortlm.targets.base import Scoring, Target
 from amortlm.targets.lm import LogProb
 from amortlm.text.template import Template
 from amortlm.types import Rollouts, Row
 
-if TYPE_CHECKING:
-    from amortlm.posterior import Posterior
-
 ROWS = 16  # rows at a time
+Text = tuple[int, tuple[int, ...]]  # number of its row, tokens from z on
 
 
 @dataclass(frozen=True)
 class Prediction:
     """p(y | x) over given answers, estimated from n samples of z.
 
-    probs  the A answers' probabilities, normalised among them; errors  their Monte-Carlo standard errors;
-    mass   mean over z of the summed p(y | x z) of these answers: what they hold of all possible texts
+    probs    probability of each answer, normalised over the answers; they sum to 1
+    errors   the Monte-Carlo standard errors of `probs`; NaN for n = 1
+    mass     sum over the answers of the mean p(y | x z): their share of the probability of all texts
     """
 
     answers: list[str]
@@ -52,7 +52,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Votes:
-    """Answers by number of votes, most first; share: that of the first, error: its standard error."""
+    """Votes for each answer, most first; `share` is that of the first, `error` the standard error of the share."""
 
     counts: dict[str, int]
     n: int
@@ -71,24 +71,23 @@ class Votes:
 
 
 def predict(
-    posterior: Posterior,
+    policy: Policy,
+    target: Target | None,
     rows: Sequence[Row],
     answers: Sequence[str],
-    n: int = 16,
+    n: int,
     *,
-    temperature: float = 1.0,
-    seed: object = 0,
+    temperature: float,
+    seed: object,
 ) -> list[Prediction]:
-    """p(y | x) = E[p(y | x z)] over z ~ q(z | x) for each row and answer, from n samples of z; at temperature 0 z is
-    the greedy one, token by token."""
-    target, (_, column, _) = _answer(posterior)
-    likelihood = _likelihood(target)
-    if len(answers) == 0 or n < 1:
-        raise DataError("predict needs at least one answer to compare, and n of at least 1")
-    rows = rows_or_row(rows)
+    """The predictions of `rows`; see `Posterior.predict`."""
+    term, (_, column, _) = _answer(policy, target)
+    likelihood = _likelihood(term)
+    if len(answers) == 0:
+        raise DataError("predict needs at least one answer")
     out: dict[int, Prediction] = {}
-    for index in _by_length(posterior, rows):
-        rollouts = _sample(posterior, [rows[i] for i in index], n, temperature, seed)
+    for index in _by_length(policy, rows):
+        rollouts = _sample(policy, [rows[i] for i in index], n, temperature, seed)
         log_p = _score(likelihood, rollouts, column, answers)
         for k, i in enumerate(index):
             out[i] = _prediction(answers, log_p[:, rollouts.row_index == k])
@@ -96,20 +95,19 @@ def predict(
 
 
 def vote(
-    posterior: Posterior,
+    policy: Policy,
+    target: Target | None,
     rows: Sequence[Row],
-    n: int = 10,
+    n: int,
     *,
-    temperature: float = 1.0,
-    max_tokens: int = 8,
-    seed: object = 0,
+    temperature: float,
+    max_tokens: int,
+    seed: object,
 ) -> list[Votes]:
-    """The frozen model's greedy answers after each of n samples of z, counted.
-
-    An answer is what the model writes between the text before and after the column, in at most `max_tokens`.
-    """
-    target, (lead, _, tail) = _answer(posterior)
-    rows, lm = rows_or_row(rows), target.lm
+    """The votes of `rows`; see `Posterior.vote`. An answer is what the model writes, greedily and in at most
+    `max_tokens`, between the text before the column and the first token of the text after it."""
+    term, (lead, _, tail) = _answer(policy, target)
+    lm = term.lm
     lead_ids = lm.encode_continuation(lead.rstrip(" "))  # the space belongs to the answer's first token
     tail_ids = lm.encode_continuation(tail)
     end = lm.tokenizer.eos_token_id if not tail_ids else tail_ids[0]
@@ -117,39 +115,44 @@ def vote(
     out = []
     for start in range(0, len(rows), ROWS):
         part = rows[start : start + ROWS]
-        rollouts = _sample(posterior, part, n, temperature, seed)
-        # Answers to equal texts are equal: each text is continued once, its prompt encoded once for all of them.
+        rollouts = _sample(policy, part, n, temperature, seed)
         texts = _up_to_answer(rollouts, lead_ids)
-        unique = list(dict.fromkeys(texts))
-        with torch.no_grad():
-            asked = lm.passes.encode([_asked(target, row) for row in part])
-            row_of = torch.tensor([row for row, _ in unique], device=lm.device)
-            prefix = lm.passes.extend(asked, row_of, [text for _, text in unique])
-            index = torch.arange(len(unique), device=lm.device)
-            uniforms = torch.full((len(unique), max_tokens + 1), 0.5, device=lm.device)
-            greedy = Exploration(torch.zeros(len(unique), device=lm.device))
-            drawn = draw(lm.passes, prefix, index, support, uniforms, greedy)
-        written = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
-        answers = {q: lm.decode(z[:k]).strip() for q, (z, k) in zip(unique, written, strict=True)}
-        for i in range(len(part)):
-            mine = (rollouts.row_index == i).nonzero().squeeze(1).tolist()
-            out.append(Votes(dict(Counter(answers[texts[j]] for j in mine).most_common()), len(mine)))
+        answers = _continued(term, part, list(dict.fromkeys(texts)), support)
+        counts = [Counter[str]() for _ in part]
+        for text in texts:
+            counts[text[0]][answers[text]] += 1
+        out += [Votes(dict(c.most_common()), n) for c in counts]
     return out
 
 
-def _answer(posterior: Posterior) -> tuple[LogProb, tuple[str, str, str]]:
-    """The target's one log_prob term, and (lead, column, tail): the text around the column after `{z}`."""
-    terms = posterior.target.terms if posterior.target is not None else []
+@torch.no_grad()
+def _continued(term: LogProb, rows: Sequence[Row], texts: list[Text], support: SupportLaw) -> dict[Text, str]:
+    """What the model writes greedily after each text. The prompt of a row is encoded once for all its texts."""
+    lm = term.lm
+    asked = lm.passes.encode([_asked(term, row) for row in rows])
+    row_of = torch.tensor([row for row, _ in texts], device=lm.device)
+    prefix = lm.passes.extend(asked, row_of, [text for _, text in texts])
+    index = torch.arange(len(texts), device=lm.device)
+    uniforms = torch.full((len(texts), support.max_tokens + 1), 0.5, device=lm.device)
+    greedy = Exploration(torch.zeros(len(texts), device=lm.device))
+    drawn = decode(lm.passes, support, prefix, index, uniforms, greedy)
+    written = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
+    return {text: lm.decode(z[:k]).strip() for text, (z, k) in zip(texts, written, strict=True)}
+
+
+def _answer(policy: Policy, target: Target | None) -> tuple[LogProb, tuple[str, str, str]]:
+    """The target's one log_prob term, and (lead, column, tail): the column after `{z}` and the text around it."""
+    terms = target.terms if target is not None else []
     if len(terms) != 1 or not isinstance(term := terms[0][1], LogProb) or not term.of.has_latent:
         raise ConfigError(
             "a prediction needs a target that is one log_prob with `{z}` and an answer after it in `of`, "
-            f"not {posterior.target!r}"
+            f"not {target!r}"
         )
     after = Template(term.of.around[1])
     if len(after.fields) != 1:
         raise ConfigError(f"{term!r}: the text after {{z}} must hold one column, the answer to predict")
     column = after.fields[0]
-    shown = posterior.policy.prompt.columns | term.given.columns
+    shown = policy.prompt.columns | term.given.columns
     if column in shown:
         raise ConfigError(
             f"the policy's prompt or the target's `given` shows {{{column}}}, the answer to predict; take it out"
@@ -159,27 +162,27 @@ def _answer(posterior: Posterior) -> tuple[LogProb, tuple[str, str, str]]:
     return term, (after.parts[first][0], column, tail)
 
 
-def _likelihood(target: LogProb) -> LogProb:
-    """log p(y | x z) of a target log p(z y | x)."""
-    before, after = target.of.around
-    if not isinstance(target.given.source, str):
+def _likelihood(term: LogProb) -> LogProb:
+    """log p(y | x z) of a term log p(z y | x)."""
+    before, after = term.of.around
+    if not isinstance(term.given.source, str):
         raise ConfigError(
-            f"{target!r}: predict needs `given` as text, since z follows it; vote() takes messages"
+            f"{term!r}: predict needs `given` as text, since z follows it; vote() takes messages"
         )
-    return LogProb(
-        target.lm, after, target.given.source + before + "".join(f"{{{z}}}" for z in target.of.latents)
-    )
+    return LogProb(term.lm, after, term.given.source + before + "".join(f"{{{z}}}" for z in term.of.latents))
 
 
-def _sample(posterior: Posterior, rows: Sequence[Row], n: int, temperature: float, seed: object) -> Rollouts:
+def _sample(policy: Policy, rows: Sequence[Row], n: int, temperature: float, seed: object) -> Rollouts:
+    check_n(n)
     heat = None
     if temperature != 1.0:
-        heat = Exploration(torch.full((n * len(rows),), float(temperature), device=posterior.policy.device))
-    return posterior.policy.sample(rows, n, seed=seed, exploration=heat)[0]
+        heat = Exploration(torch.full((n * len(rows),), float(temperature), device=policy.device))
+    return policy.sample(rows, n, seed=seed, exploration=heat)[0]
 
 
 def _score(likelihood: LogProb, rollouts: Rollouts, column: str, answers: Sequence[str]) -> Tensor:
-    """[A, B] log p of each answer after each distinct text; all answers share the pass over prompt and z."""
+    """[A, B] log p of each answer after each completion. Equal completions of a row are scored once, and all answers
+    share the pass over prompt and z."""
     keys = [
         (i, s, *z)
         for i, s, z in zip(
@@ -209,9 +212,9 @@ def _score_chunk(likelihood: LogProb, rollouts: Rollouts, column: str, answers: 
     return torch.stack(out)
 
 
-def _by_length(posterior: Posterior, rows: Sequence[Row]) -> list[list[int]]:
-    """Row numbers in batches of prompts of similar length: padding costs as much as text."""
-    lengths = [len(prompt) for prompt in posterior.policy.encode_rows(rows)]
+def _by_length(policy: Policy, rows: Sequence[Row]) -> list[list[int]]:
+    """Row numbers in batches of prompts of similar length, since padding costs as much as text."""
+    lengths = [len(prompt) for prompt in policy.encode_rows(rows)]
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     return [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
 
@@ -228,18 +231,14 @@ def _prediction(answers: Sequence[str], log_p: Tensor) -> Prediction:
     return Prediction([*answers], probs.tolist(), errors.tolist(), mass.item(), n)
 
 
-def _asked(target: LogProb, row: Row) -> list[int]:
+def _asked(term: LogProb, row: Row) -> list[int]:
     """Tokens before z."""
-    before = target.of.split({**row, **_blank(target)})[0]
-    return [*target.lm.encode_prompt(target.given, row), *target.lm.encode_continuation(before)]
+    blank = dict.fromkeys(Template(term.of.around[1]).columns, "")  # the columns after z are not read
+    before = term.of.split({**row, **blank})[0]
+    return [*term.lm.encode_prompt(term.given, row), *term.lm.encode_continuation(before)]
 
 
-def _up_to_answer(rollouts: Rollouts, lead: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
+def _up_to_answer(rollouts: Rollouts, lead: Sequence[int]) -> list[Text]:
     """The row of each trajectory, and its tokens from z up to where the answer starts."""
     written = zip(rollouts.row_index.tolist(), rollouts.completions(), rollouts.stops.tolist(), strict=True)
     return [(i, (*z, stop, *lead)) for i, z, stop in written]
-
-
-def _blank(target: LogProb) -> dict[str, str]:
-    """Values for the columns after `{z}`, which are not read."""
-    return dict.fromkeys(Template(target.of.around[1]).columns, "")

@@ -1,4 +1,4 @@
-"""What a saved posterior's folder says, before any of it is believed: `posterior.json`, and the model it names."""
+"""The folder of a saved posterior: `posterior.json`, checked before it is used, and the model that it names."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ LARGEST = 64 * 2**20  # bytes
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """`posterior.json`, every value of a kind that can be used. Raises CheckpointError."""
+    """What `posterior.json` says, every value of the right type. Raises CheckpointError."""
     file = folder / FILE
     try:
         if not file.is_file() or file.stat().st_size > LARGEST:
-            raise ValueError("no file of a size to read")
+            raise ValueError(f"no file, or more than {LARGEST} bytes")
         spec = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(spec, dict):
-            raise TypeError(f"a mapping is due, not {type(spec).__name__}")
+            raise TypeError(f"it holds a {type(spec).__name__}, not a mapping")
         found = spec["format"]
         if type(found) is not int or found == FORMAT:
             _check(spec)
@@ -47,8 +47,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _check(spec: dict[str, Any]) -> None:
-    """Raise KeyError for what is missing, TypeError for what is of another kind. What the values say is checked where
-    they are used."""
+    """Raise KeyError for a missing value, TypeError for one of the wrong type. What a value says is checked where it is
+    used."""
     prompt, support, target = spec["prompt"], spec["support"], spec["target"]
     texts = (
         [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt] + [m["role"] for m in prompt]
@@ -70,8 +70,8 @@ def _check(spec: dict[str, Any]) -> None:
 
 
 def model_name(name: str) -> str | None:
-    """How a posterior names its model: a folder by its full path, the home directory written as "~", so that it is
-    found from anywhere on this machine; any other name as it is. None without a name."""
+    """The name of a model in `posterior.json`: a folder by its full path, with the home directory written as "~", so
+    that it is found from any working directory; any other name as it is. None without a name."""
     if not name or not Path(name).is_dir():
         return name or None
     path, home = Path(name).resolve(), Path.home().resolve()
@@ -83,28 +83,30 @@ def load_model(folder: Path, spec: dict[str, Any], name: str | Path | None) -> L
     wanted = name or spec["model"]
     if not wanted:
         raise ConfigError(
-            f"{folder}: its model had no name when it was saved; give the model: lm= in from_pretrained, or --model"
+            f"{folder}: its model had no name when it was saved; say which it is: lm= in from_pretrained, or --model"
         )
     try:
         lm = LanguageModel.from_pretrained(os.path.expanduser(wanted))
     except ConfigError as e:
-        raise ConfigError(f"{folder}: {e}\nIs the model elsewhere, say where: lm=, or --model.") from e
+        raise ConfigError(
+            f"{folder}: {e}\nIf the model has moved, say where it is: lm= in from_pretrained, or --model."
+        ) from e
     if spec.get("chat_template_kwargs"):
-        lm.chat_template_kwargs = dict(spec["chat_template_kwargs"])  # type: ignore[attr-defined]
+        lm.chat_template_kwargs = dict(spec["chat_template_kwargs"])
     return lm
 
 
 def check_model(folder: Path, spec: dict[str, Any], lm: LanguageModel) -> None:
-    """Warn where prompts will read otherwise than they did when the posterior was saved."""
+    """Warn where the model makes other tokens of prompts than the one with which the posterior was saved."""
     if spec.get("tokenizer") not in (None, tokenizer_hash(lm.tokenizer)):
         logger.warning(
-            "%s: the tokenizer of %s is not the one this posterior was saved with; the model's own is used. If texts "
-            "look wrong, give the model it was trained on: lm=, or --model",
+            "%s: the tokenizer of %s is not the one this posterior was saved with; it is used all the same. If texts "
+            "look wrong, give the model that the posterior was trained on: lm= in from_pretrained, or --model",
             folder,
             lm.name,
         )
     kwargs = spec.get("chat_template_kwargs") or {}
-    if kwargs != (getattr(lm, "chat_template_kwargs", None) or {}):
+    if kwargs != lm.chat_template_kwargs:
         logger.warning(
             "%s: this posterior was saved with chat_template_kwargs=%s, the model given has others; set them: "
             "lm.chat_template_kwargs = ...",
@@ -114,7 +116,7 @@ def check_model(folder: Path, spec: dict[str, Any], lm: LanguageModel) -> None:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A name for what a tokenizer makes of texts and messages."""
+    """A hash of all that decides how a tokenizer reads texts and messages."""
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         told = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}
@@ -125,7 +127,7 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def write_base_model(folder: Path, path: str, name: str | None) -> None:
-    """peft writes where the model was on this machine into its own files: say what `posterior.json` says."""
+    """In the files of peft, replace the model's path on this machine by the name in `posterior.json`."""
     for file in (folder / "adapter_config.json", folder / "config.json"):
         if not file.is_file():
             continue

@@ -1,4 +1,4 @@
-"""Settings as data: YAML that is read like JSON, and values held against the types they are declared with."""
+"""Settings as data: YAML that is read like JSON, and values checked against the types they are declared with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from amortlm.errors import ConfigError, nearest
 
-# YAML 1.1, which PyYAML reads, takes `no` for false, `2024-01-01` for a date, `1:30` for 90 and `007` for 7.
+# PyYAML reads YAML 1.1: `no` is false, `2024-01-01` a date, `1:30` is 90 and `007` is 7. Here these are text.
 SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
@@ -29,9 +29,9 @@ LARGEST = 2**63 - 1  # what 64 bits hold
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain scalars as in JSON: true, false, null and decimal numbers; everything else is the text that it is.
+    """Plain scalars as in JSON: true, false, null and decimal numbers are values, everything else is text.
 
-    No tags but those of JSON's types, no key twice, nothing that contains itself.
+    Refused are tags that JSON has no type for, keys that are given twice, and values that contain themselves.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
@@ -86,14 +86,14 @@ def check_keys(given: Any, valid: Sequence[str], where: str) -> None:
 
 
 def typed(given: Mapping[str, Any], declared: Callable[..., Any], where: str) -> dict[str, Any]:
-    """`given` as the annotations of `declared` (a dataclass or a function) have it, with numbers for text such as
-    "1e-3", which YAML does not take for one. Raises ConfigError naming the setting and its value."""
+    """`given` with its values of the types that `declared` (a dataclass or a function) annotates. Text such as "1e-3",
+    which YAML does not read as a number, becomes one. Raises ConfigError naming the setting and its value."""
     hints = get_type_hints(declared)
     return {key: typed_value(value, hints.get(key, Any), f"{where}: {key}") for key, value in given.items()}
 
 
 def typed_value(value: Any, hint: Any, where: str) -> Any:
-    """One such value."""
+    """One value of `typed`."""
     try:
         return _as(value, hint)
     except TypeError:
@@ -104,7 +104,7 @@ def typed_value(value: Any, hint: Any, where: str) -> Any:
 
 
 def from_text(text: str, hint: Any) -> Any:
-    """A value of the command line: YAML, but text where that is what `hint` has and a scalar of YAML is not."""
+    """A value of the command line, read as YAML; it stays text where `hint` takes text, and not what YAML reads."""
     value = load_yaml(text, repr(text))
     return (
         text if not isinstance(value, list | dict) and not _fits(value, hint) and _fits(text, hint) else value
@@ -182,7 +182,7 @@ PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def _described(hint: Any) -> str:
-    """A type in words; what no file can hold is left out."""
+    """A type in words, without the alternatives that no file can hold."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return " or ".join(dict.fromkeys(filter(None, map(_described, args))))

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,8 +20,20 @@ from torch import Tensor
 Row = Mapping[str, Any]
 
 
+class DataRow(dict[str, Any]):
+    """A row that is kept: its key is computed once, so its cells must not change."""
+
+    @cached_property
+    def key(self) -> str:
+        return _key(self)
+
+
 def row_key(row: Row) -> str:
     """A stable name for a data row: the same on every machine, process and run."""
+    return row.key if isinstance(row, DataRow) else _key(row)
+
+
+def _key(row: Row) -> str:
     text = json.dumps(dict(row), sort_keys=True, default=_plain)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -91,7 +104,8 @@ class Rollouts:
         )
 
     def distinct(self) -> tuple[Rollouts, Tensor]:
-        """Each completion of a row once, with the stopping states of all its copies; [B] the place of each copy.
+        """Each completion of a row once, with the stopping states of all its copies, and [B] which one each
+        trajectory is.
 
         What a model says of a trajectory depends on neither its stop symbol nor its copies, so one pass will do.
         """

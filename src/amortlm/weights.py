@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from amortlm.errors import DataError
+from amortlm.errors import DataError, RewardError
 
 MIN_FOR_KHAT = 25  # fewer samples leave no tail to fit
 
@@ -22,8 +22,8 @@ def check_log_weights(log_w: Tensor) -> Tensor:
 
 
 def log_mean_exp(log_w: Tensor) -> Tensor:
-    """log of the mean weight, a scalar."""
-    return log_w.logsumexp(0) - math.log(len(log_w))
+    """log of the mean weight over the last dimension: a scalar for [n], [m] for [m, n]; -inf for n = 0."""
+    return log_w.logsumexp(-1) - math.log(max(1, log_w.shape[-1]))
 
 
 def effective_sample_size(log_w: Tensor) -> float:
@@ -52,8 +52,18 @@ def pareto_khat(log_w: Tensor) -> float:
     return float(khat) if math.isfinite(khat) else math.nan
 
 
+def resample(log_weights: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """n indices drawn by weight with replacement (`systematic`). Raises RewardError where every weight is zero."""
+    if torch.isneginf(log_weights).all():
+        raise RewardError(
+            f"all {len(log_weights)} completions drawn have R = 0: there is nothing to resample; draw more of them "
+            "(a larger budget, more particles), train the policy, or give the constraint a penalty"
+        )
+    return systematic(log_weights, n, torch.rand((), generator=generator, dtype=torch.float64))
+
+
 def systematic(log_weights: Tensor, n: int, u: Tensor) -> Tensor:
-    """n indices, each drawn n * w_i / sum(w) times in expectation and at most one time off, from one uniform u."""
+    """n indices from one uniform number u in [0, 1); index i comes up n w_i / sum(w) times, less than one off."""
     cdf = log_weights.double().softmax(0).cumsum(0)
     positions = (torch.arange(n, device=cdf.device) + u) / n
     # right=True: never an index of weight zero.

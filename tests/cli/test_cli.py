@@ -42,7 +42,7 @@ def write_spec(folder: Path, model: Path, **changes: Any) -> Path:
         "target": [{"log_prob": {"of": "{z}{y}", "given": "{x}"}}],
         "support": {"stop": ".", "max_tokens": 3, "allowed_tokens": [" a", " cat", " dog", "s"]},
         "data": ROWS,
-        "lora": 2,
+        "adapter": 2,
         "config": {
             "max_steps": 2, "num_samples": 4, "per_device_train_batch_size": 2, "save_steps": 1,
             "diagnose_steps": 1, "warmup_steps": 0, "learning_rate": "1e-2", "use_cpu": True,
@@ -288,8 +288,9 @@ def test_evaluate_prints_and_writes_the_diagnosis(cli: Cli, trained: Path, tmp_p
     assert_quiet(stderr)
     diagnosis = Posterior.from_pretrained(trained).diagnose(ROWS, 40)
     assert stdout == f"{diagnosis}\nwrote {file}\n"
-    assert json.loads(file.read_text()) == finite(diagnosis.reports)
-    assert 0 < diagnosis.reports[1]["total_variation"] < 1
+    assert json.loads(file.read_text()) == finite([row.to_dict() for row in diagnosis.rows])
+    assert diagnosis.rows[1].distance is not None
+    assert 0 < diagnosis.rows[1].distance.total_variation < 1
 
 
 def test_evaluate_at_most_so_many_rows(cli: Cli, trained: Path) -> None:
@@ -412,7 +413,9 @@ def test_the_output_folder_is_checked_before_anything_is_loaded(
     [
         ("save_strategy", "no", "no"), ("save_strategy", "false", "false"), ("run_name", "5", "5"), ("max_steps", "5", 5),
         ("learning_rate", "1e-3", "1e-3"), ("bf16", "false", False), ("temperature_range", "[0.5, 2]", [0.5, 2]),
-        ("report_to", "null", None), ("report_to", "[a, b]", ["a", "b"]), ("subtb_states", "null", None),
+        ("report_to", "null", None), ("report_to", "[a, b]", ["a", "b"]), ("objective", "tb", "tb"),
+        ("objective", "{subtb: {lam: 0.9, states: null}}", {"subtb": {"lam": 0.9, "states": None}}),
+        ("behaviour", "{replay: .5}", {"replay": ".5"}),
     ],
 )  # fmt: skip
 def test_what_set_means_depends_on_the_setting(name: str, text: str, value: object) -> None:

@@ -40,7 +40,7 @@ def make_trainer(lm: LanguageModel, folder: Path, **settings: Any) -> GFNTrainer
         "per_device_train_batch_size": 2,
         "learning_rate": 2e-2,
         "lr_scheduler_type": "constant",
-        "replay_ratio": 0.0,
+        "behaviour": {"tempered": 0.5},
         "diagnose_steps": 5,
         "stop_at_gap": MARK,
         "save_strategy": "no",
@@ -53,7 +53,7 @@ def make_trainer(lm: LanguageModel, folder: Path, **settings: Any) -> GFNTrainer
         prompt="{x}",
         support=Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=(" a", " cat", " dog", "s")),
         train_dataset=ROWS,
-        peft_config=default_lora(4),
+        adapter=default_lora(4),
         args=GFNConfig(output_dir=str(folder), **config),
     )
 
@@ -66,12 +66,12 @@ def stopped(models: dict[str, LanguageModel], tmp_path_factory: pytest.TempPathF
     lm.model.save_pretrained(root / "model")
     lm.tokenizer.save_pretrained(root / "model")
     spec = {
-        "model": str(root / "model"), "prompt": "{x}", "data": ROWS, "lora": 4,
+        "model": str(root / "model"), "prompt": "{x}", "data": ROWS, "adapter": 4,
         "target": [{"log_prob": {"of": "{z}", "given": "{x}"}, "temperature": 2.0}],
         "support": {"stop": ".", "max_tokens": 2, "allowed_tokens": [" a", " cat", " dog", "s"]},
         "config": {
             "objective": "vargrad", "max_steps": STEPS, "num_samples": 32, "per_device_train_batch_size": 2,
-            "learning_rate": 2e-2, "lr_scheduler_type": "constant", "replay_ratio": 0.0, "diagnose_steps": 5,
+            "learning_rate": 2e-2, "lr_scheduler_type": "constant", "behaviour": {"tempered": 0.5}, "diagnose_steps": 5,
             "stop_at_gap": "1e-1", "save_strategy": "no", "use_cpu": True,
         },
     }  # fmt: skip
@@ -87,7 +87,7 @@ def folder(stopped: Path, tmp_path: Path) -> Path:
 
 
 def exact_gap(posterior: Posterior) -> float:
-    return max(r["gap"] for r in posterior.diagnose(ROWS, n=30).reports)
+    return max(row.gap for row in posterior.diagnose(ROWS, n=30).rows)
 
 
 def checked(folder: Path, capfd: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
@@ -154,13 +154,13 @@ def test_sampled_gaps_stop_it_too(
     found = Certificate.load(tmp_path)
     assert {r["truth"] for r in found.reports} <= {"sir", "mcmc"}
     assert exact_gap(trainer.posterior) < found.reached <= MARK
-    assert all(check(trainer.posterior, found, seed=seed).holds for seed in range(3))
+    assert all(check(trainer.policy, trainer.posterior.target, found, seed=seed).holds for seed in range(3))
     trainer.policy.load_adapter(tmp_path)
     for name, p in trainer.policy.named_parameters():
         if "lora_B" in name:
             p.data += 0.3 * torch.randn_like(p)
     assert exact_gap(trainer.posterior) > 2 * MARK
-    assert not check(trainer.posterior, found).holds
+    assert not check(trainer.policy, trainer.posterior.target, found).holds
 
 
 def test_looking_often_shares_the_level() -> None:
@@ -225,7 +225,9 @@ def test_another_model_behind_the_same_target(folder: Path, models: dict[str, La
     lm = models["gpt2-tied"]
     posterior = Posterior.from_pretrained(folder)
     posterior.target = (lm.log_prob("{z}", given="{x}") / 2.0).bind(lm)
-    found = check(posterior, Certificate.load(folder), adapter_hash=hash_adapter(folder))
+    found = check(
+        posterior.policy, posterior.target, Certificate.load(folder), adapter_hash=hash_adapter(folder)
+    )
     assert not found.holds
     assert "another model or verifier" in found.line
 

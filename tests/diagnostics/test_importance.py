@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
-from amortlm.errors import DataError
-from amortlm.weights import MIN_FOR_KHAT, effective_sample_size, pareto_khat
+from amortlm.errors import DataError, RewardError
+from amortlm.weights import MIN_FOR_KHAT, effective_sample_size, log_mean_exp, pareto_khat, resample
 
 
 def normal(n: int, seed: int = 0) -> Tensor:
@@ -123,6 +123,21 @@ def test_one_sample() -> None:
 def test_khat_needs_a_tail() -> None:
     assert math.isnan(pareto_khat(normal(MIN_FOR_KHAT - 1)))
     assert not math.isnan(pareto_khat(normal(MIN_FOR_KHAT)))
+
+
+def test_resampling_counts_by_weight_and_needs_one_above_zero() -> None:
+    log_w = torch.tensor([0.5, 0.0, 0.3, 0.2]).log()
+    drawn = resample(log_w, 10, torch.Generator().manual_seed(1))
+    assert torch.bincount(drawn, minlength=4).tolist() == [5, 0, 3, 2]
+    assert drawn.tolist() == resample(log_w, 10, torch.Generator().manual_seed(1)).tolist()
+    with pytest.raises(RewardError, match="all 3 completions drawn have R = 0"):
+        resample(torch.full((3,), -torch.inf), 1, torch.Generator())
+
+
+def test_log_mean_exp_is_of_the_last_dimension() -> None:
+    values = torch.tensor([[0.0, 2.0, 6.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    assert log_mean_exp(values.log()).exp().tolist() == pytest.approx([8 / 3, 1.0])
+    assert log_mean_exp(torch.zeros(0)) == -torch.inf
 
 
 def test_one_huge_weight_leaves_one_effective_sample() -> None:

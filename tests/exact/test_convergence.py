@@ -48,8 +48,8 @@ def targets(lm: LanguageModel) -> dict[str, Target]:
 def train(lm: LanguageModel, target: Target, objective: str, folder: Path, **settings: object) -> GFNTrainer:
     config = {
         "objective": objective,
-        "max_steps": 200,
-        "num_samples": 64,
+        "max_steps": 150,
+        "num_samples": 32,
         "per_device_train_batch_size": 1,
         "learning_rate": 1e-3,
         "epsilon": 0.1,  # so that no mode depends on luck in the first updates
@@ -63,7 +63,7 @@ def train(lm: LanguageModel, target: Target, objective: str, folder: Path, **set
         prompt="{x}",
         support=SUPPORT,
         train_dataset=[ROW],
-        peft_config=default_lora(16),
+        adapter=default_lora(16),
         args=GFNConfig(output_dir=str(folder), **config),
     )
 

@@ -24,7 +24,7 @@ from amortlm import GFNTrainer
 UPDATES: dict[str, dict[str, Any]] = {
     "subtb": {"objective": "subtb"},
     "vargrad": {"objective": "vargrad"},
-    "log_z": {"objective": "tb", "log_z": "learned"},
+    "log_z": {"objective": {"tb": {"log_z": "learned"}}},
     "checkpointing": {"objective": "vargrad", "activation_checkpointing": True},
 }
 
@@ -49,7 +49,13 @@ def trainer(folder: Path, **settings: Any) -> GFNTrainer:
 
 def updates() -> None:
     found: dict[str, Any] = {}
-    once = {"max_steps": 1, "warmup_steps": 0, "replay_ratio": 0.0, "max_grad_norm": 0.0, "optim": "sgd"}
+    once = {
+        "max_steps": 1,
+        "warmup_steps": 0,
+        "behaviour": {"tempered": 0.5},
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+    }
     for name, settings in UPDATES.items():
         done = trainer(output / name, **once, **settings)
         done.train()
@@ -61,7 +67,9 @@ def updates() -> None:
 
 def run(kind: str) -> None:
     settings = {"logging_steps": 5, "diagnose_steps": 25, "save_strategy": "steps", "save_steps": 15}
-    going = trainer(output, max_steps=64, replay_ratio=0.5, stop_at_gap=1e-6, **settings)
+    going = trainer(
+        output, max_steps=64, behaviour={"replay": 0.5, "tempered": 0.25}, stop_at_gap=1e-6, **settings
+    )
     if kind in ("dies", "late"):
         going.add_callback(Accident(kind))
     going.train(resume_from_checkpoint=kind == "resume" or None)

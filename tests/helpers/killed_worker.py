@@ -35,9 +35,8 @@ trainer = make_trainer(
     save_strategy="steps",
     save_steps=1,
     save_total_limit=2,
-    replay_ratio=0.5,
-    log_z="learned",
-    objective="tb",
+    behaviour={"replay": 0.5, "tempered": 0.25},
+    objective={"tb": {"log_z": "learned"}},
     per_device_train_batch_size=1 if "two" in sys.argv else 2,
     gradient_accumulation_steps=1,
 )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from reference import tiny_policy
 from torch import Tensor
 
 from amortlm import LanguageModel, Posterior, Support, Target
-from amortlm.errors import ConfigError
 from amortlm.inference.exact import policy_log_probs
 from amortlm.policy import Policy
 from amortlm.targets.base import Scoring
@@ -33,9 +31,6 @@ class Tilted(Target):
         log_r = self.policy.evaluate(rollouts).final(rollouts.lengths)
         log_r = log_r + torch.tensor([self.tilt(z) for z in rollouts.completions()])
         return log_r[:, None].expand(rollouts.stop_mask.shape)
-
-    def to_spec(self) -> list[dict[str, Any]]:
-        raise ConfigError("a target of tests cannot be saved by name")
 
 
 def perfect(lm: LanguageModel) -> Posterior:

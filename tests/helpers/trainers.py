@@ -20,7 +20,7 @@ def make_trainer(lm: LanguageModel, folder: Path, rows: Any = None, **settings: 
     """A trainer of the infilling target with small batches; `settings` go to GFNConfig or GFNTrainer, those in
     `extra` to the latter."""
     own = settings.pop("extra", {}) | {
-        k: settings.pop(k) for k in ("target", "prompt", "support", "seeds", "peft_config") if k in settings
+        k: settings.pop(k) for k in ("target", "prompt", "support", "gold", "adapter") if k in settings
     }
     config = {
         "max_steps": 4,
@@ -37,7 +37,7 @@ def make_trainer(lm: LanguageModel, folder: Path, rows: Any = None, **settings: 
         "target": lm.log_prob("{z}{y}", given="{x}"),
         "prompt": "{x}{y}",
         "support": Support(stop=".", min_tokens=1, max_tokens=3),
-        "peft_config": default_lora(4),
+        "adapter": default_lora(4),
         **own,
     }
     return GFNTrainer(

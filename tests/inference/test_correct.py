@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from reference import tiny_policy
+from stats import LEVEL, g_test
+from structured_cases import ROW as LIST_ROW
+from structured_cases import SUPPORTS, two_latents
 
 from amortlm import LanguageModel, Policy, Posterior, Support, constraint, exact
 from amortlm.cli import main
@@ -22,10 +26,6 @@ from amortlm.inference.smc import smc
 from amortlm.posterior import Samples
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts
-from reference import tiny_policy
-from stats import LEVEL, g_test
-from structured_cases import ROW as LIST_ROW
-from structured_cases import SUPPORTS, two_latents
 
 ROW = {"x": "the dog", "y": " ran"}
 SUPPORT = Support(stop=(".", "!"), max_tokens=3, allowed_tokens=(" a", " cat", "s"))
@@ -38,7 +38,7 @@ SIGMAS = 5.6  # two-sided tail 2e-8, below stats.LEVEL
 @pytest.fixture
 def large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiny models waste time on small ones."""
-    monkeypatch.setattr("amortlm.posterior.BATCH", 2000)
+    monkeypatch.setattr("amortlm.inference.correct.BATCH", 2000)
 
 
 def calm(lm: LanguageModel, scale: float) -> LanguageModel:
@@ -131,7 +131,7 @@ def test_without_a_correction_nothing_has_changed(one_lm: LanguageModel) -> None
     posterior = bad(one_lm)
     samples = posterior.sample(ROW, 300, seed=3)
     assert samples == posterior.sample(ROW, 300, correct="none", seed=3)
-    rollouts, *_ = posterior._draw(ROW, 300, 3)
+    rollouts, *_ = module.draw(posterior.policy, None, ROW, 300, seed=3)
     assert tokens(samples) == rollouts.completions()
     log_w = torch.tensor([s.log_reward - s.log_q for s in samples]).double()  # type: ignore[operator]
     weights = log_w.softmax(0)
@@ -161,7 +161,7 @@ def test_sir_resamples_the_draws_of_the_policy(one_lm: LanguageModel) -> None:
 
 
 def test_resampled_draws_come_in_random_order(one_lm: LanguageModel) -> None:
-    rollouts, *_ = bad(one_lm)._draw(ROW, 64, 0)
+    rollouts, *_ = module.draw(bad(one_lm).policy, None, ROW, 64, seed=0)
     log_w = torch.tensor([0.5, 0.0, 0.3, 0.2, *[0.0] * 60]).log()
     named = Weighted(rollouts, torch.arange(64.0), torch.zeros(64), log_w, 64)
     first = []
@@ -174,7 +174,7 @@ def test_resampled_draws_come_in_random_order(one_lm: LanguageModel) -> None:
 
 def test_log_z_of_smc_is_unbiased(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over islands of three particles. Control: the mean of log Z-hat is not log Z, even of the runs where Z-hat > 0."""
-    monkeypatch.setattr("amortlm.posterior.BATCH", 4)
+    monkeypatch.setattr("amortlm.inference.correct.BATCH", 4)
     monkeypatch.setattr(Weighted, "resample", lambda self, n, seed: self)  # which would raise where Z-hat = 0
     posterior = bad(one_lm, constraint.contains("cat"))
     assert posterior.target is not None
@@ -189,12 +189,13 @@ def test_log_z_of_smc_is_unbiased(one_lm: LanguageModel, monkeypatch: pytest.Mon
     assert z_score(log_ratio[torch.isfinite(log_ratio)]) > SIGMAS
 
 
-def test_islands_are_weighed_together(one_lm: LanguageModel) -> None:
+def test_islands_are_weighed_together(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Z-hat is the mean over all particles, of unequal islands too."""
+    monkeypatch.setattr(module, "BATCH", 6)
     posterior = bad(one_lm)
     target = posterior.target
     assert target is not None
-    got = islands(posterior.policy, target, ROW, 11, seed=5, batch=6)
+    got = islands(posterior.policy, target, ROW, 11, seed=5)
     alone = [smc(posterior.policy, target, ROW, num_particles=5 + i, seed=(5, 5 * i)) for i in range(2)]
     z = sum((5 + i) / 11 * math.exp(part.log_z) for i, part in enumerate(alone))
     assert got.log_z == pytest.approx(math.log(z))
@@ -223,7 +224,7 @@ def test_what_was_spent(one_lm: LanguageModel) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_seed_decides(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     """In several batches, which are not copies of each other."""
-    monkeypatch.setattr("amortlm.posterior.BATCH", 16)
+    monkeypatch.setattr("amortlm.inference.correct.BATCH", 16)
     posterior = bad(one_lm)
 
     def run(seed: object) -> Samples:
@@ -251,8 +252,9 @@ def test_every_chain_has_its_own_start(one_lm: LanguageModel, monkeypatch: pytes
         return metropolis_hastings(*args, initial=initial, **kwargs)
 
     monkeypatch.setattr(module, "metropolis_hastings", record)
-    module.mh(posterior.policy, target, ROW, 20, budget=160, seed=4, batch=8)
-    pool = module.weigh(posterior.policy, target, ROW, 40, seed=4, batch=8)
+    monkeypatch.setattr(module, "BATCH", 8)
+    module.mh(posterior.policy, target, ROW, 20, budget=160, seed=4)
+    pool = module.weigh(posterior.policy, target, ROW, 40, seed=4)
     assert starts == pool.resample(20, 4).rollouts.completions()
 
 
@@ -268,7 +270,7 @@ def test_pieces_are_even() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_to_resample(one_lm: LanguageModel, method: str) -> None:
     posterior = bad(one_lm, constraint.contains("dog"))
-    with pytest.raises(RewardError, match="have R = 0: there is nothing to resample; give a larger budget"):
+    with pytest.raises(RewardError, match="have R = 0: there is nothing to resample; .* larger budget"):
         posterior.sample(ROW, 4, correct=method, budget=32)
     plain = posterior.sample(ROW, 4)
     assert (plain.ess, plain.log_z) == (0.0, -math.inf)
@@ -279,7 +281,7 @@ def test_a_tool_takes_sir_only(one_lm: LanguageModel) -> None:
     posterior = Posterior(tiny_policy(one_lm, "{x}", support), one_lm.log_prob("{z}{y}", given="{x}"))
     assert len(posterior.sample(ROW, 4, correct="sir", budget=16)) == 4
     for method in ("smc", "mh"):
-        with pytest.raises(ConfigError, match='correct="sir"'):
+        with pytest.raises(ConfigError, match='correct="sir", or --correct sir'):
             posterior.sample(ROW, 4, correct=method, budget=16)
 
 
@@ -290,12 +292,14 @@ def test_errors_say_what_to_do(one_lm: LanguageModel) -> None:
     with pytest.raises(ConfigError, match="budget is for corrected samples"):
         posterior.sample(ROW, budget=64)
     for method, least in (("sir", 8), ("smc", 8), ("mh", 16)):
-        with pytest.raises(ConfigError, match=f"budget=7 is too small for n=8: .* needs at least {least}"):
+        with pytest.raises(
+            ConfigError, match=f"a budget of 7 is too small for n=8: {method} needs at least {least}"
+        ):
             posterior.sample(ROW, 8, correct=method, budget=7)
         assert len(posterior.sample(ROW, 8, correct=method, budget=least)) == 8
     with pytest.raises(ConfigError, match="n must be at least 1"):
         posterior.sample(ROW, 0, correct="sir")
-    with pytest.raises(ConfigError, match="correct='sir' needs a target; pass target="):
+    with pytest.raises(ConfigError, match="has no target, .* pass target= .* --trust MODULE"):
         Posterior(posterior.policy, None).sample(ROW, correct="sir")
 
 

@@ -63,7 +63,7 @@ def trained(lm: LanguageModel, target: Target, support: Support, folder: Path) -
         prompt="{x}",
         support=support,
         train_dataset=[ROW],
-        peft_config=default_lora(8),
+        adapter=default_lora(8),
         args=GFNConfig(
             output_dir=str(folder),
             objective="vargrad",

@@ -8,17 +8,18 @@ from collections import Counter
 
 import pytest
 import torch
+from reference import tiny_policy
+from stats import LEVEL, g_test
 
 from amortlm import LanguageModel, Support, constraint, verifier
+from amortlm.engine.decoding import Draws
 from amortlm.errors import ConfigError, DataError
 from amortlm.inference import mcmc
 from amortlm.inference.exact import ExactPosterior, enumerate_posterior
 from amortlm.inference.mcmc import Chains, metropolis_hastings
-from amortlm.inference.paths import Paths, paths_of, prepare, redraw, sample_paths
+from amortlm.inference.paths import paths_of, prepare, redraw, rollouts_of, sample_paths
 from amortlm.policy import Policy
 from amortlm.targets.base import Target
-from reference import tiny_policy
-from stats import LEVEL, g_test
 
 ROW = {"x": "the dog", "y": " ran"}
 TOKENS = (" a", " cat", "s")
@@ -83,11 +84,11 @@ def test_other_targets_agree_too(one_lm: LanguageModel) -> None:
         assert agreement(run(policy, target, num_steps=60, num_chains=1000), exact) > LEVEL
 
 
-def without_cut(current: Paths, log_r: torch.Tensor, proposed: Paths, new: torch.Tensor) -> torch.Tensor:
+def without_cut(current: Draws, log_r: torch.Tensor, proposed: Draws, new: torch.Tensor) -> torch.Tensor:
     return (new - proposed.log_q) - (log_r - current.log_q)
 
 
-def without_q(current: Paths, log_r: torch.Tensor, proposed: Paths, new: torch.Tensor) -> torch.Tensor:
+def without_q(current: Draws, log_r: torch.Tensor, proposed: Draws, new: torch.Tensor) -> torch.Tensor:
     return new - log_r + (current.lengths + 1).log() - (proposed.lengths + 1).log()
 
 
@@ -115,14 +116,14 @@ def test_redraw_keeps_the_prefix_and_knows_its_log_q(lm: LanguageModel, x: str) 
     assert set(keep.tolist()) == {0, 1, 2, 3, 4}
     new = redraw(policy, prefix, paths, keep, generator)
     assert policy.training, "left as it was found"
-    rollouts = new.rollouts(policy, row)
+    rollouts = rollouts_of(new, policy, row)
     assert (new.lengths >= keep).all()
     for old, z, k in zip(
-        paths.rollouts(policy, row).completions(), rollouts.completions(), keep.tolist(), strict=True
+        rollouts_of(paths, policy, row).completions(), rollouts.completions(), keep.tolist(), strict=True
     ):
         assert z[:k] == old[:k]
         assert policy.support.contains(z)
-    assert rollouts.completions() != paths.rollouts(policy, row).completions()
+    assert rollouts.completions() != rollouts_of(paths, policy, row).completions()
     assert torch.isin(new.stops, torch.tensor(policy.support.stop_ids)).all()
     log_probs = policy.evaluate(rollouts)
     width = rollouts.tokens.shape[1]
@@ -145,7 +146,7 @@ def test_redrawn_suffixes_follow_the_policy(one_lm: LanguageModel) -> None:
     strings = [z for n in range(1, 4) for z in policy.support.completions(n) if z[0] == first]
     rollouts = policy.rollouts([ROW], [strings])
     log_q = policy.evaluate(rollouts).final(rollouts.lengths).detach()
-    counts = Counter(map(tuple, new.rollouts(policy, ROW).completions()))
+    counts = Counter(map(tuple, rollouts_of(new, policy, ROW).completions()))
     assert g_test(torch.tensor([counts[tuple(z)] for z in strings]), log_q.exp()) > LEVEL
     assert g_test(torch.tensor([counts[tuple(z)] for z in strings]), (log_q / 0.7).exp()) < LEVEL
 

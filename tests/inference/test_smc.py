@@ -202,7 +202,7 @@ def test_all_dead_particles_estimate_zero(one_lm: LanguageModel) -> None:
     assert got.log_z == -math.inf
     assert got.ess[-1] == 0.0
     assert not torch.isnan(got.log_weights).any()
-    with pytest.raises(RewardError, match="all 8 particles have R = 0"):
+    with pytest.raises(RewardError, match="all 8 completions drawn have R = 0"):
         got.resample(4, seed=0)
 
 

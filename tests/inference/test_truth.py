@@ -6,6 +6,9 @@ import math
 
 import pytest
 import torch
+from reference import tiny_policy
+from stats import LEVEL, g_test
+from tilted import ROW, blind, off, perfect
 from torch import Tensor
 
 from amortlm import LanguageModel, Posterior, Support, constraint
@@ -14,9 +17,6 @@ from amortlm.inference import truth as module
 from amortlm.inference.exact import enumerate_posterior
 from amortlm.inference.truth import Truth, posterior_draws
 from amortlm.types import Rollouts
-from reference import tiny_policy
-from stats import LEVEL, g_test
-from tilted import ROW, blind, off, perfect
 
 DRAWS = 200
 

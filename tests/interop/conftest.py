@@ -4,9 +4,9 @@ import copy
 
 import pytest
 from genlm_cases import support
+from reference import tiny_policy
 
 from amortlm import LanguageModel, Policy
-from reference import tiny_policy
 
 
 @pytest.fixture(scope="module")

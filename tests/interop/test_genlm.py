@@ -19,12 +19,12 @@ from genlm_cases import (
     support,
     wait,
 )
+from reference import tiny_policy
 
 from amortlm import LanguageModel, Policy, verifier
 from amortlm.errors import ConfigError
 from amortlm.inference.exact import enumerate_posterior, policy_log_probs
 from amortlm.targets.base import Target
-from reference import tiny_policy
 
 pytest.importorskip("genlm.control", reason="needs the extra: pip install 'amortlm[genlm]'")
 

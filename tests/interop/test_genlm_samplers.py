@@ -15,11 +15,11 @@ from genlm_cases import (
     support,
     wait,
 )
+from reference import random_rollouts
 
 from amortlm import LanguageModel, Policy, Support, constraint
 from amortlm.inference.exact import enumerate_posterior
 from amortlm.targets.base import Target
-from reference import random_rollouts
 
 pytest.importorskip("genlm.control", reason="needs the extra: pip install 'amortlm[genlm]'")
 

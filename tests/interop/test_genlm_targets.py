@@ -19,11 +19,11 @@ from genlm_cases import (
     support,
     wait,
 )
+from reference import random_rollouts
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Support, constraint, default_lora
 from amortlm.errors import ConfigError
 from amortlm.targets.laws import check_target
-from reference import random_rollouts
 
 pytest.importorskip("genlm.control", reason="needs the extra: pip install 'amortlm[genlm]'")
 
@@ -105,7 +105,7 @@ def test_training_on_a_potential_nears_the_exact_posterior(lm: LanguageModel, tm
         support=words,
         train_dataset=[ROW],
         args=args,
-        peft_config=default_lora(4),
+        adapter=default_lora(4),
     )
 
     def gap() -> float:

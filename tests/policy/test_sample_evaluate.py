@@ -84,7 +84,7 @@ def test_activation_checkpointing_changes_neither_values_nor_gradients(
     policy = tiny_policy(family_lm, "{x}", SUPPORT, adapter)
     rollouts, sampled = policy.sample(ROWS, 3)
     plain = gradients(policy, rollouts)
-    policy.model.gradient_checkpointing_enable()
+    policy.activation_checkpointing_enable()
     policy.train()
     assert_same(rollouts, policy.evaluate(rollouts), sampled)
     checkpointed = gradients(policy, rollouts)

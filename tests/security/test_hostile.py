@@ -175,7 +175,8 @@ def test_a_target_given_takes_the_place_of_the_saved_one(
 
 
 def test_functions_that_ship_need_no_trust(folder: Path) -> None:
-    for name in ("numbers.is_valid", "amortlm.lab.tasks.numbers:is_valid"):  # as it was saved before
+    # By its name, and as it was saved before it had one.
+    for name in ("numbers.is_valid", "amortlm.lab.tasks.numbers:is_valid", "amortlm.tasks.numbers:is_valid"):
         edit(folder / "posterior.json", target=[{"predicate": name}])
         posterior = Posterior.from_pretrained(folder)
         assert posterior.target is not None
@@ -404,7 +405,7 @@ def test_a_certificate_is_data(folder: Path, mark: Path, modules: Path, certific
 # Run files
 
 RUN: dict[str, Any] = {
-    "prompt": "{x}", "support": {"stop": ".", "max_tokens": 2}, "data": [ROW], "lora": 2,
+    "prompt": "{x}", "support": {"stop": ".", "max_tokens": 2}, "data": [ROW], "adapter": 2,
     "config": {"max_steps": 1, "num_samples": 2, "diagnose_steps": 0, "objective": "vargrad", "use_cpu": True},
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ def plain(support: SupportLaw, logits: Tensor, tokens: Tensor) -> tuple[Tensor, 
     """The same by autograd: everything illegal at about -inf (at -inf its gradient is NaN), one log-softmax."""
     log_p = []
     for t in range(logits.shape[1]):
-        legal = support.legal(t, support.positions(tokens)[:, t])
+        legal = support.legal(torch.full((len(tokens),), t), support.nodes(tokens)[:, t])
         log_p.append(logits[:, t].float().masked_fill(~legal, -1e9).log_softmax(-1))
     log_q = torch.stack(log_p, 1)
     width = tokens.shape[1]

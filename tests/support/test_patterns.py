@@ -205,8 +205,8 @@ def test_counts_with_white_space(embedded: LanguageModel, pattern: str) -> None:
 
 
 TOO_LARGE = {
-    "(a|c)*a(a|c){15}": r"more than 20,00\d states, which",
-    "(.{0,50}){0,50}": r"more than 1,\d\d\d states, each of 1,\d\d\d places",
+    "(a|c)*a(a|c){15}": r"more than 20,00\d nodes, which",
+    "(.{0,50}){0,50}": r"more than 1,\d\d\d nodes, each of 1,\d\d\d places",
     "a{0,20000}": "more than 10,000 places",
 }
 
@@ -221,14 +221,14 @@ def test_tables_of_too_many_kinds_of_tokens_are_refused(monkeypatch) -> None:
     words = ["".join(z) for n in (1, 2, 3) for z in product("ac", repeat=n)]
     monkeypatch.setattr(patterns, "MAX_CELLS", 1_000)
     with pytest.raises(
-        SupportError, match="128 states and more than 7 kinds of tokens, .*fewer allowed_tokens"
+        SupportError, match="128 nodes and more than 7 kinds of tokens, .*fewer allowed_tokens"
     ):
         patterns._tables("(a|c)*a(a|c){6}", dict(enumerate(words)), len(words))
 
 
 def test_building_can_be_interrupted(monkeypatch) -> None:
     """As Ctrl-C does; without an end of its own it would go on for hours."""
-    monkeypatch.setattr(patterns, "MAX_STATES", 2**40)
+    monkeypatch.setattr(patterns, "MAX_NODES", 2**40)
     monkeypatch.setattr(patterns, "MAX_VISITS", 2**60)
     before = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.3)

@@ -290,9 +290,6 @@ class Broken(Target):
             scores = scores + 0.01 * rollouts.tokens.sum()
         return scores
 
-    def to_spec(self) -> list[dict]:
-        return []
-
 
 class OutsideMask(Broken):
     def score(self, rollouts: Rollouts) -> torch.Tensor:

@@ -57,9 +57,6 @@ class Constant(Target):
     def score_batch(self, scoring: Scoring) -> torch.Tensor:
         return torch.full(scoring.rollouts.stop_mask.shape, self.value)
 
-    def to_spec(self) -> list[dict]:
-        return [{self.name: self.value}]
-
 
 A, B = Constant(2.0, "a"), Constant(-3.0, "b")
 

@@ -16,15 +16,13 @@ from amortlm import GFNConfig, GFNTrainer, LanguageModel, Lookup, Support
 from amortlm.buffer import ReplayBuffer
 from amortlm.errors import ConfigError
 from amortlm.inference.exact import enumerate_posterior
-from amortlm.train.source import TrajectorySource
+from amortlm.train.source import ExperienceSource
 from amortlm.types import row_key
 
 WORDS = Support(
     stop=".", min_tokens=1, max_tokens=3, allowed_tokens=[" a", " the", " cat", " dog", " ran", "b"]
 )
 CALLS = 60
-ON_POLICY = {"replay_ratio": 0.0, "tempered_ratio": 0.0}
-FORWARD_KL = {"objective": "forward_kl", **ON_POLICY}
 
 
 @pytest.mark.parametrize("corrected", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
@@ -41,8 +39,8 @@ def test_forward_kl_nears_the_exact_posterior(
         max_steps=80,
         num_samples=32,
         warmup_steps=5,
-        corrected_ratio=corrected,
-        **FORWARD_KL,
+        objective="forward_kl",
+        behaviour={"corrected": corrected},
     )
     assert trainer.posterior.diagnose(ROWS[:2], 32).mean("total_variation") > 0.5
     trainer.train()
@@ -54,21 +52,21 @@ def test_forward_kl_nears_the_exact_posterior(
 # What a corrected sample is
 
 
-def source_of(lm: LanguageModel, folder: Path, **settings: Any) -> TrajectorySource:
+def source_of(lm: LanguageModel, folder: Path, **settings: Any) -> ExperienceSource:
     """An untrained source that corrects every prompt, with nine completions of the first row in its buffer."""
     trainer = make_trainer(
         lm,
         folder,
         support=WORDS,
-        **{"corrected_ratio": 1.0, "corrected_particles": 16, "num_samples": 6, **settings},
+        **{"behaviour": {"corrected": 1.0}, "corrected_particles": 16, "num_samples": 6, **settings},
     )
     texts = [" a", "b", " cat", " the cat", " dog ran", " a a", "bbb", " the dog ran", " cat cat cat"]
-    trainer.seed_buffer(ROWS[:1], [texts])
+    trainer.add_gold(ROWS[:1], [texts])
     assert len(trainer.buffer) == len(texts)
     return trainer.source
 
 
-def masses(source: TrajectorySource, calls: int) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
+def masses(source: ExperienceSource, calls: int) -> tuple[list[list[int]], torch.Tensor, torch.Tensor]:
     """(completions, R at temperature 1.5, estimates of it [calls, M]), each from the same buffer."""
     exact = enumerate_posterior(source.target / 1.5, source.policy.support, ROWS[0])
     place = {tuple(z): i for i, z in enumerate(exact.completions)}
@@ -132,9 +130,9 @@ def test_half_of_a_corrected_prompt_is_fresh_except_for_forward_kl(
     one_lm: LanguageModel, tmp_path: Path, objective: str, count: int
 ) -> None:
     """The other prompts get what they would have got without correction."""
-    behaviour = ON_POLICY if objective == "forward_kl" else {}
-    on = source_of(one_lm, tmp_path, corrected_ratio=0.5, objective=objective, **behaviour)
-    off = source_of(one_lm, tmp_path, corrected_ratio=0.0, objective=objective, **behaviour)
+    rest = {} if objective == "forward_kl" else {"replay": 0.25, "tempered": 0.25}
+    on = source_of(one_lm, tmp_path, behaviour={"corrected": 0.5, **rest}, objective=objective)
+    off = source_of(one_lm, tmp_path, behaviour=rest, objective=objective)
     seen = set()
     for step in range(6):
         chosen = on.corrected(ROWS, (step, 0)).tolist()
@@ -145,8 +143,8 @@ def test_half_of_a_corrected_prompt_is_fresh_except_for_forward_kl(
             return given[row_key(row)]
 
         on._correct = spy  # type: ignore[method-assign]
-        got, plain = on.collect(ROWS, (step, 0)), off.collect(ROWS, (step, 0))
-        on._correct = TrajectorySource._correct.__get__(on)  # type: ignore[method-assign]
+        got, plain = (source.collect(ROWS, (step, 0)).rollouts for source in (on, off))
+        on._correct = ExperienceSource._correct.__get__(on)  # type: ignore[method-assign]
         for n, row in enumerate(ROWS):
             mine = [z for z, i in zip(got.completions(), got.row_index.tolist(), strict=True) if i == n]
             theirs = [z for z, i in zip(plain.completions(), plain.row_index.tolist(), strict=True) if i == n]
@@ -162,7 +160,7 @@ def test_half_of_a_corrected_prompt_is_fresh_except_for_forward_kl(
 
 
 def test_the_share_of_prompts(one_lm: LanguageModel, tmp_path: Path) -> None:
-    source = source_of(one_lm, tmp_path, corrected_ratio=0.3)
+    source = source_of(one_lm, tmp_path, behaviour={"corrected": 0.3})
     n = 2000
     hits = sum(int(source.corrected(ROWS, (step, 0)).sum()) for step in range(n // len(ROWS)))
     z = (hits - 0.3 * n) / math.sqrt(0.21 * n)
@@ -174,23 +172,26 @@ def test_a_split_over_processes_draws_the_same(one_lm: LanguageModel, tmp_path: 
     """From equal buffers, whatever shares the batch."""
     whole = source_of(one_lm, tmp_path)
     split = source_of(one_lm, tmp_path)
-    together = whole.collect(ROWS[:4], (2, 0)).completions()
-    apart = [z for rows in (ROWS[:2], ROWS[2:4]) for z in split.collect(rows, (2, 0)).completions()]
-    assert together == apart
-    assert whole.collect(ROWS[:4], (3, 0)).completions() != together
+
+    def drawn(source: ExperienceSource, rows: Any, step: int) -> list[list[int]]:
+        return source.collect(rows, (step, 0)).rollouts.completions()
+
+    together = drawn(whole, ROWS[:4], 2)
+    assert together == [z for rows in (ROWS[:2], ROWS[2:4]) for z in drawn(split, rows, 2)]
+    assert drawn(whole, ROWS[:4], 3) != together
 
 
 def test_forward_kl_takes_corrected_samples_for_draws_of_the_posterior(
     one_lm: LanguageModel, tmp_path: Path
 ) -> None:
     """With every prompt corrected the value is zero, and the weights move all the same."""
-    settings = {"max_steps": 2, "warmup_steps": 0, **FORWARD_KL}
-    trainer = make_trainer(one_lm, tmp_path, corrected_ratio=1.0, **settings)
+    settings = {"max_steps": 2, "warmup_steps": 0, "objective": "forward_kl"}
+    trainer = make_trainer(one_lm, tmp_path, behaviour={"corrected": 1.0}, **settings)
     start = weights(trainer).clone()
     trainer.train()
     assert max(map(abs, losses(trainer))) < 1e-5
     assert (weights(trainer) - start).norm() > 1e-3
-    control = make_trainer(one_lm, tmp_path, corrected_ratio=0.0, **settings)
+    control = make_trainer(one_lm, tmp_path, behaviour={"policy": 1.0}, **settings)
     control.train(overwrite_output_dir=True)
     assert min(losses(control)) > 0.1
 
@@ -198,8 +199,8 @@ def test_forward_kl_takes_corrected_samples_for_draws_of_the_posterior(
 @pytest.mark.parametrize(
     "settings",
     [
-        {"objective": "vargrad", "corrected_method": "sir", "replay_ratio": 0.3},
-        {"corrected_method": "smc", **FORWARD_KL},
+        {"objective": "vargrad", "behaviour": {"corrected": 0.5, "replay": 0.15, "tempered": 0.175}},
+        {"objective": "forward_kl", "behaviour": {"corrected": 0.5}, "corrected_method": "smc"},
     ],
     ids=["vargrad-sir", "forward_kl-smc"],
 )
@@ -207,7 +208,6 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     one_lm: LanguageModel, tmp_path: Path, settings: dict[str, Any]
 ) -> None:
     settings = {
-        "corrected_ratio": 0.5,
         "max_steps": 7,
         "save_strategy": "steps",
         "save_steps": 3,
@@ -242,7 +242,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 def test_a_tool_is_corrected_by_sir_and_refused_by_smc(one_lm: LanguageModel, tmp_path: Path) -> None:
     support = Support(stop=".", min_tokens=1, max_tokens=6, tool=Lookup({"cat": " dog ran"}, trigger=":"))
-    settings = {"support": support, "corrected_ratio": 1.0, "objective": "vargrad", "max_steps": 2}
+    settings = {"support": support, "behaviour": {"corrected": 1.0}, "objective": "vargrad", "max_steps": 2}
     trainer = make_trainer(one_lm, tmp_path, **settings)
     start = weights(trainer).clone()
     trainer.train()
@@ -252,7 +252,9 @@ def test_a_tool_is_corrected_by_sir_and_refused_by_smc(one_lm: LanguageModel, tm
 
 
 def test_without_a_buffer_only_the_pool_is_resampled(one_lm: LanguageModel, tmp_path: Path) -> None:
-    trainer = make_trainer(one_lm, tmp_path, buffer_size=0, corrected_ratio=1.0, corrected_particles=5)
+    trainer = make_trainer(
+        one_lm, tmp_path, buffer_size=0, behaviour={"corrected": 1.0}, corrected_particles=5
+    )
     completions, _ = trainer.source.estimate(ROWS[0], (0, 0))
     assert len(completions) == 5
     assert isinstance(trainer.buffer, ReplayBuffer)
@@ -262,13 +264,19 @@ def test_without_a_buffer_only_the_pool_is_resampled(one_lm: LanguageModel, tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "forward_kl"}, "set replay_ratio and tempered_ratio to 0.*corrected_ratio"),
-        ({**FORWARD_KL, "epsilon": 0.1}, "set epsilon to 0"),
-        ({**FORWARD_KL, "num_samples": 1, "log_z": "learned"}, "at least 2"),
-        ({"corrected_ratio": 1.5}, r"\[0, 1\]"),
+        ({"objective": "forward_kl"}, r"biased by .*\(tempered, replay\): write behaviour={'policy': 1.0}"),
+        (
+            {"objective": "forward_kl", "behaviour": {"corrected": 0.5, "replay": 0.5}},
+            "behaviour={'corrected': 0.5}",
+        ),
+        ({"objective": "forward_kl", "behaviour": {}, "epsilon": 0.1}, r"\(epsilon\).*epsilon=0"),
+        ({"objective": "forward_kl", "behaviour": {}, "num_samples": 1}, "at least 2"),
         ({"corrected_method": "mh"}, "'sir' or 'smc', not 'mh'"),
         ({"corrected_particles": 0}, "corrected_particles >= 1"),
-        ({"corrected_ratio": 0.5, "num_samples": 1, "log_z": "learned"}, "num_samples >= 2"),
+        (
+            {"behaviour": {"corrected": 0.5}, "num_samples": 1, "objective": {"tb": {"log_z": "learned"}}},
+            "num_samples >= 2",
+        ),
     ],
 )
 def test_bad_settings(settings: dict[str, Any], message: str) -> None:

@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from reference import tiny_policy
 
 from amortlm import EM, GFNConfig, LanguageModel, Lookup, MStep, Support
 from amortlm import em as em_module
 from amortlm.em import joint_log_prob, posterior_weights
 from amortlm.engine.adapter import trainable_copy
+from amortlm.engine.passes import Passes
 from amortlm.errors import CheckpointError, ConfigError
 from amortlm.inference.exact import enumerate_posterior
-from reference import tiny_policy
 
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=(" a", " cat", "s", " dog"))
 ROWS = [{"x": "the cat", "y": "a dog ran"}, {"x": "a", "y": "the cat ran"}]
@@ -47,7 +48,7 @@ def em(lm: LanguageModel, folder: Path, **settings: object) -> EM:
         support=SUPPORT,
         train_dataset=ROWS,
         args=args,
-        **{"m_step": m_step, "rounds": 2, "peft_config": LORA, "adapter": LORA, **settings},  # type: ignore[arg-type]
+        **{"m_step": m_step, "rounds": 2, "adapter": LORA, "p_adapter": LORA, **settings},  # type: ignore[arg-type]
     )
 
 
@@ -57,7 +58,7 @@ def test_joint_equals_the_target(family_lm: LanguageModel) -> None:
     target = family_lm.log_prob("{z} {y}", given="{x}")
     by_target = target.score_final(rollouts)
     torch.testing.assert_close(
-        joint_log_prob(family_lm.model, target, rollouts), by_target, atol=1e-3, rtol=0
+        joint_log_prob(family_lm.passes, target, rollouts), by_target, atol=1e-3, rtol=0
     )
 
 
@@ -71,7 +72,7 @@ def test_joint_with_a_tool_equals_the_target(one_lm: LanguageModel) -> None:
     policy = tiny_policy(one_lm, "{x}", support)
     rollouts = policy.rollouts(ROWS[:1], [[" cat: dog ran", " a cat"]])
     target = one_lm.log_prob("{z} {y}", given="{x}")
-    joint = joint_log_prob(one_lm.model, target, rollouts)
+    joint = joint_log_prob(one_lm.passes, target, rollouts)
     torch.testing.assert_close(joint, target.score_final(rollouts), atol=1e-3, rtol=0)
 
 
@@ -84,7 +85,7 @@ def test_m_step_gradient_is_that_of_the_evidence(one_lm: LanguageModel) -> None:
     model = trainable_copy(one_lm, LORA)
     trained = [p for n, p in model.named_parameters() if "lora_B" in n]
 
-    log_p = joint_log_prob(model, target, rollouts)
+    log_p = joint_log_prob(Passes(model, one_lm.sharing), target, rollouts)
     evidence = torch.autograd.grad(log_p.logsumexp(0), trained, retain_graph=True)
     same = torch.zeros(len(rollouts), dtype=torch.long)
     weight = posterior_weights(log_p.detach(), torch.zeros(len(rollouts)), same)
@@ -176,4 +177,4 @@ def test_errors_name_the_remedy(one_lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rounds"):
         em(one_lm, tmp_path, rounds=0)
     with pytest.raises(ConfigError, match="full copy"):
-        em(one_lm, tmp_path, peft_config="full")
+        em(one_lm, tmp_path, adapter="full")

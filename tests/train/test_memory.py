@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from reference import tiny_policy
 from torch import Tensor
 
 from amortlm import LanguageModel, Support, constraint, verifier
@@ -17,7 +17,6 @@ from amortlm.targets.base import Scoring, Softened, Target
 from amortlm.train import memory as module
 from amortlm.train.memory import RewardMemory
 from amortlm.types import Rollouts
-from reference import tiny_policy
 
 ROWS = [{"x": "a b", "y": " c"}, {"x": "b", "y": " a"}]
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=4)
@@ -36,9 +35,6 @@ class Counted(Target):
             row = rollouts.rows[int(rollouts.row_index[b])]
             self.asked.append((row["x"], tuple(rollouts.tokens[b, :t].tolist())))
         return self.target.score_batch(scoring)
-
-    def to_spec(self) -> list[dict[str, Any]]:
-        return self.target.to_spec()
 
 
 def infilling(lm: LanguageModel) -> Counted:
@@ -120,7 +116,7 @@ def test_what_is_too_much_is_forgotten(one_lm: LanguageModel, monkeypatch: pytes
     memory = RewardMemory(target)
     one, other = batches(one_lm, 2)
     memory.score(one)
-    monkeypatch.setattr(module, "MAX_STATES", len(memory) - 1)
+    monkeypatch.setattr(module, "MAX_PREFIXES", len(memory) - 1)
     asked = len(target.asked)
     torch.testing.assert_close(memory.score(other), target.target.score(other), atol=1e-5, rtol=0)
     assert len(target.asked) - asked == len(states_of(other)), "all of them again"

@@ -32,7 +32,12 @@ from amortlm.train import checkpoints, run
 from amortlm.train.interruption import SIGNALS
 from amortlm.train.outcome import complaint
 
-STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "replay_ratio": 0.5}
+STEPS = {
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "max_steps": 4,
+    "behaviour": {"replay": 0.5, "tempered": 0.25},
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +97,12 @@ def test_resume_takes_only_its_own(
         ("target was", {"target": target * 2.0}),
         ("prompt was", {"prompt": "{x}"}),
         ("support.max_tokens was 3, is 2", {"support": Support(stop=".", min_tokens=1, max_tokens=2)}),
-        ("adapter.r was 4, is 2", {"peft_config": default_lora(2)}),
-        ("adapter was", {"peft_config": "full"}),
-        ("the adapter's first weights changed", {"peft_config": str(folder / "checkpoint-3")}),
+        ("adapter.r was 4, is 2", {"adapter": default_lora(2)}),
+        ("adapter was", {"adapter": "full"}),
+        ("the adapter's first weights changed", {"adapter": str(folder / "checkpoint-3")}),
         ("the data changed", {"rows": ROWS[:4]}),
         ("the data changed", {"rows": ROWS[::-1]}),
-        ("the gold completions", {"seeds": [[" a b."], [], [], [], []]}),
+        ("the gold completions", {"gold": [[" a b."], [], [], [], []]}),
     ]
     for is_finished in (True, False):
         if not is_finished:
@@ -231,7 +236,7 @@ def test_file_modes_follow_the_umask(one_lm: LanguageModel, tmp_path: Path, mask
     before = os.umask(mask)
     try:
         make_trainer(
-            one_lm, tmp_path / "run", **{**STEPS, "max_steps": 1}, log_z="learned", objective="tb"
+            one_lm, tmp_path / "run", **{**STEPS, "max_steps": 1}, objective={"tb": {"log_z": "learned"}}
         ).train()
     finally:
         os.umask(before)

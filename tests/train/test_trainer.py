@@ -15,12 +15,12 @@ from amortlm import GFNConfig, LanguageModel, Support, verifier
 from amortlm import constraint as c
 from amortlm.engine.adapter import default_lora
 from amortlm.errors import (
-    AmortLMError,
     CheckpointError,
     ConfigError,
     DataError,
     PromptTooLongError,
     RewardError,
+    TrainingError,
 )
 from amortlm.objectives import log_weights
 
@@ -29,9 +29,9 @@ from amortlm.objectives import log_weights
     "settings",
     [
         {"objective": "subtb"},
-        {"objective": "subtb", "subtb_lambda": 0.9, "subtb_states": 2},
+        {"objective": {"subtb": {"lam": 0.9, "states": 2}}},
         {"objective": "db"},
-        {"objective": "tb", "log_z": "learned", "log_z_learning_rate": 0.5},
+        {"objective": {"tb": {"log_z": "learned", "log_z_learning_rate": 0.5}}},
         {"objective": "tb"},
         {"objective": "vargrad"},
     ],
@@ -72,7 +72,7 @@ def test_the_frozen_model_is_untouched(one_lm: LanguageModel, tmp_path: Path) ->
     before = {k: v.clone() for k, v in one_lm.model.state_dict().items()}
     modules = [name for name, _ in one_lm.model.named_modules()]
     for adapter in (default_lora(4), "full"):
-        trainer = make_trainer(one_lm, tmp_path, peft_config=adapter)
+        trainer = make_trainer(one_lm, tmp_path, adapter=adapter)
         start = weights(trainer).clone()
         trainer.train(overwrite_output_dir=True)
         assert not torch.equal(start, weights(trainer))
@@ -82,35 +82,36 @@ def test_the_frozen_model_is_untouched(one_lm: LanguageModel, tmp_path: Path) ->
 
 def test_whatever_is_scored_for_training_is_remembered(one_lm: LanguageModel, tmp_path: Path) -> None:
     """By updates and by the correction of samples: a second run over the same completions asks for nothing."""
-    trainer = make_trainer(one_lm, tmp_path, corrected_ratio=0.5, corrected_particles=8)
+    trainer = make_trainer(
+        one_lm, tmp_path, behaviour={"corrected": 0.5, "replay": 0.25}, corrected_particles=8
+    )
     assert trainer.source.target is trainer.training_target
     batch = {"rows": ROWS}
     trainer._next_micro_step = lambda: (0, 0)  # type: ignore[method-assign]
-    trainer.compute_loss(trainer.policy, batch)
+    trainer._prepare_inputs(batch)
     asked: list[int] = []
     score = trainer.training_target.target.score
     trainer.training_target.target.score = lambda r: asked.append(1) or score(r)  # type: ignore
     trainer.buffer._entries.clear()
-    trainer.compute_loss(trainer.policy, batch)
+    trainer._prepare_inputs(batch)
     assert asked == []
     trainer.training_target.clear()
-    trainer.compute_loss(trainer.policy, batch)
+    trainer._prepare_inputs(batch)
     assert asked, "the control"
 
 
-@pytest.mark.parametrize(("objective", "log_z"), [("subtb", "group"), ("tb", "learned")])
+@pytest.mark.parametrize("objective", ["subtb", {"tb": {"log_z": "learned"}}], ids=str)
 def test_interrupted_and_resumed_equals_uninterrupted(
-    one_lm: LanguageModel, tmp_path: Path, objective: str, log_z: str
+    one_lm: LanguageModel, tmp_path: Path, objective: Any
 ) -> None:
     """Adapter, optimiser, buffer, reward memory, schedules and random state: every loss and weight is the same to the bit."""
     settings = {
         "objective": objective,
-        "log_z": log_z,
         "max_steps": 7,
         "save_strategy": "steps",
         "save_steps": 3,
         "reward_temperature": (1.5, 1.0, 6),
-        "replay_ratio": 0.5,
+        "behaviour": {"replay": 0.5, "tempered": 0.25},
         "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 1,
     }
@@ -135,7 +136,13 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 
 def test_accumulated_micro_batches_equal_one_batch(one_lm: LanguageModel, tmp_path: Path) -> None:
     """On-policy, the samples of a row depend on seed, step and row only, so the gradient is the same."""
-    settings = {"max_steps": 1, "warmup_steps": 0, "replay_ratio": 0.0, "max_grad_norm": 0.0, "optim": "sgd"}
+    settings = {
+        "max_steps": 1,
+        "warmup_steps": 0,
+        "behaviour": {"tempered": 0.5},
+        "max_grad_norm": 0.0,
+        "optim": "sgd",
+    }
     whole = make_trainer(one_lm, tmp_path, per_device_train_batch_size=4, rows=ROWS[:4], **settings)
     parts = make_trainer(
         one_lm,
@@ -151,21 +158,24 @@ def test_accumulated_micro_batches_equal_one_batch(one_lm: LanguageModel, tmp_pa
     torch.testing.assert_close(weights(whole), weights(parts), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"subtb_states": 2}, {"objective": "vargrad"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"objective": {"subtb": {"states": 2}}}, {"objective": "vargrad"}], ids=str
+)
 def test_copies_count_as_often_as_they_were_drawn(
     one_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
     """The loss is that of passes over every trajectory, copies and their own stopping states included."""
     trainer = make_trainer(one_lm, tmp_path, **settings)
     texts = [["cat", " dog", "cat", "cat ran"], [" a", " a", " a", " dog"]]
-    rollouts = trainer._thin(trainer.policy.rollouts(ROWS[:2], texts))
+    rollouts = trainer.source.thin(trainer.policy.rollouts(ROWS[:2], texts), (0, 0))
     assert len(rollouts.distinct()[0]) == 5
-    monkeypatch.setattr(trainer.source, "collect", lambda rows, step: rollouts)
-    monkeypatch.setattr(trainer, "_thin", lambda r: r)
+    monkeypatch.setattr(trainer.source, "draw", lambda rows, step, corrected: (rollouts, torch.zeros(8)))
+    monkeypatch.setattr(trainer.source, "thin", lambda r, step: r)
+    experience = trainer._prepare_inputs({"rows": ROWS[:2]})
     log_probs = trainer.policy.evaluate(rollouts)
     log_w = log_weights(trainer.target.score(rollouts), log_probs, rollouts.stop_mask)
-    expected, _ = trainer._objective(log_w, rollouts)
-    loss, found = trainer.compute_loss(trainer.policy, {"rows": ROWS[:2]}, return_outputs=True)
+    expected, _ = trainer._objective(log_w, experience)
+    loss, found = trainer.compute_loss(trainer.policy, experience, return_outputs=True)
     torch.testing.assert_close(found, log_w)
     torch.testing.assert_close(loss, expected)
 
@@ -176,11 +186,11 @@ def test_reward_temperature_schedule() -> None:
 
 
 def test_gold_completions_start_in_the_buffer(one_lm: LanguageModel, tmp_path: Path) -> None:
-    seeds = [[" a b."], [], [" c", " d a"], [], []]
-    trainer = make_trainer(one_lm, tmp_path, seeds=seeds)
+    gold = [[" a b."], [], [" c", " d a"], [], []]
+    trainer = make_trainer(one_lm, tmp_path, gold=gold)
     assert len(trainer.buffer) == 3
     with pytest.raises(DataError, match="one list per row"):
-        make_trainer(one_lm, tmp_path, seeds=seeds[:2])
+        make_trainer(one_lm, tmp_path, gold=gold[:2])
 
 
 def test_logs_and_sample_table(one_lm: LanguageModel, tmp_path: Path) -> None:
@@ -194,9 +204,7 @@ def test_logs_and_sample_table(one_lm: LanguageModel, tmp_path: Path) -> None:
 def test_hard_constraints_train(one_lm: LanguageModel, tmp_path: Path) -> None:
     """R = 0 almost everywhere: the share of accepted samples rises, with and without a language-model term."""
     for target in (one_lm.log_prob("{z}", given="{x}") + c.contains("a"), c.contains("a")):
-        trainer = make_trainer(
-            one_lm, tmp_path, target=target, max_steps=120, num_samples=16, replay_ratio=0.25
-        )
+        trainer = make_trainer(one_lm, tmp_path, target=target, max_steps=120, num_samples=16)
         before = sum(trainer.posterior.estimate(row, 256).valid for row in ROWS) / len(ROWS)
         trainer.train(overwrite_output_dir=True)
         after = sum(trainer.posterior.estimate(row, 256).valid for row in ROWS) / len(ROWS)
@@ -237,9 +245,21 @@ def test_bad_data(one_lm: LanguageModel, tmp_path: Path) -> None:
     [
         ({"objective": "subtbb"}, "did you mean 'subtb'"),
         ({"num_samples": 1}, "at least 2"),
-        ({"log_z": "lerned"}, "learned"),
-        ({"replay_ratio": 1.5}, r"\[0, 1\]"),
-        ({"subtb_states": 1}, "at least 2"),
+        (
+            {"objective": {"tb": {"log_z": "lerned"}}},
+            "objective tb: log_z must be group or learned, got 'lerned'",
+        ),
+        ({"objective": {"subtb": {"lamda": 1}}}, "objective subtb: unknown key 'lamda'; did you mean 'lam'"),
+        ({"objective": {"subtb": {"states": 1}}}, "at least 2"),
+        ({"objective": {"subtb": {}, "tb": {}}}, "a name, or a name with its settings"),
+        ({"objective": 3}, "a name, or a name with its settings"),
+        ({"behaviour": {"replay": 1.5}}, "sum to one, and these sum to 1.5"),
+        ({"behaviour": {"replay": -0.5}}, "shares are numbers from 0"),
+        ({"behaviour": {"replay": 0.5, "policy": 0.4}}, "these sum to 0.9"),
+        ({"behaviour": {"replai": 0.5}}, "behaviour: unknown key 'replai'; did you mean 'replay'"),
+        ({"behaviour": {"replay": "half"}}, "behaviour: replay must be a number, got 'half'"),
+        ({"behaviour": 0.5}, "behaviour must be a mapping"),
+        ({"epsilon": 2}, r"\[0, 1\]"),
         ({"temperature_range": (2.0, 1.0)}, "ordered"),
     ],
 )
@@ -250,8 +270,8 @@ def test_bad_settings(settings: dict[str, Any], message: str) -> None:
 
 def test_a_loss_that_is_not_finite_stops(one_lm: LanguageModel, tmp_path: Path) -> None:
     trainer = make_trainer(one_lm, tmp_path)
-    trainer._objective = lambda log_w, rollouts: (log_w.sum() * math.nan, {})  # type: ignore[method-assign]
-    with pytest.raises(AmortLMError, match="lower learning_rate"):
+    trainer._objective = lambda log_w, experience: (log_w.sum() * math.nan, {})  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match="lower learning_rate"):
         trainer.train()
 
 
@@ -267,7 +287,7 @@ def test_a_loss_that_is_not_finite_stops(one_lm: LanguageModel, tmp_path: Path) 
 )
 def test_checkpoint_cut_short(one_lm: LanguageModel, tmp_path: Path, victim: str) -> None:
     """A truncated file gives one error; asking for the last complete checkpoint passes over an unfinished one."""
-    settings = {"save_strategy": "steps", "save_steps": 2, "replay_ratio": 0.5}
+    settings = {"save_strategy": "steps", "save_steps": 2, "behaviour": {"replay": 0.5, "tempered": 0.25}}
     make_trainer(one_lm, tmp_path, **settings).train()
     file = tmp_path / "checkpoint-4" / victim
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])

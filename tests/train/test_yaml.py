@@ -165,7 +165,7 @@ RUN: dict[str, Any] = {
     "target": [{"log_prob": {"of": "{z}{y}", "given": "{x}"}}],
     "support": {"stop": ".", "max_tokens": 2},
     "data": ROWS,
-    "lora": 2,
+    "adapter": 2,
     "config": {"max_steps": 1, "num_samples": 2, "diagnose_steps": 0},
 }
 
@@ -194,13 +194,13 @@ def test_a_yaml_file_is_the_same_spec(tmp_path: Path, model_folder: Path) -> Non
     again = tmp_path / "again.yaml"
     again.write_text(yaml.safe_dump(spec.to_dict()))
     assert RunSpec.from_yaml(again) == spec
-    defaults = run(tmp_path, model_folder, model=None, lora=None, config=None)
-    assert (defaults.model, defaults.lora, defaults.config) == ("embedded", 16, {})
+    defaults = run(tmp_path, model_folder, model=None, adapter=None, config=None)
+    assert (defaults.model, defaults.adapter, defaults.config) == ("embedded", 16, {})
 
 
 def test_a_spec_becomes_a_trainer(tmp_path: Path, model_folder: Path) -> None:
     config = {"max_steps": 3, "num_samples": 5, "learning_rate": "1e-3", "output_dir": "elsewhere"}
-    spec = run(tmp_path, model_folder, config=config, lora=3)
+    spec = run(tmp_path, model_folder, config=config, adapter=3)
     trainer = spec.trainer(str(tmp_path / "out"))
     assert trainer.args.max_steps == 3
     assert trainer.args.num_samples == 5
@@ -211,7 +211,7 @@ def test_a_spec_becomes_a_trainer(tmp_path: Path, model_folder: Path) -> None:
     assert trainer.policy.prompt.source == "{x}"
     assert trainer.policy.support_spec == Support(stop=".", max_tokens=2)
     assert trainer.policy.model.peft_config["default"].r == 3
-    assert run(tmp_path, model_folder, lora="full").trainer(str(tmp_path)).policy.is_full
+    assert run(tmp_path, model_folder, adapter="full").trainer(str(tmp_path)).policy.is_full
 
 
 def test_overrides_merge_the_config_and_leave_the_spec_alone() -> None:
@@ -360,16 +360,32 @@ RUN_TEXT = """prompt: '{x}'
 target: [{log_prob: {of: '{z}', given: '{x}'}}]
 support: {stop: STOP, max_tokens: 2}
 data: [{x: DATA}]
-lora: LORA
+adapter: ADAPTER
 config: {max_steps: STEPS, save_strategy: SAVE, num_samples: 2}
 """
 
 
 def filled(**values: str) -> str:
     text = RUN_TEXT
-    for key, value in {"STOP": "'.'", "DATA": "a", "LORA": "2", "STEPS": "1", "SAVE": "no", **values}.items():
+    for key, value in {
+        "STOP": "'.'",
+        "DATA": "a",
+        "ADAPTER": "2",
+        "STEPS": "1",
+        "SAVE": "no",
+        **values,
+    }.items():
         text = text.replace(key, value)
     return text
+
+
+@pytest.mark.parametrize("value", ["16", "full"])
+def test_the_former_key_of_the_adapter_says_what_to_write(tmp_path: Path, value: str) -> None:
+    text = filled().replace("adapter: 2", f"lora: {value}")
+    with pytest.raises(
+        ConfigError, match=f"run.yaml: the key lora is now called adapter: write `adapter: {value}`"
+    ):
+        RunSpec.from_yaml(written(tmp_path, text))
 
 
 def test_words_and_dates_stay_text(tmp_path: Path) -> None:
@@ -391,9 +407,9 @@ def test_words_and_dates_stay_text(tmp_path: Path) -> None:
         ({"STEPS": "null"}, "config: max_steps must be a whole number, got None"),
         ({"STEPS": ".nan"}, "config: max_steps must be a whole number, got nan"),
         ({"SAVE": "false"}, "config: save_strategy must be text, got False; to mean the text, quote it: 'false'"),
-        ({"LORA": "0"}, "lora must be a rank of at least 1, or full, got 0"),
-        ({"LORA": "half"}, "lora must be a rank of at least 1, or full, got 'half'"),
-        ({"LORA": "1.5"}, "lora must be a whole number or text, got 1.5"),
+        ({"ADAPTER": "0"}, "adapter must be a rank of at least 1, or full, got 0"),
+        ({"ADAPTER": "half"}, "adapter must be a rank of at least 1, or full, got 'half'"),
+        ({"ADAPTER": "1.5"}, "adapter must be a whole number or text, got 1.5"),
         ({"DATA": "[1], 0: 2"}, "data: row 0 has a column named 0, not text"),
     ],
 )  # fmt: skip
@@ -483,7 +499,7 @@ def test_odd_targets_are_never_a_traceback(tmp_path: Path, one_lm: LanguageModel
     assert not all(found)
 
 
-@pytest.mark.parametrize("name", ["prompt", "data", "lora", "config", "support", "target"])
+@pytest.mark.parametrize("name", ["prompt", "data", "adapter", "config", "support", "target"])
 def test_odd_runs_are_never_a_traceback(tmp_path: Path, model_folder: Path, name: str) -> None:
     def build(spec: RunSpec) -> None:
         spec.trainer(str(tmp_path / "out"))

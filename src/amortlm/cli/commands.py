@@ -1,4 +1,4 @@
-"""What the commands do, once the heavy imports are wanted."""
+"""What the commands do."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
-from amortlm.cli import run_folder
+from amortlm.cli.status import exit_status, run_folder
 from amortlm.data import check_rows, load_rows
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Gold
@@ -82,7 +82,7 @@ def sample(args: Namespace) -> None:
 
 
 def _how(samples: Samples) -> str:
-    """How corrected samples came about, in a line."""
+    """How corrected samples were made, in a line."""
     if samples.method == "mh":
         return f"mh: {samples.draws} draws, acceptance rate {samples.acceptance_rate:.2f}"
     return f"{samples.method}: {samples.draws} draws, ESS {samples.ess:.1f}, log Z {samples.log_z:.3f}"
@@ -102,7 +102,7 @@ def evaluate(args: Namespace) -> int:
     diagnosis = posterior.diagnose(rows, args.n, seed=args.seed, level=level, gold=_gold(rows, args.gold))
     print(diagnosis)
     if args.output:
-        text = json.dumps(finite(diagnosis.reports), indent=2) + "\n"
+        text = json.dumps(finite([row.to_dict() for row in diagnosis.rows]), indent=2) + "\n"
         Path(args.output).write_text(text, encoding="utf-8")
         print(f"wrote {args.output}")
     return 0
@@ -113,11 +113,13 @@ def _check(args: Namespace) -> int:
     if (folder / "posterior.json").exists() and not (folder / certificate.FILE).exists():
         raise CheckpointError(
             f"{folder} has no certificate to check: a training with --set stop_at_gap=0.05 (in YAML: config: "
-            "{stop_at_gap: 0.05}) saves one when it gets there"
+            "{stop_at_gap: 0.05}) saves one when it reaches that gap"
         )
     known = args.data or args.column or (folder / "rows.jsonl").exists()
+    posterior = _posterior(args)
     found = certificate.check(
-        _posterior(args),
+        posterior.policy,
+        posterior.target,
         certificate.Certificate.load(folder),
         seed=args.seed,
         data_hash=certificate.hash_rows(_rows(args)) if known else None,
@@ -137,7 +139,7 @@ def doctor(args: Namespace) -> None:
 def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:
     if column is None:
         return None
-    check_rows(rows, {column}, "--gold")
+    check_rows(rows, {column}, "--gold", why="")
     return [[str(row[column])] for row in rows]
 
 
@@ -191,14 +193,12 @@ def processes(args: Namespace, runs: int, helpers: list[SpawnProcess]) -> Iterat
 
 
 def _help(args: Namespace, threads: int) -> None:
-    from amortlm.cli import run
-
     torch.set_num_threads(threads)
-    sys.exit(run(args))
+    sys.exit(exit_status(lambda: reproduce(args), args))
 
 
 def _load(args: Namespace) -> tuple[Posterior, Sequence[Row]]:
-    """The posterior and its rows; what the command line says of these is read first, for a model takes its time."""
+    """The posterior and its rows. Rows on the command line are read first, since a model takes its time to load."""
     given = _rows(args) if args.column or args.data else None
     return _posterior(args), given or _rows(args)
 
@@ -226,7 +226,7 @@ def _check_counts(*options: tuple[str, int | None]) -> None:
 
 
 def _check_folder(name: str | Path) -> None:
-    """Raise ConfigError for an output folder that cannot be made or written: before the work, not after it."""
+    """Raise ConfigError for an output folder that cannot be made or written, before any work is done for it."""
     folder = next(path for path in (Path(name), *Path(name).parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         why = "may not be written" if folder.is_dir() else "is a file"

@@ -1,18 +1,18 @@
 """Two-sided bounds on log Z, and with them both KL divergences as intervals.
 
-With w = R / q, a mean of K weights of draws of q is an unbiased estimate of Z. With one of the K draws taken from
-the posterior p = R / Z instead, the inverse of the mean is an unbiased estimate of 1 / Z (importance sampling on the
-space of K draws and the place of the true one: Grosse et al. 2015, Sobolev & Vetrov 2019). Neither is ever negative,
-and that alone bounds their expectation from below by a bet (Waudby-Smith & Ramdas 2024): if E[x] <= mu, then
+Let w = R / q. The mean weight of K draws of q is an unbiased estimate of Z. Where one of the K is drawn from the
+posterior p = R / Z instead, the inverse of the mean weight is an unbiased estimate of 1 / Z (Grosse et al. 2015,
+Sobolev & Vetrov 2019). Both estimates are non-negative, and independent non-negative numbers x_1, x_2, .. bound their
+expectation from below by betting (Waudby-Smith & Ramdas 2024). If E[x] <= mu, then the capital
 
     prod_i (1 + lambda (x_i / mu - 1)),    0 < lambda < 1
 
-is a non-negative number with expectation at most 1, so it exceeds 1 / delta with probability at most delta; the
-least mu that it does not refute is the bound. No variance is estimated and no limit theorem assumed, however heavy
-the tail of w. A small K suits a good q, a large one a bad q; every K of a grid is tried, and delta shared.
+is non-negative with expectation at most 1, so it exceeds 1 / delta with probability at most delta. Every mu for which
+it does is rejected, and the largest of them is the lower bound on E[x]. Nothing is assumed about the variance or the
+tail of w. A small K suits a good q, a large K a bad one; each K of a grid is tried, at an equal share of delta.
 
-The lower bound needs nothing but draws of q. The upper one is valid as far as the draws it takes for those of the
-posterior are: exactly, where they come from enumeration; approximately, where they come from SMC or MCMC.
+The lower bound on log Z needs draws of q alone. The upper bound is as valid as its draws of the posterior: exact draws
+come from enumeration, approximate ones from resampling or Markov chains.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from amortlm.errors import ConfigError
-from amortlm.weights import check_log_weights
+from amortlm.weights import check_log_weights, log_mean_exp
 
-GRID = 16  # ratio between the group sizes that are tried
-BETS = 1 / (
-    1 + 2.0 ** torch.arange(-5, 10, dtype=torch.float64)
-)  # 0.97 for weights nearly equal, 0.002 for wild ones
+GRID = 16  # ratio between the group sizes K that are tried
+# Values of lambda: 0.97 suits weights that are nearly equal, 0.002 weights that differ by orders of magnitude.
+BETS = 1 / (1 + 2.0 ** torch.arange(-5, 10, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is known of one posterior at `level`: each of the three holds jointly with probability `level`. Nats.
+    """Three intervals that hold together with probability `level`. Nats.
 
-    log_z   of the target on the support
-    kl_qp   KL(q || p), what samples of q make up: log Z - mean log w under q
-    kl_pq   KL(p || q), what q misses: mean log w under p - log Z
-    log Z holds without assumption on q; the mean log w of a finite number of draws by its normal limit.
+    log_z   of the target on the support; it holds whatever q is
+    kl_qp   KL(q || p) = log Z - mean log w under q, which grows with what q makes up
+    kl_pq   KL(p || q) = mean log w under p - log Z, which grows with what q misses
+    Both divergences take the mean of log w to be normal, so they need some dozens of draws.
     """
 
     log_z: Interval
@@ -67,8 +66,11 @@ class Bounds:
 
 
 def log_z_bounds(log_w: Tensor, log_w_true: Tensor | None, level: float = 0.99) -> Interval:
-    """log Z at a level from log_w [n] of draws of q and log_w_true [m] of draws of the posterior (None: no upper
-    bound). -inf in log_w stands for R = 0. Raises DataError for NaN or no draws, ConfigError for the level."""
+    """An interval that holds log Z with probability `level`. log_w [n]: of draws of q, -inf where R = 0; log_w_true
+    [m]: of draws of the posterior, or None, which gives no upper bound.
+
+    Raises DataError for NaN or no draws, ConfigError for a level outside (0, 1).
+    """
     log_w = check_log_weights(log_w)
     if not 0 < level < 1:
         raise ConfigError(f"level must lie between 0 and 1, got {level}")
@@ -80,13 +82,14 @@ def log_z_bounds(log_w: Tensor, log_w_true: Tensor | None, level: float = 0.99) 
 
 
 def lower_bound(log_w: Tensor, delta: float) -> float:
-    """A number above log Z with probability at most delta (module docstring)."""
+    """A number that exceeds log Z with probability at most delta (module docstring)."""
     sizes = _grid(len(log_w))
-    return max(_refuted(_log_mean(_groups(log_w, size)), delta / len(sizes)) for size in sizes)
+    return max(_largest_rejected(log_mean_exp(_groups(log_w, size)), delta / len(sizes)) for size in sizes)
 
 
 def upper_bound(log_w: Tensor, log_w_true: Tensor, delta: float) -> float:
-    """A number below log Z with probability at most delta; log_w_true are independent draws of the posterior."""
+    """A number that falls below log Z with probability at most delta. log_w_true: of independent draws of the
+    posterior."""
     sizes = _grid(len(log_w))
     found = []
     for size in sizes:
@@ -95,58 +98,57 @@ def upper_bound(log_w: Tensor, log_w_true: Tensor, delta: float) -> float:
             others = _groups(log_w, size - 1)
             count = min(len(others), len(log_w_true))
             groups = torch.cat([log_w_true[:count, None], others[:count]], dim=1)
-        found.append(-_refuted(-_log_mean(groups), delta / len(sizes)))
+        found.append(-_largest_rejected(-log_mean_exp(groups), delta / len(sizes)))
     return min(found)
 
 
-def _refuted(log_x: Tensor, delta: float) -> float:
-    """The largest log mu for which x [m] >= 0, independent, refute E[x] <= mu at odds of 1 / delta; -inf: none.
+def _largest_rejected(log_x: Tensor, delta: float) -> float:
+    """The largest log mu for which E[x] <= mu is rejected at error rate delta, given independent x [m] >= 0; -inf where
+    none is. The capital is averaged over BETS; it falls as mu grows, so bisection finds the value."""
 
-    Capital is an average over bets; each falls in mu, so the edge is found by bisection.
-    """
-
-    def refutes(log_mu: float) -> bool:
+    def rejects(log_mu: float) -> bool:
         gain = torch.log1p(BETS[:, None] * torch.expm1((log_x - log_mu).clamp(max=600.0))).sum(1)
-        return bool(_log_mean(gain[None]) > -math.log(delta))
+        return bool(log_mean_exp(gain) > -math.log(delta))
 
     high = log_x.max().item()
-    # Capital is at most prod (x_i / mu), so below this mu every set of draws with a large x refutes.
+    # A bet on the largest x alone multiplies the capital enough to reject any mu below this.
     low = high - 50.0 - math.log(len(log_x)) + math.log(delta)
-    if high == -math.inf or not refutes(low):
+    if high == -math.inf or not rejects(low):
         return -math.inf
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if refutes(middle) else (low, middle)
+        low, high = (middle, high) if rejects(middle) else (low, middle)
     return low
 
 
-def bounds(log_w: Tensor, log_w_true: Tensor | None, level: float = 0.99) -> Bounds:
-    """log Z and both KL divergences. log_w [n] of draws of q, log_w_true [m] of draws of the posterior, or None.
+def bounds(log_w: Tensor, log_w_true: Tensor | None, level: float = 0.99, margin: float = 0.0) -> Bounds:
+    """Intervals for log Z and both KL divergences, from the same as `log_z_bounds`, which says what is raised.
 
-    Raises DataError, ConfigError (see `log_z_bounds`).
+    margin: nats by which log Z may be off since log_w_true come from draws that are only nearly of the posterior; what
+    rests on these is wider by it.
     """
     third = 1 - (1 - level) / 3
     log_z = log_z_bounds(log_w, log_w_true, third)
     elbo = _mean(check_log_weights(log_w), third)
     eubo = Interval(-math.inf, math.inf) if log_w_true is None else _mean(log_w_true.double().cpu(), third)
     return Bounds(
-        log_z=log_z,
-        kl_qp=_difference(log_z, elbo),
-        kl_pq=_difference(eubo, log_z),
+        log_z=Interval(log_z.lower, log_z.upper + margin),
+        kl_qp=_difference(log_z, elbo, above=margin),
+        kl_pq=_difference(eubo, log_z, below=margin, above=margin),
         level=level,
     )
 
 
-def _difference(a: Interval, b: Interval) -> Interval:
-    """a - b for what cannot be negative."""
+def _difference(a: Interval, b: Interval, below: float = 0.0, above: float = 0.0) -> Interval:
+    """a - b where it cannot be negative, wider by `below` and `above`."""
     lower, upper = a.lower - b.upper, a.upper - b.lower
-    return Interval(
-        0.0 if math.isnan(lower) else max(0.0, lower), math.inf if math.isnan(upper) else max(0.0, upper)
-    )
+    lower = 0.0 if math.isnan(lower) else max(0.0, lower)
+    upper = math.inf if math.isnan(upper) else max(0.0, upper)
+    return Interval(max(0.0, lower - below), upper + above)
 
 
 def _mean(values: Tensor, level: float) -> Interval:
-    """The mean of a population by the normal limit; -inf among the values makes it -inf."""
+    """An interval for the mean of a population, by the normal limit; -inf among the values makes it -inf."""
     if torch.isneginf(values).any():
         return Interval(-math.inf, -math.inf)
     mean = values.mean().item()
@@ -168,8 +170,3 @@ def _groups(values: Tensor, size: int) -> Tensor:
     """[m, size]: the values in groups of `size`, the rest left out."""
     m = len(values) // size
     return values[: m * size].view(m, size)
-
-
-def _log_mean(values: Tensor) -> Tensor:
-    """[m] log of the mean of exp(values) over the last dimension of [m, K]."""
-    return values.logsumexp(-1) - math.log(values.shape[-1])

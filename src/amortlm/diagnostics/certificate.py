@@ -1,16 +1,17 @@
-"""A certificate: on these rows the sampler was within so many nats of its posterior, in a file to check again.
+"""A certificate: a file that says how near a sampler was to its posterior, so that anybody can check it again.
 
-What is certified is the gap of `amortlm.diagnostics.diagnose`, the smaller of KL(q || p) and KL(p || q), of the worst
-of a few rows: exact where the support can be enumerated, else an upper end at `level`.
+Certified is that the gap of `amortlm.diagnostics.diagnose`, the smaller of KL(q || p) and KL(p || q), is at most `mark`
+nats on each of a few rows: by its exact value where the support can be enumerated, else by its upper end at `level`.
 
-**Looking often.** Training looks every few steps and stops at the first gap below the mark, so luck gets many
-chances. Look k therefore has level 1 - (1 - level) / (k (k + 1)): whenever it stops, a gap above the mark passes with
-probability at most 1 - level.
+**Looking often.** Training looks every few steps and stops at the first gap below the mark, so a lucky draw has many
+chances. Look k therefore has level 1 - (1 - level) / (k (k + 1)). Then training stops at a gap that is really above the
+mark with probability at most 1 - level, however often it looks.
 
-**Checking.** Fresh samples, TIMES[0] times as many as in training, for at the moment of stopping the upper end lies
-just below the mark and would, with as many samples, lie above it half of the time. Are they above it, TIMES[1] times as
-many decide, unless already the lower ends exclude the mark. A sampler whose true gap is closer to the mark than the
-interval of that many samples is wide does fail: its certificate was luck. Exact gaps must repeat to TOLERANCE.
+**Checking** takes fresh samples. When training stops, the upper end lies just below the mark, and from as many fresh
+samples it would lie above the mark half of the time. So a check takes TIMES[0] times as many samples as training, and
+where the upper end is still above the mark, TIMES[1] times as many, unless the lower end is above it, too. It fails
+where the true gap is closer to the mark than the interval is wide: training then stopped by luck. Exact gaps must agree
+to TOLERANCE.
 """
 
 from __future__ import annotations
@@ -23,22 +24,22 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, diagnose
+from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, RowDiagnosis, diagnose
 from amortlm.errors import CheckpointError, ConfigError
+from amortlm.inference.correct import require_target
+from amortlm.policy.policy import Policy
+from amortlm.targets.base import Target
 from amortlm.targets.functions import NAMES
 from amortlm.types import Row, finite, row_key
 
-if TYPE_CHECKING:
-    from amortlm.posterior import Posterior
-
 FILE = "certificate.json"
 FORMAT = 1
-LIMIT = 5_000  # completions enumerated in the middle of a training: less than the usual limit
-TIMES = (4, 16)
-MOST = 10**6  # samples a row
-TOLERANCE = 1e-3  # nats between machines and library versions
+LIMIT = 5_000  # completions enumerated at a look, which has to be quicker than a diagnosis
+TIMES = (4, 16)  # samples of a check, as multiples of those in training
+MOST = 10**6  # samples for a row
+TOLERANCE = 1e-3  # nats, by which exact gaps differ between machines and library versions
 LIBRARIES = ("amortlm", "torch", "transformers", "peft")
 
 
@@ -46,11 +47,12 @@ LIBRARIES = ("amortlm", "torch", "transformers", "peft")
 class Certificate:
     """What was measured, and all that it takes to measure it again. Saved as JSON.
 
-    mark, reached    nats: the gap asked for, and that of the worst row
-    level            probability at which no row has a gap above the mark, however often was looked
-    step, n, seed    update, samples a row and seed of the measurement
-    rows, gold, reports   the rows, completions that were taken for known to be good, the full figures
-    target           its JSON form; None if it has none (a function without an import path)
+    mark, reached    nats: the gap that was asked for, and the largest gap of the rows
+    level            probability with which every gap is at most the mark
+    step, n, seed    the update after which it was measured, samples for each row, seed
+    rows, gold       the rows, and for each the completions that counted as known to be good
+    reports          the figures of each row (`RowDiagnosis.to_dict`)
+    target           its JSON form; None where it has none (a function that cannot be imported by name)
     data_hash        of all training rows, whatever their order; adapter_hash: of the weights beside the certificate
     """
 
@@ -79,7 +81,7 @@ class Certificate:
 
     @classmethod
     def load(cls, folder: str | Path) -> Certificate:
-        """Raises CheckpointError where there is none, or another format."""
+        """Read that of a folder. Raises CheckpointError where it is missing, damaged or of another format."""
         file = Path(folder) / FILE
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
@@ -105,7 +107,6 @@ class Certificate:
             "reports": _listed(self.reports, dict),
             "target": self.target is None or _listed(self.target, dict),
         }
-        right["gold"] = right["gold"] and all(_listed(z, int) for row in self.gold for z in row)
         lengths = {len(x) for x in (self.rows, self.gold, self.reports) if isinstance(x, list)}
         wrong = [name for name, is_right in right.items() if not is_right]
         if wrong or len(lengths) > 1:
@@ -124,30 +125,31 @@ def _listed(value: Any, kind: type) -> bool:
 
 @dataclass(frozen=True)
 class Finding:
-    """Does a certificate still hold? `line` says why, in one line."""
+    """Does a certificate still hold, and one line that says why."""
 
     holds: bool
     line: str
 
 
 def samples_for(mark: float) -> int:
-    """How many samples a row needs for an interval that is narrower than the mark: its width is about 20 / n nats for
-    a sampler near the posterior. At most 4,096: a mark below 0.01 can only be met where gaps are exact."""
+    """How many samples a row needs for an interval that is narrower than the mark, in nats. Near the posterior the
+    interval of n samples is about 20 / n nats wide. At most 4,096, so a mark below 0.01 needs exact gaps."""
     return min(4096, max(256, math.ceil(40 / mark)))
 
 
 def look_level(look: int, level: float = LEVEL) -> float:
-    """The level of look 1, 2, .. of a training: the shares of 1 - level sum to at most 1 - level."""
+    """The level of look 1, 2, .. of a training: the error rates of all looks sum to at most 1 - level."""
     return 1 - (1 - level) / (look * (look + 1))
 
 
 def worst(diagnosis: Diagnosis) -> float:
     """The largest gap of the rows, nats; inf where one is unknown."""
-    return max(r["gap"] for r in diagnosis.reports)
+    return max(row.gap for row in diagnosis.rows)
 
 
 def issue(
-    posterior: Posterior,
+    policy: Policy,
+    target: Target,
     diagnosis: Diagnosis,
     folder: str | Path,
     *,
@@ -160,7 +162,7 @@ def issue(
     gold: Gold,
     data: Sequence[Row],
 ) -> Certificate:
-    """The certificate of a diagnosis of the posterior saved in `folder`; written there. data: all training rows."""
+    """Write the certificate of a diagnosis into `folder`, where the posterior is saved. data: all training rows."""
     certificate = Certificate(
         mark=mark,
         reached=worst(diagnosis),
@@ -170,8 +172,8 @@ def issue(
         seed=seed,
         rows=[dict(row) for row in rows],
         gold=[[list(g) for g in row] for row in gold],  # type: ignore[arg-type]
-        reports=diagnosis.reports,
-        **_stated(posterior),
+        reports=[row.to_dict() for row in diagnosis.rows],
+        **_stated(policy, target),
         data_hash=hash_rows(data),
         adapter_hash=hash_adapter(folder),
         versions={"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -181,17 +183,21 @@ def issue(
 
 
 def check(
-    posterior: Posterior,
+    policy: Policy,
+    target: Target | None,
     certificate: Certificate,
     *,
     seed: object = 0,
     data_hash: str | None = None,
     adapter_hash: str | None = None,
 ) -> Finding:
-    """Measure the gap anew, with fresh samples (module docstring). data_hash, adapter_hash: of what is there now, if
-    known. A changed target, prompt, support or data fails before anything is measured; another adapter is named
-    where the gap is not what it was. Raises ConfigError without a target."""
-    now = json.loads(json.dumps(_stated(posterior), default=str))
+    """Measure the gap again, with fresh samples (module docstring).
+
+    data_hash, adapter_hash: of the data and weights there are now, if known. Where target, prompt, support or data have
+    changed, the certificate does not apply, and nothing is measured; where the gap is too large and the adapter is
+    another one, the finding says so. Raises ConfigError without a target.
+    """
+    now = json.loads(json.dumps(_stated(policy, target), default=str))
     then = {name: getattr(certificate, name) for name in now}
     changed = [name for name in now if _renamed(now[name]) != _renamed(then[name])]
     if data_hash not in (None, certificate.data_hash):
@@ -203,7 +209,8 @@ def check(
         n = times * certificate.n
         level = 1 - (1 - certificate.level) / len(certificate.rows)
         diagnosis = diagnose(
-            posterior,
+            policy,
+            require_target(target),
             certificate.rows,
             n,
             seed=("check", seed),
@@ -211,11 +218,11 @@ def check(
             gold=certificate.gold,
             limit=LIMIT,
         )
-        bad = [i for i, r in enumerate(diagnosis.reports) if not r["gap"] <= certificate.mark + _slack(r)]
+        bad = [i for i, r in enumerate(diagnosis.rows) if not r.gap <= certificate.mark + _slack(r)]
         if not bad:
             gap = f"gap {worst(diagnosis):.3g} <= {certificate.mark:g} nats"
             return Finding(True, f"certificate holds: {gap} on {_rows(certificate)}, {n} samples each")
-        if any(_lowest(r) > certificate.mark + _slack(r) for r in diagnosis.reports):
+        if any(r.gap_low > certificate.mark + _slack(r) for r in diagnosis.rows):
             break
     return Finding(False, _complaint(certificate, diagnosis, bad, adapter_hash))
 
@@ -223,11 +230,13 @@ def check(
 def _complaint(
     certificate: Certificate, diagnosis: Diagnosis, bad: list[int], adapter_hash: str | None
 ) -> str:
-    row = max(bad, key=lambda i: diagnosis.reports[i]["gap"])
-    report, old = diagnosis.reports[row], certificate.reports[row]
-    low, high = _lowest(report), report["gap"]
-    found = f"{high:.3g}" if low == high else f"between {low:.3g} and {high:.3g} (truth: {report['truth']})"
-    if _log_z_moved(report, old):
+    row = max(bad, key=lambda i: diagnosis.rows[i].gap)
+    worst = diagnosis.rows[row]
+    low, high = worst.gap_low, worst.gap
+    found = (
+        f"{high:.3g}" if low == high else f"between {low:.3g} and {high:.3g} (truth: {worst.truth.source})"
+    )
+    if _log_z_moved(worst, certificate.reports[row]):
         why = "log Z is not what it was: another model or verifier behind the same target"
     elif adapter_hash not in (None, certificate.adapter_hash):
         why = "the adapter is not the one that was certified"
@@ -239,45 +248,34 @@ def _complaint(
     )
 
 
-def _log_z_moved(now: dict[str, Any], old: dict[str, Any]) -> bool:
-    """log Z belongs to the target alone, whatever the sampler: exact values must agree, intervals overlap."""
-    if "exact_log_z" in now and "exact_log_z" in old:
-        return abs(now["exact_log_z"] - old["exact_log_z"]) > TOLERANCE * max(1.0, abs(old["exact_log_z"]))
-    ends = [
-        (
-            -math.inf if r["log_z_low"] is None else r["log_z_low"],
-            math.inf if r["log_z_high"] is None else r["log_z_high"],
-        )
-        for r in (now, old)
-    ]
-    return max(low for low, _ in ends) > min(high for _, high in ends)
+def _log_z_moved(now: RowDiagnosis, old: dict[str, Any]) -> bool:
+    """log Z depends on the target alone: exact values must agree, and intervals overlap."""
+    if now.exact_log_z is not None and "exact_log_z" in old:
+        return abs(now.exact_log_z - old["exact_log_z"]) > TOLERANCE * max(1.0, abs(old["exact_log_z"]))
+    low, high = old["log_z_low"], old["log_z_high"]  # None: infinite
+    is_above = high is not None and now.bounds.log_z.lower > high
+    return is_above or (low is not None and now.bounds.log_z.upper < low)
 
 
-def _lowest(report: dict[str, Any]) -> float:
-    """What the gap is at least."""
-    return report["gap"] if "kl_qp" in report else min(report["kl_qp_low"], report["kl_pq_low"])
-
-
-def _slack(report: dict[str, Any]) -> float:
-    return TOLERANCE if "kl_qp" in report else 0.0
+def _slack(row: RowDiagnosis) -> float:
+    return 0.0 if row.distance is None else TOLERANCE
 
 
 def _rows(certificate: Certificate) -> str:
     return f"{len(certificate.rows)} row{'s' if len(certificate.rows) > 1 else ''}"
 
 
-def _stated(posterior: Posterior) -> dict[str, Any]:
-    """prompt, support and target in their JSON form."""
-    policy = posterior.policy
+def _stated(policy: Policy, target: Target | None) -> dict[str, Any]:
+    """Prompt, support and target in their JSON form."""
     try:
-        target = posterior.target.to_spec() if posterior.target is not None else None
+        spec = None if target is None else target.to_spec()
     except ConfigError:
-        target = None
-    return {"prompt": policy.prompt.source, "support": policy.support_spec.to_dict(), "target": target}
+        spec = None
+    return {"prompt": policy.prompt.source, "support": policy.support_spec.to_dict(), "target": spec}
 
 
 def _renamed(value: Any) -> Any:
-    """With the functions that ship by their names of today."""
+    """The same, with the functions that ship called by the names they have today."""
     if isinstance(value, dict):
         return {k: _renamed(v) for k, v in value.items()}
     if isinstance(value, list):

@@ -1,180 +1,246 @@
 """How far a sampler is from its posterior: figures, intervals and a verdict for each row.
 
-Where the support can be enumerated the distances are exact. Elsewhere `gap` is an upper bound at a level: the smaller
-of the upper ends of KL(q || p) and KL(p || q). Either bounds the total variation (Pinsker; Bretagnolle and Huber
-where KL is large), and KL(q || p) is infinite as soon as q writes anything with R = 0, KL(p || q) is not.
+The figure that decides is `gap`, the smaller of KL(q || p) and KL(p || q): exact where the support can be enumerated,
+else the smaller of the upper ends of their intervals. It bounds the total variation (Pinsker; Bretagnolle and Huber
+where KL is large). One of the two often says nothing: KL(q || p) is infinite as soon as q writes a completion with
+R = 0, and KL(p || q) is then still finite.
 
 Verdicts:
 
-- "trust it": the samples may be used as they are. Exact TV at most TRUST_TV, or gap at most TRUST_KL.
-- "use with correction": not as they are, but reweighted or rejected they give the posterior, and that was seen to
-  work here: by importance weights ("sir"), which need about exp(KL(p || q)) samples (Chatterjee and Diaconis 2018),
-  so EFFECTIVE times that must fit into n, and the effective sample size be EFFECTIVE too (and k-hat below 0.7 where
-  the truth itself came from weights); or by Metropolis-Hastings ("mh"), whose chains from different starts agreed.
-- "do not use": neither, or nothing could show it. More samples, gold completions or training may change that.
+- "trust it": the samples may be used as they are. The exact total variation is at most TRUST_TV, or the gap at most
+  TRUST_KL.
+- "use with correction": not as they are, but a correction works here. By importance weights ("sir"): these need about
+  exp(KL(p || q)) samples (Chatterjee and Diaconis 2018), so EFFECTIVE times as many must fit into n, and the effective
+  sample size must be EFFECTIVE, too; or by Metropolis-Hastings ("mh"): chains from different starts agreed.
+- "do not use": neither was shown. More samples, gold completions or training may change that.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from amortlm.diagnostics.bounds import Bounds, bounds
-from amortlm.diagnostics.diversity import diversity
-from amortlm.errors import DataError
-from amortlm.inference.exact import LIMIT
+from amortlm.diagnostics.bounds import Bounds, Interval, bounds
+from amortlm.diagnostics.diversity import Diversity, diversity
+from amortlm.diagnostics.importance import ImportanceEstimate, estimate
+from amortlm.errors import DataError, nearest
+from amortlm.inference.correct import weigh
+from amortlm.inference.exact import LIMIT, Distance
 from amortlm.inference.truth import Truth, posterior_draws
+from amortlm.policy.policy import Policy
+from amortlm.targets.base import Target
 from amortlm.types import Row
 
-if TYPE_CHECKING:
-    from amortlm.posterior import Posterior
-
 LEVEL = 0.99
-TRUST_TV = 0.1  # exact: no event is more than 10 points off
-TRUST_KL = 0.1  # an upper end, in nats: TV at most 0.22 in the worst case, commonly a third of that
-EFFECTIVE = 10  # samples that reweighting must leave of n: fewer estimate nothing to better than a third
+TRUST_TV = 0.1  # exact: the probability of any event is off by at most 10 points
+TRUST_KL = 0.1  # an upper end, in nats: the total variation is at most 0.22, and commonly a third of that
+EFFECTIVE = 10  # samples that reweighting must leave: with fewer, estimates have errors above a third
 
 TRUST, CORRECT, AVOID = "trust it", "use with correction", "do not use"
-Gold = Sequence[Sequence[str | Sequence[int]]]
+Completions = Sequence[str | Sequence[int]]
+Gold = Sequence[Completions]  # for each row
 
 
-class Diagnosis:
-    """One report (a dict of figures) per row; prints as a table of the few that a person decides by.
+@dataclass(frozen=True)
+class Evidence:
+    """The draws of the posterior that the upper ends rest on (`amortlm.inference.truth`), and what speaks for them.
 
-    What a report holds: docs/diagnostics.md. Nats; None and infinite ends where nothing is known.
+    source      "enumeration", "sir" or "mcmc"; "mcmc (not converged)", "none": there are none to rest on
+    draws       how many were used; 0 where none could be trusted
+    rhat        R-hat of the chains; NaN for other sources
+    pool_khat, pool_ess   k-hat, and effective sample size as a share, of the weights of the draws of q that they were
+                resampled from; NaN for enumeration
     """
 
-    def __init__(self, reports: list[dict[str, Any]]):
-        self.reports = reports
+    source: str
+    draws: int
+    rhat: float
+    pool_khat: float
+    pool_ess: float
+
+    @classmethod
+    def of(cls, truth: Truth) -> Evidence:
+        draws = len(truth.log_w) if truth.trusted else 0
+        return cls(truth.label, draws, truth.rhat, truth.khat, truth.ess)
+
+
+@dataclass(frozen=True)
+class RowDiagnosis:
+    """What is known of the sampler on one row. Prints as a table of what a person decides by.
+
+    importance   of n draws of q by themselves: ESS, k-hat, ELBO, log Z, ...
+    diversity    of these n completions
+    bounds       intervals for log Z, KL(q || p) and KL(p || q) that hold jointly at bounds.level; nats
+    truth        the draws of the posterior that the upper ends rest on
+    exact_log_z  nats, by enumeration; distance: total variation and both KL divergences, too. None where the support
+                 is too large
+    """
+
+    importance: ImportanceEstimate
+    diversity: Diversity
+    bounds: Bounds
+    truth: Evidence
+    exact_log_z: float | None = None
+    distance: Distance | None = None
+
+    @property
+    def gap(self) -> float:
+        """Nats: the smaller KL divergence, exact where known, else the smaller upper end."""
+        if self.distance is not None:
+            return min(self.distance.kl_qp, self.distance.kl_pq)
+        return min(self.bounds.kl_qp.upper, self.bounds.kl_pq.upper)
+
+    @property
+    def gap_low(self) -> float:
+        """Nats: the gap is at least this."""
+        if self.distance is not None:
+            return self.gap
+        return min(self.bounds.kl_qp.lower, self.bounds.kl_pq.lower)
+
+    @property
+    def tv_high(self) -> float:
+        """Total variation, in [0, 1]: exact where known, else the most that the gap allows."""
+        if self.distance is not None:
+            return self.distance.total_variation
+        return min(math.sqrt(self.gap / 2), math.sqrt(-math.expm1(-self.gap)))
+
+    @property
+    def verdict(self) -> str:
+        """TRUST, CORRECT or AVOID, by the rules of the module docstring."""
+        if (self.tv_high <= TRUST_TV) if self.distance is not None else (self.gap <= TRUST_KL):
+            return TRUST
+        return AVOID if self._correction() is None else CORRECT
+
+    @property
+    def correct(self) -> str | None:
+        """The correction that the verdict CORRECT speaks of, "sir" or "mh"; None for the other verdicts."""
+        return self._correction() if self.verdict == CORRECT else None
+
+    def _correction(self) -> str | None:
+        if self.truth.source == "mcmc":
+            return "mh"
+        kl_pq = self.bounds.kl_pq.upper if self.distance is None else self.distance.kl_pq
+        n, effective = self.importance.n, self.importance.n * self.importance.ess
+        enough = EFFECTIVE * math.exp(min(kl_pq, 700)) <= n and effective >= EFFECTIVE
+        return "sir" if self.truth.draws > 0 and enough else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures by name, as `amortlm evaluate --output` and certificates have them (docs/diagnostics.md)."""
+        figures: dict[str, Any] = {**self.importance.to_dict(), **asdict(self.diversity)}
+        for name in ("log_z", "kl_qp", "kl_pq"):
+            interval: Interval = getattr(self.bounds, name)
+            figures |= {f"{name}_low": interval.lower, f"{name}_high": interval.upper}
+        figures |= {"level": self.bounds.level, "truth": self.truth.source, "truth_draws": self.truth.draws}
+        figures |= {name: getattr(self.truth, name) for name in ("rhat", "pool_khat", "pool_ess")}
+        if self.distance is not None:
+            figures["exact_log_z"] = self.exact_log_z
+            figures |= {name: getattr(self.distance, name) for name in ("total_variation", "kl_qp", "kl_pq")}
+        return figures | {name: getattr(self, name) for name in ("gap", "tv_high", "verdict", "correct")}
+
+    def __str__(self) -> str:
+        return str(Diagnosis([self]))
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The diagnoses of several rows; prints as a table with a line for each."""
+
+    rows: list[RowDiagnosis]
 
     def mean(self, name: str) -> float:
-        return sum(r[name] for r in self.reports) / len(self.reports)
+        """The mean over rows of a figure, by its name in `RowDiagnosis.to_dict`. Raises DataError where a row has no
+        such figure (exact ones are known only where the support was enumerated)."""
+        figures = [row.to_dict() for row in self.rows]
+        if not all(name in f for f in figures):
+            raise DataError(f"not every row has the figure {name!r}; {nearest(name, figures[0])}")
+        return sum(f[name] for f in figures) / len(figures)
 
     def __str__(self) -> str:
         from tabulate import tabulate
 
-        table = tabulate(
-            [_line(i, r) for i, r in enumerate(self.reports)], headers="keys", disable_numparse=True
-        )
-        return f"{table}\n\n{_legend(self.reports)}"
+        lines = [_line(i, row) for i, row in enumerate(self.rows)]
+        return f"{tabulate(lines, headers='keys', disable_numparse=True)}\n\n{_legend(self.rows)}"
 
 
 def diagnose(
-    posterior: Posterior,
+    policy: Policy,
+    target: Target,
     rows: Sequence[Row],
-    n: int = 256,
+    n: int,
     *,
     seed: object = 0,
     limit: int = LIMIT,
     level: float = LEVEL,
     gold: Gold | None = None,
 ) -> Diagnosis:
-    """The reports of `rows`; see `Posterior.diagnose`."""
+    """The diagnosis of `rows`; see `Posterior.diagnose`."""
     if gold is not None and len(gold) != len(rows):
         raise DataError(f"{len(gold)} lists of gold completions for {len(rows)} rows; give one list per row")
-    known: Gold = gold if gold is not None else [[]] * len(rows)
+    known = gold if gold is not None else [[]] * len(rows)
     return Diagnosis(
-        [_report(posterior, row, n, seed, limit, level, g) for row, g in zip(rows, known, strict=True)]
+        [
+            diagnose_row(policy, target, row, n, seed=seed, limit=limit, level=level, gold=good)
+            for row, good in zip(rows, known, strict=True)
+        ]
     )
 
 
-def _report(
-    posterior: Posterior,
+def diagnose_row(
+    policy: Policy,
+    target: Target,
     row: Row,
     n: int,
-    seed: object,
-    limit: int,
-    level: float,
-    gold: Sequence[str | Sequence[int]],
-) -> dict[str, Any]:
-    rollouts, log_w, weighed = posterior._weigh(row, n, seed)
-    assert posterior.target is not None
-    truth = posterior_draws(posterior.policy, posterior.target, row, n, seed=seed, limit=limit, gold=gold)
-    report: dict[str, Any] = weighed.to_dict() | diversity(rollouts.completions())
-    report |= _intervals(bounds(log_w, truth.log_w if truth.trusted else None, level), truth.margin)
-    report |= {"level": level, "truth": truth.label, "truth_draws": len(truth.log_w) if truth.trusted else 0}
-    report |= {"rhat": truth.rhat, "pool_khat": truth.khat, "pool_ess": truth.ess}
-    if truth.exact is not None and (d := truth.distance) is not None:
-        report["exact_log_z"] = truth.exact.log_z
-        report |= {"total_variation": d.total_variation, "kl_qp": d.kl_qp, "kl_pq": d.kl_pq}
-    report["gap"] = gap(report)
-    report["tv_high"] = total_variation_bound(report)
-    return report | judge(report, truth)
+    *,
+    seed: object = 0,
+    limit: int = LIMIT,
+    level: float = LEVEL,
+    gold: Completions = (),
+) -> RowDiagnosis:
+    """The diagnosis of one row. gold: completions of it that are known to be good."""
+    pool = weigh(policy, target, row, n, seed=seed)
+    truth = posterior_draws(policy, target, row, n, seed=seed, limit=limit, gold=gold)
+    log_w_true = truth.log_w if truth.trusted else None
+    return RowDiagnosis(
+        importance=estimate(pool.log_weights, pool.log_reward),
+        diversity=diversity(pool.rollouts.completions()),
+        bounds=bounds(pool.log_weights, log_w_true, level, truth.margin),
+        truth=Evidence.of(truth),
+        exact_log_z=None if truth.exact is None else truth.exact.log_z,
+        distance=truth.distance,
+    )
 
 
-def _intervals(found: Bounds, margin: float) -> dict[str, float]:
-    """The ends, moved out by what the law of the truth's draws may be off."""
-    return {
-        "log_z_low": found.log_z.lower,
-        "log_z_high": found.log_z.upper + margin,
-        "kl_qp_low": found.kl_qp.lower,
-        "kl_qp_high": found.kl_qp.upper + margin,
-        "kl_pq_low": max(0.0, found.kl_pq.lower - margin),
-        "kl_pq_high": found.kl_pq.upper + margin,
-    }
-
-
-def gap(report: dict[str, Any]) -> float:
-    """Nats: the smaller KL divergence, exact where known, else the smaller upper end."""
-    if "kl_qp" in report:
-        return min(report["kl_qp"], report["kl_pq"])
-    return min(report["kl_qp_high"], report["kl_pq_high"])
-
-
-def total_variation_bound(report: dict[str, Any]) -> float:
-    """Total variation where exact, else what the gap lets it be at most."""
-    if "total_variation" in report:
-        return report["total_variation"]
-    kl = report["gap"]
-    return min(math.sqrt(kl / 2), math.sqrt(-math.expm1(-kl)))
-
-
-def judge(report: dict[str, Any], truth: Truth) -> dict[str, str | None]:
-    """{"verdict", "correct"}: the rule of the module docstring. correct: "sir" or "mh", None where nothing helps."""
-    exact = truth.exact is not None
-    trusted = report["tv_high"] <= TRUST_TV if exact else report["gap"] <= TRUST_KL
-    if trusted:
-        return {"verdict": TRUST, "correct": None}
-    kl_pq = report["kl_pq"] if exact else report["kl_pq_high"]
-    if truth.trusted and truth.source == "mcmc":
-        return {"verdict": CORRECT, "correct": "mh"}
-    n = report["n"]
-    if truth.trusted and EFFECTIVE * math.exp(min(kl_pq, 700)) <= n and n * report["ess"] >= EFFECTIVE:
-        return {"verdict": CORRECT, "correct": "sir"}
-    return {"verdict": AVOID, "correct": None}
-
-
-def _line(i: int, r: dict[str, Any]) -> dict[str, Any]:
-    advice = f" ({r['correct']})" if r["correct"] else ""
+def _line(i: int, row: RowDiagnosis) -> dict[str, Any]:
+    d, e = row.distance, row.importance
     return {
         "row": i,
-        "verdict": r["verdict"] + advice,
-        "off by": _off(r),
-        "KL(q||p)": _figure(r, "kl_qp", "kl_qp"),
-        "KL(p||q)": _figure(r, "kl_pq", "kl_pq"),
-        "log Z": _figure(r, "exact_log_z", "log_z"),
-        "ESS": _percent(r["ess"]),
-        "k-hat": "-" if math.isnan(r["khat"]) else f"{r['khat']:.2f}",
-        "truth": r["truth"],
+        "verdict": row.verdict + (f" ({row.correct})" if row.correct else ""),
+        "off by": _off(row),
+        "KL(q||p)": _figure(None if d is None else d.kl_qp, row.bounds.kl_qp),
+        "KL(p||q)": _figure(None if d is None else d.kl_pq, row.bounds.kl_pq),
+        "log Z": _figure(row.exact_log_z, row.bounds.log_z),
+        "ESS": _percent(e.ess),
+        "k-hat": "-" if math.isnan(e.khat) else f"{e.khat:.2f}",
+        "truth": row.truth.source,
     }
 
 
-def _off(r: dict[str, Any]) -> str:
-    if math.isinf(r["gap"]) and "total_variation" not in r:
-        return "?"
-    percent = _percent(r["tv_high"])
-    return percent if "total_variation" in r else f"<= {percent}"
+def _off(row: RowDiagnosis) -> str:
+    if row.distance is not None:
+        return _percent(row.tv_high)
+    return "?" if math.isinf(row.gap) else f"<= {_percent(row.tv_high)}"
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.{1 if share < 0.1 else 0}f} %"
 
 
-def _figure(r: dict[str, Any], exact: str, name: str) -> str:
-    if exact in r:
-        return _number(r[exact])
-    low, high = r[f"{name}_low"], r[f"{name}_high"]
+def _figure(exact: float | None, interval: Interval) -> str:
+    if exact is not None:
+        return _number(exact)
+    low, high = interval.lower, interval.upper
     if math.isinf(low) and math.isinf(high) and low != high:
         return "?"
     return f"{_number(low)} .. {_number(high) if math.isfinite(high) else '?'}"
@@ -186,16 +252,18 @@ def _number(x: float) -> str:
     return f"{x:.3g}" if abs(x) < 10 or math.isinf(x) else f"{x:.2f}"
 
 
-def _legend(reports: Sequence[dict[str, Any]]) -> str:
-    level, n = reports[0]["level"], reports[0]["n"]
+def _legend(rows: Sequence[RowDiagnosis]) -> str:
+    level, n = rows[0].bounds.level, rows[0].importance.n
     lines = [
         "off by: total variation, the share of the probability in the wrong place. KL, log Z: in nats, exact or",
         f"an interval at level {level:g} ('?': not known). KL(q||p) grows with what q makes up, KL(p||q) with what",
-        f"it misses. ESS: effective share of {n} samples. k-hat: importance weights hold below 0.7. truth: the draws",
-        "of the posterior that q was held against. (sir), (mh): what to give posterior.sample(correct=...).",
+        f"it misses. ESS: effective share of {n} samples. k-hat: importance weights hold below 0.7. truth: where the",
+        "draws of the posterior come from that q was compared with. (sir), (mh): what to give as correct= of",
+        "posterior.sample, or as --correct of amortlm sample.",
     ]
-    if any("exact_log_z" not in r for r in reports):
+    if any(row.distance is None for row in rows):
         lines.append(
-            "Truth from sir and mcmc starts from q: a mode that q never visits stays unseen without gold."
+            "Truth from sir and mcmc starts from q: it cannot show a mode that q never visits, unless a gold"
         )
+        lines.append("completion lies in it.")
     return "\n".join(lines)

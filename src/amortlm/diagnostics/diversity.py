@@ -1,14 +1,15 @@
 """How different are the samples of one prompt?
 
 A completion is a text or a list of tokens. Texts are compared by words (split at whitespace), token lists by
-tokens. Diversity is no quality by itself: read it next to the diagnostics of the posterior, since the exact
-posterior has a diversity of its own, neither 0 nor 1.
+tokens. More diverse is not better: the exact posterior has a diversity of its own, neither 0 nor 1. So read these
+figures next to the diagnostics of the posterior.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 from amortlm.errors import DataError
@@ -53,15 +54,26 @@ def edit_distance(completions: Sequence[Completion]) -> float:
     return float(distances.sum(dtype="float64")) / (n * (n - 1))  # the diagonal is 0
 
 
-def diversity(completions: Sequence[Completion]) -> dict[str, float]:
+@dataclass(frozen=True)
+class Diversity:
+    """The measures of this module, each as the function of its name says; distinct_1, distinct_2: of n-grams."""
+
+    num_distinct: int
+    distinct: float
+    distinct_1: float
+    distinct_2: float
+    edit_distance: float
+
+
+def diversity(completions: Sequence[Completion]) -> Diversity:
     """Every measure of this module, for the samples of one prompt."""
-    return {
-        "num_distinct": num_distinct(completions),
-        "distinct": distinct(completions),
-        "distinct_1": distinct_ngrams(completions, 1),
-        "distinct_2": distinct_ngrams(completions, 2),
-        "edit_distance": edit_distance(completions),
-    }
+    return Diversity(
+        num_distinct=num_distinct(completions),
+        distinct=distinct(completions),
+        distinct_1=distinct_ngrams(completions, 1),
+        distinct_2=distinct_ngrams(completions, 2),
+        edit_distance=edit_distance(completions),
+    )
 
 
 def _units(completions: Sequence[Completion]) -> list[tuple[Hashable, ...]]:

@@ -61,9 +61,9 @@ def default_lora(rank: int = DEFAULT_RANK) -> LoraConfig:
     )
 
 
-def trainable_copy(lm: CausalLM, adapter: PeftConfig | str | Path | None) -> Any:
-    """The model with an adapter (a PEFT config, a folder with a saved one, None for the default LoRA), or a full copy
-    ("full"); what trains requires gradients.
+def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) -> Any:
+    """The model with an adapter (a PEFT config, the rank of a LoRA, a folder with a saved one, None for the default
+    LoRA), or a full copy ("full"); what trains requires gradients.
 
     `lm` stays as it is, whatever the adapter does. A tensor that the adapter trains, changes or is merged into is the
     copy's own; the others are those of `lm`. To find them, all but plain LoRA takes the memory of a second model for
@@ -71,6 +71,8 @@ def trainable_copy(lm: CausalLM, adapter: PeftConfig | str | Path | None) -> Any
     folder that cannot be read."""
     if adapter == FULL:
         return copy.deepcopy(lm.model).requires_grad_(True)
+    if isinstance(adapter, int):
+        adapter = default_lora(adapter)
     folder = Path(adapter) if isinstance(adapter, str | Path) else None
     config: Any = (
         copy.deepcopy(adapter or default_lora()) if folder is None else _saved_config(folder, lm.model)

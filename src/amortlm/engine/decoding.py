@@ -1,22 +1,24 @@
-"""Left-to-right sampling on a support, without gradient.
+"""The one loop that writes completions, left to right on a support, without gradient.
 
-Every trajectory consumes its own stream of uniform numbers (inverse-CDF sampling), so what is drawn for a
-prompt does not depend on which other prompts share the batch, on padding or on the number of processes.
+Drawing is redrawing from state 0: completions may begin with tokens that are kept. Each consumes its own stream of
+uniform numbers (inverse-CDF sampling), so what is drawn for a prompt does not depend on which other prompts share the
+batch, on padding or on the number of processes.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from amortlm.engine.passes import Passes, Prefix
+from amortlm.engine.passes import Passes, Prefix, pad_right
 from amortlm.errors import ConfigError
-from amortlm.support import SupportLaw
+from amortlm.support.law import Step, SupportLaw
 from amortlm.support.tools import ToolRun
+from amortlm.types import PolicyLogProbs
 
 
 @dataclass(frozen=True)
@@ -36,135 +38,201 @@ class Exploration:
         if not 0 <= self.epsilon <= 1:
             raise ConfigError(f"epsilon is a share of uniform choices, between 0 and 1, not {self.epsilon}")
 
+    def probabilities(self, step: Step, text: Tensor, completion: Tensor) -> Tensor:
+        """[b, V] of completions [b], each at one of the step's texts [b]."""
+        if self.temperature is None and self.epsilon == 0:
+            return step.log_q.exp()[text]
+        log_p = (
+            step.log_q[text] if self.temperature is None else self._tempered(step.logits[text], completion)
+        )
+        legal = step.legal[text]
+        uniform = legal / legal.sum(-1, keepdim=True)
+        return log_p.exp() if self.epsilon == 0 else (1 - self.epsilon) * log_p.exp() + self.epsilon * uniform
+
+    def _tempered(self, logits: Tensor, completion: Tensor) -> Tensor:
+        assert self.temperature is not None
+        heat = self.temperature.to(logits)[completion, None]
+        # Relative to the likeliest token, so that no temperature overflows; the first of equals at temperature 0.
+        scaled = (logits - logits.amax(-1, keepdim=True)) / heat
+        greedy = torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
+        return torch.where(heat > 0, scaled, greedy).log_softmax(-1)
+
 
 @dataclass(frozen=True)
-class Drawn:
-    """Sampled trajectories: tokens [B, T], lengths [B], stops [B], and log q under the policy itself:
-    log_pf [B, T], log_pterm [B, T+1] (0 / -inf where never reached)."""
+class Draws:
+    """B completions and their log q under the policy itself, nats.
+
+    tokens [B, T], lengths [B], stops [B], log_pf [B, T] (0 beyond the length, and for what a tool wrote),
+    log_pterm [B, T+1] (log q(stop) at the states reached, -inf else). T is max_tokens, or what the longest takes.
+    version: of the weights that drew them.
+    """
 
     tokens: Tensor
     lengths: Tensor
     stops: Tensor
     log_pf: Tensor
     log_pterm: Tensor
+    version: int = 0
+
+    @classmethod
+    def blank(cls, count: int, law: SupportLaw, device: torch.device) -> Draws:
+        """Nothing written yet, at the full width."""
+        width = law.max_tokens
+        return cls(
+            tokens=torch.zeros(count, width, dtype=torch.long, device=device),
+            lengths=torch.full((count,), width, device=device),
+            stops=torch.full((count,), law.stop_ids[0], device=device),
+            log_pf=torch.zeros(count, width, device=device),
+            log_pterm=torch.full((count, width + 1), -torch.inf, device=device),
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def log_q(self) -> Tensor:
+        """[B] float64 log q(z), the stop included."""
+        return PolicyLogProbs(self.log_pf.double(), self.log_pterm.double()).final(self.lengths)
+
+    def select(self, index: Tensor) -> Draws:
+        return self._map(lambda x: x[index])
+
+    def where(self, mask: Tensor, other: Draws) -> Draws:
+        """`other` where mask [B], else these."""
+        return self._map(lambda x, y: torch.where(mask if x.dim() == 1 else mask[:, None], y, x), other)
+
+    def put(self, index: Tensor, other: Draws) -> Draws:
+        """These with those at `index` replaced by `other`."""
+        return self._map(lambda x, y: x.index_copy(0, index, y), other)
+
+    def cut(self, keep: Tensor) -> Draws:
+        """A copy in which the first keep [B] tokens stay, with their log q, and the rest is still to be drawn."""
+        t = torch.arange(self.log_pterm.shape[1], device=keep.device)
+        gone = t >= keep[:, None]
+        return replace(
+            self,
+            tokens=self.tokens.masked_fill(gone[:, :-1], 0),
+            lengths=torch.full_like(self.lengths, self.tokens.shape[1]),
+            stops=self.stops.clone(),
+            log_pf=self.log_pf.masked_fill(gone[:, :-1], 0.0),
+            log_pterm=self.log_pterm.masked_fill(gone, -torch.inf),
+        )
+
+    def trimmed(self) -> Draws:
+        """Without the columns that no completion reaches."""
+        width = max(int(self.lengths.max()), 1)
+        return replace(
+            self,
+            tokens=self.tokens[:, :width],
+            log_pf=self.log_pf[:, :width],
+            log_pterm=self.log_pterm[:, : width + 1],
+        )
+
+    def _map(self, change: Callable[..., Tensor], *others: Draws) -> Draws:
+        names = [name for name, x in vars(self).items() if isinstance(x, Tensor)]
+        changed: dict[str, Any] = {
+            name: change(*(getattr(draws, name) for draws in (self, *others))) for name in names
+        }
+        return replace(self, **changed)
 
 
-def uniform_streams(keys: Sequence[object], counts: Sequence[int], length: int) -> Tensor:
-    """[sum of counts, length] uniforms in [0, 1): a generator per key (any printable value)."""
-    out = []
-    for key, count in zip(keys, counts, strict=True):
-        generator = torch.Generator().manual_seed(seed_of(key))
-        out.append(torch.rand(count, length, generator=generator))
-    return torch.cat(out)
+class Frontier:
+    """Texts under construction. Completions that begin alike share one, which goes through the model once."""
 
+    def __init__(
+        self,
+        passes: Passes,
+        law: SupportLaw,
+        prefix: Prefix,
+        index: Tensor,
+        kept: Sequence[Sequence[int]] | None = None,
+    ):
+        """B completions of the prompts at index [B], which begin with the tokens kept[b]. `text` [B]: that of each;
+        t, node [n] of each text."""
+        self.law = law
+        if kept is None:
+            prompt, self.text = index.unique(return_inverse=True)
+            self.t, self.node = torch.zeros_like(prompt), torch.zeros_like(prompt)
+            self._writer = passes.write(prefix, prompt)
+            return
+        begun = [(i, *z) for i, z in zip(index.tolist(), kept, strict=True)]
+        number = {text: n for n, text in enumerate(dict.fromkeys(begun))}
+        self.text = torch.tensor([number[text] for text in begun], device=index.device)
+        tokens, self.t = pad_right([z for _, *z in number], index.device)
+        texts = torch.arange(len(number), device=index.device)
+        self.node = law.nodes(tokens)[texts, self.t]
+        prompt = torch.tensor([i for i, *_ in number], device=index.device)
+        self._writer = passes.write(passes.extend(prefix, prompt, [z for _, *z in number]), texts)
 
-def seed_of(key: object) -> int:
-    """A seed from any printable value, the same on every machine and in every process."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "big")
+    def step(self) -> Step:
+        """What comes next after each of the n texts; once after each `append`."""
+        return self.law.step(self._writer.logits(), self.t, self.node)
+
+    def append(self, text: Tensor, token: Tensor) -> Tensor:
+        """Go on from texts [b] by tokens [b], and from no others; returns the texts [b] that they have become."""
+        size = len(self.law.allowed)
+        pairs, text = (text * size + token).unique(return_inverse=True)
+        parent, ids = pairs // size, pairs % size
+        self.t, self.node = self.t[parent] + 1, self.law.advance(self.node[parent], ids)
+        self._writer.append(parent, ids)
+        return text
 
 
 @torch.no_grad()
-def draw(
+def decode(
     passes: Passes,
+    law: SupportLaw,
     prefix: Prefix,
     index: Tensor,
-    support: SupportLaw,
     uniforms: Tensor,
     exploration: Exploration | None = None,
-) -> Drawn:
-    """Draw one completion for each entry of `index` [B] (its prompt). uniforms [B, max_tokens + 1].
+    kept: Draws | None = None,
+    keep: Tensor | None = None,
+) -> Draws:
+    """Draw one completion for each entry of `index` [B], its prompt in `prefix`. uniforms [B, max_tokens + 1].
 
-    The model sees each distinct prefix of a prompt once, however many completions share it; those that have stopped
-    leave the batch.
+    kept, keep [B]: completion b begins with the first keep[b] tokens of `kept`, whose log q stays. Exploration
+    changes what is drawn, not the log q. Draws come at the full width, max_tokens.
     """
-    exploration = exploration or Exploration()
-    batch, width, device = len(index), support.max_tokens, index.device
-    tokens = torch.zeros(batch, width, dtype=torch.long, device=device)
-    lengths = torch.full((batch,), width, device=device)
-    stops = torch.full((batch,), support.stop_ids[0], device=device)
-    log_pf = torch.zeros(batch, width, device=device)
-    log_pterm = torch.full((batch, width + 1), -torch.inf, device=device)
-
-    tools = ToolRun(support.tool, batch) if support.tool is not None else None
-    position = torch.zeros_like(lengths)
-    alive = torch.arange(batch, device=device)
-    # Distinct prefixes are nodes: node [b] that of each completion alive.
-    parent, node = index.unique(return_inverse=True)
-    writer = passes.write(prefix, parent)
+    exploration, width = exploration or Exploration(), law.max_tokens
+    if kept is None or keep is None:
+        out, frontier = Draws.blank(len(index), law, index.device), Frontier(passes, law, prefix, index)
+    else:
+        out = kept.cut(keep)
+        begun = [z[:n] for z, n in zip(out.tokens.tolist(), keep.tolist(), strict=True)]
+        frontier = Frontier(passes, law, prefix, index, begun)
+        out.stops.fill_(law.stop_ids[0])
+    tools = ToolRun(law.tool, len(index)) if law.tool is not None else None
+    symbols = torch.tensor(law.stop_ids, device=index.device)
     # The stop at max_tokens is sure; only which symbol it is can take a pass to say.
-    last = width if len(support.stop_ids) > 1 else width - 1
-    for t in range(last + 1):
-        logits = writer.logits()
-        step = _step(logits[node], t, support, uniforms[alive, t], exploration, position[alive], alive)
-        if tools is not None and t < width:
-            step = step.forced(tools.forced(alive))
-        log_pterm[alive, t] = step.log_stop
-        done = step.stopped
-        lengths[alive[done]], stops[alive[done]] = t, step.token[done]
-        alive, going = alive[~done], ~done
-        if len(alive) == 0:
-            break
-        chosen = step.token[going]
-        tokens[alive, t], log_pf[alive, t] = chosen, step.log_p[going]
-        position[alive] = support.advance(position[alive], chosen)
+    last = width if len(law.stop_ids) > 1 else width - 1
+    alive = (frontier.t[frontier.text] <= last).nonzero().squeeze(1)
+    text = frontier.text[alive]
+    while len(alive) > 0:
+        step, t = frontier.step(), frontier.t[text]
+        token = _inverse_cdf(exploration.probabilities(step, text, alive), uniforms[alive, t])
+        log_p, log_stop = step.log_q[text, token], step.log_stop[text]
+        stops = torch.isin(token, symbols)
         if tools is not None:
-            tools.advance(alive, tokens, t)
-        if t == last:
-            break
-        nodes, node = (node[going] * logits.shape[1] + chosen).unique(return_inverse=True)
-        writer.append(nodes // logits.shape[1], nodes % logits.shape[1])
-    log_pterm[alive, width] = 0.0
-    longest = max(int(lengths.max()), 1)
-    return Drawn(tokens[:, :longest], lengths, stops, log_pf[:, :longest], log_pterm[:, : longest + 1])
+            written = tools.forced(alive).masked_fill(t >= width, -1)
+            theirs = written >= 0
+            token, stops = torch.where(theirs, written, token), stops & ~theirs
+            log_p, log_stop = log_p.masked_fill(theirs, 0.0), log_stop.masked_fill(theirs, -torch.inf)
+        out.log_pterm[alive, t] = log_stop
+        out.lengths[alive[stops]], out.stops[alive[stops]] = t[stops], token[stops]
+        alive, text, t, token, log_p = (x[~stops] for x in (alive, text, t, token, log_p))
+        out.tokens[alive, t], out.log_pf[alive, t] = token, log_p
+        if tools is not None:
+            tools.advance(alive, out.tokens, t)
+        alive, text, token = (x[t < last] for x in (alive, text, token))
+        if len(alive) > 0:
+            text = frontier.append(text, token)
+    out.log_pterm[out.lengths == width, width] = 0.0
+    return out
 
 
-@dataclass(frozen=True)
-class _Step:
-    token: Tensor  # [b] the token drawn: a stop symbol where stopped
-    stopped: Tensor  # [b] bool
-    log_p: Tensor  # [b] log q(token) under the policy
-    log_stop: Tensor  # [b] log q(stop) under the policy
-
-    def forced(self, token: Tensor) -> _Step:
-        """The step with what a tool writes (token [b]; -1: nothing) in place of what was drawn."""
-        theirs = token >= 0
-        return _Step(
-            torch.where(theirs, token, self.token),
-            self.stopped & ~theirs,
-            self.log_p.masked_fill(theirs, 0.0),
-            self.log_stop.masked_fill(theirs, -torch.inf),
-        )
-
-
-def _step(
-    logits: Tensor,
-    t: int,
-    support: SupportLaw,
-    u: Tensor,
-    exploration: Exploration,
-    position: Tensor,
-    alive: Tensor,
-) -> _Step:
-    """Draw the next token (or the stop) at state t for the b rows still alive. logits [b, V], position [b]."""
-    stop_ids = torch.tensor(support.stop_ids, device=logits.device)
-    legal = support.legal(t, position)
-    logits = logits.float().masked_fill(~legal, -torch.inf)
-    log_q = logits.log_softmax(-1)
-    behaviour = log_q
-    if exploration.temperature is not None:
-        heat = exploration.temperature[alive, None].to(logits.dtype)
-        # Relative to the likeliest token, so that no temperature overflows; the first of equals at temperature 0.
-        scaled = (logits - logits.amax(-1, keepdim=True)) / heat
-        greedy = torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
-        behaviour = torch.where(heat > 0, scaled, greedy).log_softmax(-1)
-    probs = behaviour.exp()
-    if exploration.epsilon > 0:
-        probs = (1 - exploration.epsilon) * probs + exploration.epsilon * legal / legal.sum(-1, keepdim=True)
-    cdf = probs.double().cumsum(-1)
-    # The first index whose cdf exceeds u: never a token of probability 0.
+def _inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
+    """[b] the first token whose cumulative probability exceeds u [b]: never one of probability 0."""
+    cdf = probabilities.double().cumsum(-1)
     token = torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True).squeeze(1)
-    token = token.clamp(max=logits.shape[-1] - 1)
-    log_stop = log_q[:, stop_ids].logsumexp(-1)
-    if t >= support.max_tokens:
-        log_stop = torch.zeros_like(log_stop)
-    return _Step(token, torch.isin(token, stop_ids), log_q.gather(1, token[:, None]).squeeze(1), log_stop)
+    return token.clamp(max=probabilities.shape[-1] - 1)

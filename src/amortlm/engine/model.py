@@ -39,6 +39,22 @@ class CausalLM(Codec):
         self.model = model.eval().requires_grad_(False)
         self.score_memory_mb, self.self_check = score_memory_mb, self_check
 
+    @cached_property
+    def codec(self) -> Codec:
+        """The tokenizer's side alone, without weights: what a support is bound to, and can be sent elsewhere."""
+        return Codec(
+            self.tokenizer,
+            name=self.name,
+            vocab_size=self.vocab_size,
+            num_embeddings=self.num_embeddings,
+            context=self.context,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+
+    @cached_property
+    def special_ids(self) -> set[int]:
+        return self.codec.special_ids
+
     def with_model(self, model: Any) -> Self:
         """The same with a copy of the model that has weights of its own; what is exact for one is for the other."""
         other = copy.copy(self)

@@ -27,6 +27,8 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+from amortlm import versions
+
 
 @dataclass(frozen=True)
 class Sharing:
@@ -35,9 +37,9 @@ class Sharing:
     steps    a cached prompt goes on token by token (without gradient)
     spans    a cached prompt goes on by several tokens at once
     packed   several continuations stand side by side behind it, under a 4-D mask
-    window   tokens: packed holds for texts of at most so many (what the narrowest attention layer sees)
-    longest  tokens: steps and spans hold for texts of at most so many; None: for all
-    switch   tokens: texts up to and beyond so many are read by different rotary embeddings (LongRoPE)
+    window   the longest text, in tokens, for which packed holds: what the narrowest attention layer sees
+    longest  the longest text, in tokens, for which steps and spans hold; None: any
+    switch   the length in tokens beyond which a text is read by other rotary embeddings (LongRoPE)
     """
 
     steps: bool = True
@@ -190,7 +192,7 @@ class Passes:
         return self._cached(ids, mask, cache), cache
 
     def packs(self, longest: int) -> bool:
-        """May texts of at most so many tokens be scored by `branch_logits`?"""
+        """May texts of at most `longest` tokens be scored by `branch_logits`?"""
         return self.sharing.packed and (self.sharing.window is None or longest <= self.sharing.window)
 
     def branch_logits(self, ids: Tensor, positions: Tensor, allowed: Tensor, cache: Cache) -> Tensor:
@@ -231,13 +233,46 @@ class Passes:
                 out[b] = row[first[b] - start :][:count]
         return torch.stack(out)
 
+    def log_probs(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """[B, L-1] log p of each token of whole texts but their first, given those before it; nats, differentiable.
+
+        L: the longest. What lies beyond the end of a text means nothing.
+        """
+        ids, lengths = pad_right(texts, self.model.device)
+        logits = self.whole(texts, [0] * len(texts), max(1, int(lengths.max()) - 1))
+        return gather_log_probs(logits[:, : ids.shape[1] - 1], ids[:, 1:])
+
+    @property
+    def hidden_size(self) -> int:
+        """H of the last hidden state."""
+        return int(self.model.get_output_embeddings().weight.shape[1])
+
+    @contextmanager
+    def watched(self) -> Iterator[list[Tensor]]:
+        """The last hidden states [b, Q, H] of every pass within, in order: what enters the output layer."""
+        seen: list[Tensor] = []
+        layer = self.model.get_output_embeddings()
+        hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        try:
+            yield seen
+        finally:
+            hook.remove()
+
+    @torch.no_grad()
+    def has_absolute_positions(self, prompt: Sequence[int]) -> bool:
+        """Do the logits change when all positions move by one? With rotary positions they do not."""
+        ids = torch.tensor([list(prompt)], device=self.model.device)
+        positions = torch.arange(len(prompt), device=self.model.device)[None]
+        at, moved = (self._call(input_ids=ids, position_ids=positions + k).float() for k in (0, 1))
+        return not torch.allclose(at, moved, atol=1e-2 * at.std().item(), rtol=0)
+
     def _whole_states(self, prefix: Prefix, index: Tensor, tokens: Tensor) -> Tensor:
         prompts = [list(prefix.prompts[i]) for i in index.tolist()]
         texts = [p + z for p, z in zip(prompts, tokens.tolist(), strict=True)]
         return self.whole(texts, [len(p) - 1 for p in prompts], tokens.shape[1] + 1)
 
     def _shares(self, lengths: Sequence[int]) -> bool:
-        """May texts of so many tokens share a cache and a batch?"""
+        """May texts of these lengths, in tokens, share a cache and a batch?"""
         found = self.sharing
         if not (found.steps or found.spans) or len(self._sides([n - 1 for n in lengths])) > 1:
             return False
@@ -274,11 +309,11 @@ class Passes:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         named = frozenset(inspect.signature(base.forward).parameters)
         # A wrapper that names nothing passes on everything.
-        return named if "input_ids" in named else frozenset({*ARGUMENTS, "past_key_values"})
+        return named if "input_ids" in named else frozenset(ARGUMENTS)
 
     @property
     def _cache_name(self) -> str:
-        return "cache_params" if "cache_params" in self._accepts else "past_key_values"
+        return versions.cache_argument(self._accepts)
 
     def _new_cache(self) -> Cache:
         """The cache that the model would make, but its windows keep all keys: what falls out of one for a completion

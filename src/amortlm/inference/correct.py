@@ -1,8 +1,8 @@
 """Draws of the posterior from a policy that is not right yet: SIR, SMC and Metropolis-Hastings by one argument.
 
-All three converge to the exact posterior as the budget grows, whatever the policy, as long as it can write every
-completion with R > 0 (on its support it can). What is drawn is cut into batches that fit in memory: SIR's pool is
-one sample in pieces, SMC runs independent islands, Metropolis-Hastings independent chains.
+All three converge to the exact posterior on the policy's support as the budget grows, whatever the policy. Completions
+are drawn in batches that fit in memory: for SIR these are parts of one pool, for SMC independent runs ("islands"), for
+Metropolis-Hastings independent chains.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from amortlm.engine.decoding import seed_of
-from amortlm.errors import ConfigError, RewardError, nearest
+from amortlm.errors import ConfigError, nearest
 from amortlm.inference.mcmc import Chains, metropolis_hastings
 from amortlm.inference.paths import refuse_tool
 from amortlm.inference.smc import smc
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
-from amortlm.weights import effective_sample_size, log_mean_exp, systematic
+from amortlm.weights import effective_sample_size, log_mean_exp, resample
 
+BATCH = 256  # completions sampled and scored at once
 METHODS = ("none", "sir", "smc", "mh")
-START = 4  # Metropolis-Hastings spends one draw in so many on where its chains start
+START = 4  # Metropolis-Hastings spends a quarter of its budget on where its chains start
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """N completions and log weights that make them stand for the posterior. Nats.
+    """N completions with log weights, by which they represent the posterior. Nats.
 
-    log_q, log_reward, log_weights [N], on the CPU; the mean weight is unbiased for Z
-    draws  completions drawn from q to get them; the rest of one, drawn anew, counts as one
+    log_q, log_reward, log_weights   [N], on the CPU; the mean weight is unbiased for Z
+    draws                            completions drawn from q to get them; a suffix that was redrawn counts as one
     """
 
     rollouts: Rollouts
@@ -57,18 +58,12 @@ class Weighted:
 
         Raises RewardError where every weight is zero.
         """
-        if self.log_z == -math.inf:
-            raise RewardError(
-                f"all {len(self.log_weights)} completions drawn have R = 0: there is nothing to resample; give a "
-                "larger budget, train the policy, or give the constraint a penalty"
-            )
         generator = torch.Generator().manual_seed(seed_of(("resample", seed, row_key(self.rollouts.rows[0]))))
-        u = torch.rand((), generator=generator, dtype=torch.float64)
         # Equal completions side by side, so that each appears as often as their weights together say, give or take 1.
         completions = self.rollouts.completions()
         order = torch.tensor(sorted(range(len(completions)), key=completions.__getitem__))
-        picked = systematic(self.log_weights[order], n, u)[torch.randperm(n, generator=generator)]
-        index = order[picked]
+        picked = order[resample(self.log_weights[order], n, generator)]
+        index = picked[torch.randperm(n, generator=generator)]
         return Weighted(
             rollouts=self.rollouts.select(index.to(self.rollouts.tokens.device)),
             log_q=self.log_q[index],
@@ -80,7 +75,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Corrected:
-    """n draws of the posterior, of equal weight, and how they came about (see `posterior.Samples`)."""
+    """n draws of the posterior, of equal weight, and how they were made (see `posterior.Samples`)."""
 
     drawn: Weighted
     ess: float | None = None
@@ -97,23 +92,21 @@ def corrected(
     method: str,
     budget: int | None,
     seed: object,
-    batch: int,
 ) -> Corrected:
     """n draws of the posterior of `row` by "sir", "smc" or "mh". budget: see `Posterior.sample`.
 
-    batch: completions drawn and scored at once. Raises ConfigError for an unknown method, a budget too small for n
-    and, "sir" apart, a support with a tool; RewardError where everything drawn has R = 0.
+    Raises ConfigError for an unknown method, a budget too small for n and, "sir" apart, a support with a tool;
+    RewardError where everything drawn has R = 0.
     """
     check_method(method)
+    check_n(n)
     budget = max(256, 16 * n) if budget is None else budget
     least = 2 * n if method == "mh" else n  # a chain takes a step at least
     if budget < least:
-        raise ConfigError(
-            f"budget={budget} is too small for n={n}: correct={method!r} needs at least {least}"
-        )
+        raise ConfigError(f"a budget of {budget} is too small for n={n}: {method} needs at least {least}")
     if method == "mh":
-        return mh(policy, target, row, n, budget=budget, seed=seed, batch=batch)
-    pool = (weigh if method == "sir" else islands)(policy, target, row, budget, seed=seed, batch=batch)
+        return mh(policy, target, row, n, budget=budget, seed=seed)
+    pool = (weigh if method == "sir" else islands)(policy, target, row, budget, seed=seed)
     return Corrected(pool.resample(n, seed), ess=pool.ess, log_z=pool.log_z)
 
 
@@ -122,13 +115,33 @@ def check_method(method: str) -> None:
         raise ConfigError(f"unknown correction {method!r}; {nearest(str(method), METHODS)}")
 
 
+def require_target(target: Target | None) -> Target:
+    """The target of a posterior. Raises ConfigError where it has none."""
+    if target is None:
+        raise ConfigError(
+            "this posterior has no target, so its samples cannot be weighed or corrected: pass target= to Posterior "
+            "or from_pretrained. A posterior is saved without its target where a function cannot be imported by name; "
+            "for the command line, define the function in a module, save again, and give --trust MODULE"
+        )
+    return target
+
+
+def check_n(n: int) -> None:
+    if n < 1:
+        raise ConfigError(f"n must be at least 1, got {n}")
+
+
 def draw(
-    policy: Policy, target: Target | None, row: Row, n: int, *, seed: object, batch: int
+    policy: Policy, target: Target | None, row: Row, n: int, *, seed: object
 ) -> tuple[Rollouts, Tensor, Tensor | None]:
-    """n draws of the policy, their log q [n] and, with a target, log R [n], on the CPU."""
+    """n draws of the policy, their log q [n] and, with a target, log R [n], on the CPU; nats.
+
+    Raises ConfigError for n < 1.
+    """
+    check_n(n)
     parts, log_q, log_r = [], [], []
-    for start in range(0, n, batch):
-        rollouts, log_probs = policy.sample([row], min(batch, n - start), seed=(seed, start))
+    for start in range(0, n, BATCH):
+        rollouts, log_probs = policy.sample([row], min(BATCH, n - start), seed=(seed, start))
         parts.append(rollouts)
         log_q.append(log_probs.final(rollouts.lengths).float().cpu())
         if target is not None:
@@ -136,17 +149,18 @@ def draw(
     return Rollouts.cat(parts), torch.cat(log_q), torch.cat(log_r) if log_r else None
 
 
-def weigh(policy: Policy, target: Target, row: Row, n: int, *, seed: object, batch: int) -> Weighted:
+def weigh(policy: Policy, target: Target, row: Row, n: int, *, seed: object) -> Weighted:
     """n draws of the policy with their importance weights. The support may have a tool."""
-    rollouts, log_q, log_reward = draw(policy, target, row, n, seed=seed, batch=batch)
+    rollouts, log_q, log_reward = draw(policy, target, row, n, seed=seed)
     assert log_reward is not None
     return Weighted(rollouts, log_q, log_reward, log_reward - log_q, n)
 
 
-def islands(policy: Policy, target: Target, row: Row, n: int, *, seed: object, batch: int) -> Weighted:
-    """n particles of independent runs of `smc`, of even size. Each is properly weighted, and so are all together."""
+def islands(policy: Policy, target: Target, row: Row, n: int, *, seed: object) -> Weighted:
+    """n particles from independent runs of `smc`, of even size; the mean weight of all is unbiased for Z, as that of
+    each run is."""
     parts = [
-        smc(policy, target, row, num_particles=high - low, seed=(seed, low)) for low, high in even(n, batch)
+        smc(policy, target, row, num_particles=high - low, seed=(seed, low)) for low, high in even(n, BATCH)
     ]
     return Weighted(
         rollouts=Rollouts.cat([p.rollouts for p in parts]),
@@ -157,19 +171,18 @@ def islands(policy: Policy, target: Target, row: Row, n: int, *, seed: object, b
     )
 
 
-def mh(
-    policy: Policy, target: Target, row: Row, n: int, *, budget: int, seed: object, batch: int
-) -> Corrected:
-    """n chains, started from resampled draws of a first share of the budget: less to forget than draws of q.
+def mh(policy: Policy, target: Target, row: Row, n: int, *, budget: int, seed: object) -> Corrected:
+    """The last states of n Metropolis-Hastings chains.
 
-    All chains start, and so stay, where R > 0.
+    A share of the budget, 1 / START, is drawn from q and resampled by weight: chains that start there are nearer to
+    the posterior than chains that start at draws of q, and all of them start, and so stay, where R > 0.
     """
     refuse_tool(policy)
-    pool = weigh(policy, target, row, max(1, budget // START), seed=seed, batch=batch)
+    pool = weigh(policy, target, row, max(1, budget // START), seed=seed)
     initial = pool.resample(n, seed).rollouts
     steps = (budget - pool.draws) // n
     parts: list[Chains] = []
-    for low, high in even(n, batch):
+    for low, high in even(n, BATCH):
         chosen = initial.select(torch.arange(low, high, device=initial.tokens.device))
         parts.append(
             metropolis_hastings(
@@ -194,7 +207,7 @@ def mh(
 
 
 def even(n: int, batch: int) -> Iterator[tuple[int, int]]:
-    """[low, high) of as few pieces as `batch` allows, whose sizes differ by one at most."""
+    """[low, high) of as few pieces of at most `batch` as possible, whose sizes differ by at most one."""
     count = math.ceil(n / batch)
     bounds = [n * i // count for i in range(count + 1)]
     return pairwise(bounds)

@@ -38,8 +38,9 @@ class ExactPosterior:
 class Distance:
     """How far q is from the posterior p on an enumerated support. Nats; inf where supports differ.
 
-    total_variation in [0, 1]; kl_qp = KL(q || p), which falls on samples q makes up; kl_pq = KL(p || q), which
-    falls on modes q misses; mass = total probability of q on the support (1 by construction, law 1)
+    total_variation   in [0, 1]
+    kl_qp, kl_pq      KL(q || p), which grows with what q makes up, and KL(p || q), which grows with what q misses
+    mass              total probability of q on the support: 1, but for rounding
     """
 
     total_variation: float

@@ -1,7 +1,17 @@
 """Metropolis-Hastings over completions: redraw a suffix from the policy, accept or keep.
 
-The chain's stationary law is the posterior R / Z on the policy's support, whatever the policy; the policy only
-decides how fast it gets there.
+The stationary distribution of the chain is the posterior R / Z on the policy's support, whatever the policy; the
+policy decides only how fast the chain gets there.
+
+A step on z of L tokens: t is uniform on {0, .., L}, z_1:t is kept, and the rest of z' (tokens and stop) is
+drawn from q(. | z_1:t). t = 0 proposes a new completion; t = L asks again whether to stop. Given t, which is a
+choice of the reverse move too since z' keeps t tokens, the density of the move is
+q(z' | z_1:t) / (L + 1) = q(z') / (q(z_1:t) (L + 1)), so q(z_1:t) cancels and
+
+    accept with min(1, w(z') (L + 1) / (w(z) (L' + 1))),    w(z) = R(z) / q(z)
+
+does not depend on t. Completions are strings of tokens: q(z) and R(z) both sum over the stop symbols, and the
+one shown is drawn from q given z.
 """
 
 from __future__ import annotations
@@ -11,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.engine.decoding import seed_of
+from amortlm.engine.decoding import Draws
 from amortlm.errors import ConfigError
-from amortlm.inference.paths import Paths, paths_of, prepare, redraw, sample_paths, uniforms
+from amortlm.inference.paths import paths_of, prepare, redraw, rollouts_of, sample_paths, uniforms
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
 
@@ -57,16 +68,6 @@ def metropolis_hastings(
 ) -> Chains:
     """`num_chains` chains of `num_steps` steps each, as one batch. Exact for num_steps -> infinity.
 
-    A step on z of L tokens: t is uniform on {0, .., L}, z_1:t is kept, and the rest of z' (tokens and stop) is
-    drawn from q(. | z_1:t). t = 0 proposes a new completion; t = L asks again whether to stop. Given t, which is a
-    choice of the reverse move too since z' keeps t tokens, the density of the move is
-    q(z' | z_1:t) / (L + 1) = q(z') / (q(z_1:t) (L + 1)), so q(z_1:t) cancels and
-
-        accept with min(1, w(z') (L + 1) / (w(z) (L' + 1))),    w(z) = R(z) / q(z)
-
-    does not depend on t. Completions are strings of tokens: q(z) and R(z) both sum over the stop symbols, and the
-    one shown is drawn from q given z.
-
     initial: where chains start, `num_chains` completions in the support (default: draws of the policy). From R = 0
     every proposal is accepted; chains never return there. Raises DataError for completions outside the support or
     of another count, ConfigError for a support with a tool or counts that make no sense.
@@ -81,32 +82,35 @@ def metropolis_hastings(
         current, decoded = sample_paths(policy, prefix, num_chains, generator)
     else:
         current, decoded = paths_of(policy, row, initial, num_chains), 0
-    log_r = target.score_final(current.rollouts(policy, row)).double().to(policy.device)
-    trace, accepted = [log_r], []
+    log_r = _log_reward(policy, target, row, current)
+    trace, accepted = [log_r], [torch.zeros(num_chains, 0, dtype=torch.bool, device=policy.device)]
     for _ in range(num_steps):
         keep = (uniforms(generator, (num_chains,), policy) * (current.lengths + 1)).long()
         proposed = redraw(policy, prefix, current, keep, generator)
         decoded += int((proposed.lengths - keep + 1).sum())
-        log_r_new = target.score_final(proposed.rollouts(policy, row)).double().to(policy.device)
+        log_r_new = _log_reward(policy, target, row, proposed)
         log_ratio = acceptance_log_ratio(current, log_r, proposed, log_r_new)
         accept = uniforms(generator, (num_chains,), policy).log() < log_ratio
         current = current.where(accept, proposed)
         log_r = torch.where(accept, log_r_new, log_r)
         trace.append(log_r)
-        accepted.append(accept)
-    none = torch.zeros(num_chains, 0, dtype=torch.bool, device=policy.device)
+        accepted.append(accept[:, None])
     return Chains(
-        rollouts=current.rollouts(policy, row),
+        rollouts=rollouts_of(current, policy, row),
         log_reward=log_r,
         log_q=current.log_q,
-        accepted=torch.stack(accepted, dim=1) if accepted else none,
+        accepted=torch.cat(accepted, dim=1),
         trace=torch.stack(trace, dim=1),
         tokens_decoded=decoded,
         completions_scored=num_chains * (num_steps + 1),
     )
 
 
-def acceptance_log_ratio(current: Paths, log_r: Tensor, proposed: Paths, log_r_new: Tensor) -> Tensor:
+def _log_reward(policy: Policy, target: Target, row: Row, paths: Draws) -> Tensor:
+    return target.score_final(rollouts_of(paths, policy, row)).double().to(policy.device)
+
+
+def acceptance_log_ratio(current: Draws, log_r: Tensor, proposed: Draws, log_r_new: Tensor) -> Tensor:
     """[B] log of w(z') (L + 1) / (w(z) (L' + 1)), w = R / q; +inf where R(z) = 0 (see `metropolis_hastings`)."""
     cut = (current.lengths + 1).double().log() - (proposed.lengths + 1).double().log()
     log_ratio = (log_r_new - proposed.log_q) - (log_r - current.log_q) + cut

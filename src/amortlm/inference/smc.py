@@ -1,49 +1,53 @@
-"""Sequential Monte Carlo over completions, with the twists that a target of prefixes gives for nothing.
+"""Sequential Monte Carlo over completions, with twists that a target which scores prefixes gives at no extra cost.
 
-N particles are drawn from q. Each carries a correction c (1 at first); at the end its weight is c w(z), w = R / q,
-and the mean weight is Z-hat. On the way, after t tokens, a live particle has the value c psi, a stopped one c w(z).
-Where the effective sample size of the values is low, N ancestors are drawn in proportion to them (systematic
-resampling), and each copy gets c = (mean value) / psi (or / w), that is, the value all copies now share. The mean
-of c f(z) therefore keeps its expectation for every f: E[Z-hat] = Z for ANY positive psi that reads no more than what
-is written at t. A good psi is the expected w given the prefix, and only the variance depends on it.
+N particles are drawn from q. Each carries a correction c, 1 at first. Its final weight is c w(z) with w = R / q, and
+Z-hat is the mean weight. After t tokens a particle that has stopped has the value c w(z), and a live one the value c
+psi(z_1:t), where the twist psi > 0 is a guess of w. Where the effective sample size of the values is low, N ancestors
+are drawn in proportion to their values (systematic resampling), and the correction of a copy becomes (mean value) /
+psi, or (mean value) / w, so that all copies have the same value. This leaves the expectation of the mean of c f(z) as
+it was for every f, so E[Z-hat] = Z for any positive psi that depends on the first t tokens alone. The variance is low
+where psi is close to the expected w given the prefix.
 
 The twist psi of z_1:t is half the weight of stopping there,
 
     log_w[t] = log R(z_1:t) - log q(z_1:t) - log q(stop | z_1:t),
 
-and half the mean over the particles. Not R(z_1:t) / q(z_1:t), which would punish a prefix for being in the middle of
-a sentence. For q = p and R = p(z y | x) the weight is p(y | x z_1:t stop). For a trained policy it is the flow of
-subtrajectory balance: at q = R / Z it is Z at every state, values stay equal, nothing is ever resampled. A particle
-that stops keeps its value w. The mean, weighed by c, is over the particles whose w or weight of stopping is known; psi
-may read all that is written at t. It bounds the harm where stopping now tells little about stopping later: a live
-particle keeps at least a third of the copies that c alone would give it, half where none has stopped.
+and half the mean over the particles. R(z_1:t) / q(z_1:t) would not do: it punishes a prefix for being in the middle
+of a sentence. For q = p and R = p(z y | x) the weight of stopping is p(y | x z_1:t stop). At q = R / Z it is Z at
+every state, so all values are equal and nothing is ever resampled. The mean, weighted by c, is over the particles
+whose w or weight of stopping is known. Because of it a live particle keeps at least a third of the copies that c
+alone would give it (half where none has stopped), even where the weight of stopping now says little about that of
+stopping later.
 
-Where log_w[t] says nothing - before min_tokens, for a target that only judges finished text, or where R = 0 at a
-prefix that may still come right - psi is the mean alone, of what is known at t, or 1 if nothing is. Zero
-would be wrong there (not every completion could be reached any more) and another constant would set live particles
-against stopped ones on an arbitrary scale. So before min_tokens psi = 1, and with a target of finished text
-particles that stopped with R = 0 are replaced by live ones.
+Where the weight of stopping is not known - before min_tokens, for a target that only judges finished text, or where
+R = 0 at a prefix that may still come right - psi is the mean alone, of what is known at t, or 1 where nothing is. A psi
+of zero would put some completions out of reach, and any other constant would compare live particles with stopped ones
+on an arbitrary scale. So before min_tokens psi = 1, and for a target that only judges finished text particles that
+stopped with R = 0 are replaced by live ones.
 
-Futures are drawn to their end and all their states scored in one `target.score`, which is far cheaper than a call
-per token; a resampling at t throws the copies' futures away and draws them anew from t. The choice to resample at t
-reads nothing beyond t, so this is the step-by-step algorithm in law, at 1 + (resamplings) decoding rounds.
+Completions are drawn to their end and all their states scored in one `target.score`, which is far cheaper than a call
+per token. A resampling at t discards what the copies have after t and draws it anew. The decision to resample at t
+depends on nothing beyond t, so the result has the distribution of the step-by-step algorithm, at 1 + (resamplings)
+rounds of decoding.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from amortlm.engine.decoding import seed_of
-from amortlm.errors import ConfigError, RewardError
-from amortlm.inference.paths import Paths, prepare, redraw, sample_paths, uniforms
+from amortlm.engine.decoding import Draws
+from amortlm.engine.passes import Prefix
+from amortlm.errors import ConfigError
+from amortlm.inference.paths import prepare, redraw, rollouts_of, sample_paths, uniforms
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
-from amortlm.weights import effective_sample_size, log_mean_exp, systematic
+from amortlm.weights import effective_sample_size, log_mean_exp, resample, systematic
 
 
 @dataclass(frozen=True)
@@ -72,15 +76,9 @@ class Particles:
     completions_scored: int
 
     def resample(self, n: int, seed: object) -> Rollouts:
-        """n unweighted completions, drawn with replacement. Raises RewardError where every weight is zero."""
-        if self.log_z == -math.inf:
-            raise RewardError(
-                f"all {len(self.log_weights)} particles have R = 0: there is nothing to resample; use more particles, "
-                "train the policy, or give the constraint a penalty"
-            )
+        """n completions drawn by weight, with replacement. Raises RewardError where every weight is zero."""
         generator = torch.Generator().manual_seed(seed_of(("resample", seed)))
-        u = torch.rand((), generator=generator, dtype=torch.float64)
-        return self.rollouts.select(systematic(self.log_weights, n, u.to(self.log_weights.device)))
+        return self.rollouts.select(resample(self.log_weights, n, generator))
 
 
 def smc(
@@ -94,8 +92,10 @@ def smc(
 ) -> Particles:
     """Sequential Monte Carlo from the policy to the posterior (module docstring).
 
-    Resamples at states where ESS < ess_threshold * num_particles; 0 never does: plain importance sampling, with
-    only finished completions scored. Raises ConfigError for counts or thresholds that make no sense and for a
+    Resamples at states where ESS < ess_threshold * num_particles; a threshold of 0 never does, which is plain
+    importance
+    sampling with only finished completions scored. Raises ConfigError for counts or thresholds that make no sense and
+    for a
     support with a tool.
     """
     if num_particles < 1 or not 0 <= ess_threshold <= 1:
@@ -105,51 +105,90 @@ def smc(
         )
     target, prefix = prepare(policy, target, row)
     generator = torch.Generator().manual_seed(seed_of(("smc", seed, row_key(row))))
-    paths, decoded = sample_paths(policy, prefix, num_particles, generator)
-    twisted = target.every_prefix and ess_threshold > 0
-    log_w, scored = state_log_weights(policy, target, row, paths, 0, twisted), num_particles
-    log_c = torch.zeros(num_particles, dtype=torch.float64, device=policy.device)
+    cloud = _Cloud(policy, target, row, prefix, generator, target.every_prefix and ess_threshold > 0)
+    cloud.draw(num_particles)
     history: list[float] = []
     resampled_at: list[int] = []
     t = 1
     # At max_tokens nothing is left to draw: resampling there would only add noise.
-    while ess_threshold > 0 and t < policy.support.max_tokens and bool((paths.lengths >= t).any()):
-        log_twist = twists(log_w, log_c, paths.lengths, t, twisted)
-        history.append(effective_sample_size(log_c + log_twist))
+    while ess_threshold > 0 and t < policy.support.max_tokens and bool((cloud.paths.lengths >= t).any()):
+        log_twist = twists(cloud.log_w, cloud.log_c, cloud.paths.lengths, t, cloud.twisted)
+        history.append(effective_sample_size(cloud.log_c + log_twist))
         # The margin keeps rounding from resampling equal values at a threshold of 1.
         if history[-1] < ess_threshold * num_particles * (1 - 1e-9):
-            ancestors, log_c = resampled(log_c, log_twist, uniforms(generator, (), policy))
-            paths, log_w = paths.select(ancestors), log_w[ancestors]
-            live = (paths.lengths >= t).nonzero().squeeze(1)
-            if len(live) > 0:
-                fresh = redraw(policy, prefix, paths.select(live), torch.full_like(live, t), generator)
-                paths = paths.put(live, fresh)
-                log_w = log_w.index_copy(0, live, state_log_weights(policy, target, row, fresh, t, twisted))
-                decoded, scored = decoded + int((fresh.lengths - t + 1).sum()), scored + len(live)
+            cloud.resample(t, log_twist)
             resampled_at.append(t)
         t += 1
-    final = log_w.gather(1, paths.lengths[:, None]).squeeze(1)
-    log_weights = log_c + final
-    return Particles(
-        rollouts=paths.rollouts(policy, row),
-        log_weights=log_weights,
-        log_reward=final + paths.log_q,
-        log_q=paths.log_q,
-        log_z=log_mean_exp(log_weights).item(),
-        ess=[*history, effective_sample_size(log_weights)],
-        resampled_at=resampled_at,
-        tokens_decoded=decoded,
-        completions_scored=scored,
-    )
+    return cloud.particles(history, resampled_at)
+
+
+class _Cloud:
+    """The particles of a run: completions drawn to their end, their weights of stopping, and c."""
+
+    paths: Draws
+    log_w: Tensor
+    log_c: Tensor
+
+    def __init__(
+        self,
+        policy: Policy,
+        target: Target,
+        row: Row,
+        prefix: Prefix,
+        generator: torch.Generator,
+        twisted: bool,
+    ):
+        self.policy, self.target, self.row, self.prefix = policy, target, row, prefix
+        self.generator, self.twisted = generator, twisted
+
+    def draw(self, n: int) -> None:
+        self.paths, self.decoded = sample_paths(self.policy, self.prefix, n, self.generator)
+        self.log_w, self.scored = self._weigh(self.paths, 0), n
+        self.log_c = torch.zeros(n, dtype=torch.float64, device=self.policy.device)
+
+    def resample(self, t: int, log_twist: Tensor) -> None:
+        """Resample at t tokens, and draw the futures of live particles anew."""
+        u = uniforms(self.generator, (), self.policy)
+        ancestors, self.log_c = resampled(self.log_c, log_twist, u)
+        self.paths, self.log_w = self.paths.select(ancestors), self.log_w[ancestors]
+        live = (self.paths.lengths >= t).nonzero().squeeze(1)
+        if len(live) == 0:
+            return
+        fresh = redraw(
+            self.policy, self.prefix, self.paths.select(live), torch.full_like(live, t), self.generator
+        )
+        self.paths = self.paths.put(live, fresh)
+        self.log_w = self.log_w.index_copy(0, live, self._weigh(fresh, t))
+        self.decoded += int((fresh.lengths - t + 1).sum())
+        self.scored += len(live)
+
+    def _weigh(self, paths: Draws, start: int) -> Tensor:
+        return state_log_weights(self.policy, self.target, self.row, paths, start, self.twisted)
+
+    def particles(self, history: list[float], resampled_at: list[int]) -> Particles:
+        final = self.log_w.gather(1, self.paths.lengths[:, None]).squeeze(1)
+        log_weights = self.log_c + final
+        return Particles(
+            rollouts=rollouts_of(self.paths, self.policy, self.row),
+            log_weights=log_weights,
+            log_reward=final + self.paths.log_q,
+            log_q=self.paths.log_q,
+            log_z=log_mean_exp(log_weights).item(),
+            ess=[*history, effective_sample_size(log_weights)],
+            resampled_at=resampled_at,
+            tokens_decoded=self.decoded,
+            completions_scored=self.scored,
+        )
 
 
 def state_log_weights(
-    policy: Policy, target: Target, row: Row, paths: Paths, start: int, every_state: bool
+    policy: Policy, target: Target, row: Row, paths: Draws, start: int, every_state: bool
 ) -> Tensor:
     """log_w [B, max_tokens + 1] float64 at the stopping states from `start` on (or the last only), -inf elsewhere."""
-    rollouts = paths.rollouts(policy, row)
+    rollouts = rollouts_of(paths, policy, row)
     if every_state:
-        rollouts.stop_mask[:, :start] = False
+        states = torch.arange(rollouts.stop_mask.shape[1], device=rollouts.stop_mask.device)
+        rollouts = replace(rollouts, stop_mask=rollouts.stop_mask & (states >= start))
     else:
         rollouts = rollouts.final_only()
     mask = torch.nn.functional.pad(rollouts.stop_mask, (0, paths.tokens.shape[1] - rollouts.tokens.shape[1]))

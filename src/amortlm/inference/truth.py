@@ -1,21 +1,21 @@
-"""Draws of the posterior to hold a sampler against, and whether they may be believed.
+"""Draws of the posterior to compare a sampler with, and whether they can be trusted.
 
-The upper bound on log Z (`amortlm.diagnostics.bounds`) and KL(p || q) need independent draws of the posterior p. In
-order of trust:
+The upper bound on log Z (`amortlm.diagnostics.bounds`) and KL(p || q) need independent draws of the posterior p. They
+come from the first of these sources that works:
 
-- "enumeration": the support is small enough to list. Exact, independent.
-- "sir": a pool of draws of q is cut into disjoint groups, and one of each group is drawn by importance weight. The
-  draws are independent because the groups are; one draw too many from a shared pool would repeat itself. Their law is
-  p up to about chi^2(p || q) / group size, so groups grow with the estimated chi^2 until that is at most BIAS nats, and
-  `margin` says what is left. Used where k-hat of the pool is below 0.7, or its largest
-  weight came up REPEATS times. Like every figure that only q has a say
-  in, it sees no mode that q never visits; a gold completion that outweighs the whole pool rules it out.
+- "enumeration": the support is small enough to list. The draws are exact and independent.
+- "sir": a pool of draws of q is cut into disjoint groups, and one draw of each group is chosen by importance weight,
+  so the draws are independent. Their distribution differs from p by about chi^2(p || q) / group size. Groups are made
+  so large that, by the estimated chi^2, this is at most BIAS nats, and `margin` is what remains. It is used where
+  k-hat of the pool is below KHAT, or where the largest weight came up REPEATS times. The pool does not show a mode
+  that q never visits; where a gold completion outweighs the whole pool there is such a mode, and this source is not
+  used.
 - "mcmc": the last states of Metropolis-Hastings chains, one draw per chain. Half of them start at particles of
-  sequential Monte Carlo, half at gold completions (without any: at draws of q). They count only if both halves have
-  come to agree, by R-hat of log R and of log w over the second half of the run. A mode that no start is in and q
-  never proposes stays unseen here too: gold completions are what can show it.
+  sequential Monte Carlo, half at gold completions (at draws of q where there are none). They are trusted where R-hat,
+  over the second half of the run, shows that both halves agree on log R and on log w. A mode where no chain starts and
+  that q never proposes stays unseen; gold completions can show it.
 
-Draws that are not to be believed come back with `trusted` false, and nothing may be bounded by them.
+Draws that cannot be trusted have `trusted` false, and no bound may rest on them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.engine.decoding import seed_of
 from amortlm.engine.passes import pad_right
 from amortlm.errors import ConfigError
 from amortlm.inference.correct import weigh
@@ -43,19 +42,17 @@ from amortlm.inference.exact import (
 from amortlm.inference.mcmc import metropolis_hastings
 from amortlm.inference.smc import smc
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
 from amortlm.weights import effective_sample_size, pareto_khat
 
-POOL, LARGE_POOL = 4, 16  # draws of q per posterior draw asked for; the second where the first will not do
-BATCH = 256  # of them sampled and scored at once
+POOL, LARGE_POOL = 4, 16  # draws of q for each draw of the posterior; the second where the first are too few
 KHAT = 0.7  # importance weights with a heavier tail cannot be resampled (Vehtari et al. 2024)
-REPEATS = (
-    10  # of the largest weight: where a few completions come up again and again, k-hat has no tail to fit
-)
-BIAS = 0.02  # nats that the law of an SIR draw may be off p
-MIN_DRAWS = 16  # fewer posterior draws bound nothing worth having
-CHAINS = 32  # a draw each; the two halves of R-hat
+REPEATS = 10  # of the largest weight, after which it counts as found; a heavy tail would show it once
+BIAS = 0.02  # nats by which the distribution of an SIR draw may differ from p
+MIN_DRAWS = 16  # with fewer draws of the posterior, bounds are too wide to be of use
+CHAINS = 32  # with a draw from each; two halves, which R-hat compares
 THIN = 4  # Metropolis-Hastings steps between two recorded states
 RECORDED = 16  # states, the first half of them burn-in
 RHAT = 1.1  # of 32 chains by 8 states: independent ones give at most 1.08, correlations of 0.5 at least 1.10
@@ -63,16 +60,19 @@ RHAT = 1.1  # of 32 chains by 8 states: independent ones give at most 1.08, corr
 
 @dataclass(frozen=True)
 class Truth:
-    """Draws of the posterior of one row, by the module docstring. Nats.
+    """Draws of the posterior of one row (module docstring). Nats.
 
-    rollouts      m completions, None if there is no draw at all (a tool, or no completion with R > 0 was found)
+    rollouts      m completions; None where there are none (no completion with R > 0 was found, or a support with a
+                  tool,
+                  which takes no chains)
     log_reward, log_q   [m] of them
     source        "enumeration", "sir", "mcmc" or "none"
-    trusted       may they be taken for independent draws of p?
-    margin        what their law may be off, as an error of log Z; 0 for enumeration, unknown for chains
-    khat, ess     of the pool of q's weights (ess as a share); NaN for enumeration
+    trusted       may they be used as independent draws of p?
+    margin        by how much log Z may be off because their distribution is not quite p; 0 for enumeration, and for
+                  chains, where it is not known
+    khat, ess     of the weights of the pool of draws of q (ess as a share); NaN for enumeration
     rhat          of the chains; NaN for other sources
-    exact, distance   the enumerated posterior, and how far q is from it
+    exact, distance   the enumerated posterior, and how far q is from it; None for other sources
     """
 
     rollouts: Rollouts | None
@@ -94,7 +94,7 @@ class Truth:
 
     @property
     def label(self) -> str:
-        """The source as people read it: a failed one says so."""
+        """The source, with "(not converged)" where it is not trusted."""
         if self.trusted:
             return self.source
         return "none" if self.source == "none" else f"{self.source} (not converged)"
@@ -147,12 +147,13 @@ def _enumerated(policy: Policy, target: Target, row: Row, n: int, seed: object, 
 
 
 def _resampled(policy: Policy, target: Target, row: Row, n: int, seed: object, log_w_gold: Tensor) -> Truth:
-    """One draw of each disjoint group of a pool by weight; not trusted where the weights do not allow it."""
+    """One draw by weight from each disjoint group of a pool; none, and not trusted, where the weights are too
+    uneven."""
     nothing = torch.zeros(0, dtype=torch.float64)
     log_r, log_q, parts = nothing, nothing, []
     khat = share = math.nan
     for k, total in enumerate((POOL * max(n, 2 * MIN_DRAWS), LARGE_POOL * max(n, 2 * MIN_DRAWS))):
-        more = weigh(policy, target, row, total - len(log_r), seed=("truth", seed, k), batch=BATCH)
+        more = weigh(policy, target, row, total - len(log_r), seed=("truth", seed, k))
         parts.append(more.rollouts)
         log_r = torch.cat([log_r, more.log_reward.double()])
         log_q = torch.cat([log_q, more.log_q.double()])
@@ -164,7 +165,7 @@ def _resampled(policy: Policy, target: Target, row: Row, n: int, seed: object, l
         khat, chi2 = pareto_khat(log_w[found]), 1 / share - 1
         size = max(POOL, math.ceil(chi2 / BIAS))
         count = min(n, total // size)
-        # A gold completion that would outweigh the whole pool is a place that q has yet to find.
+        # A gold completion that outweighs the whole pool lies in a mode that q has not found.
         usable = khat < KHAT or _seen_often(log_w)
         if not usable or (log_w_gold > log_w.logsumexp(0)).any():
             break
@@ -183,7 +184,7 @@ def _seen_often(log_w: Tensor) -> bool:
 
 
 def _one_per_group(groups: Tensor, generator: torch.Generator) -> Tensor:
-    """[at most m] positions in the flattened log_w [m, K]: one of each group by weight, none of a group of R = 0."""
+    """[at most m] positions in the flattened log_w [m, K]: one of each group by weight, none where R = 0 for all K."""
     uniform = torch.rand(groups.shape, generator=generator, dtype=torch.float64).clamp_min(1e-300)
     chosen = (groups - (-uniform.log()).log()).argmax(1)  # Gumbel-max
     first = torch.arange(len(groups)) * groups.shape[1]
@@ -193,7 +194,7 @@ def _one_per_group(groups: Tensor, generator: torch.Generator) -> Tensor:
 def _chains(
     policy: Policy, target: Target, row: Row, n: int, seed: object, gold: Rollouts | None, pool: Truth
 ) -> Truth:
-    """The last states of Metropolis-Hastings chains from particles and from gold completions (else draws of q)."""
+    """The last states of Metropolis-Hastings chains that start at particles and at gold completions (or draws of q)."""
     half = max(MIN_DRAWS, min(n, CHAINS)) // 2
     particles = smc(policy, target, row, num_particles=POOL * half, seed=("truth", seed))
     near = None if particles.log_z == -math.inf else particles.resample(half, ("truth", seed))
@@ -222,7 +223,7 @@ def _chains(
 
 
 def _cycled(rollouts: Rollouts, n: int, from_end: bool = False) -> list[list[int]]:
-    """n completions with their stop symbols, over and over where there are fewer."""
+    """n completions with their stop symbols; where there are fewer, they are repeated."""
     pairs = zip(rollouts.completions(), rollouts.stops.tolist(), strict=True)
     completions = [[*tokens, stop] for tokens, stop in pairs]
     completions = completions[::-1] if from_end else completions

@@ -233,11 +233,10 @@ class PolicyPotential(CompletionPotential):
         prefix = passes.encode(self.policy.encode_rows(rollouts.rows))
         logits = passes.state_logits(prefix, rollouts.row_index, rollouts.tokens)
         batch = torch.arange(len(rollouts), device=logits.device)
-        position = self.support.positions(rollouts.tokens)[batch, rollouts.lengths]
-        legal = self.support.legal(rollouts.lengths, position)
-        log_q = logits[batch, rollouts.lengths].float().masked_fill(~legal, -torch.inf).log_softmax(-1)
-        log_stop = log_q[:, list(self.support.stop_ids)].logsumexp(-1, keepdim=True)
-        return torch.cat([log_q[:, [t.token_id for t in self.vocab]], log_stop], dim=1).double().cpu().numpy()
+        node = self.support.nodes(rollouts.tokens)[batch, rollouts.lengths]
+        step = self.support.step(logits[batch, rollouts.lengths], rollouts.lengths, node)
+        tokens = step.log_q[:, [t.token_id for t in self.vocab]]
+        return torch.cat([tokens, step.log_stop[:, None]], dim=1).double().cpu().numpy()
 
     def __repr__(self) -> str:
         return "proposal(q)"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from amortlm.engine.adapter import default_lora
 from amortlm.lab.experiment import Context, Settings, Trained
 from amortlm.policy import Policy
 from amortlm.posterior import Posterior
@@ -38,7 +37,7 @@ class Problem:
         from transformers import set_seed
 
         set_seed(seed)  # an adapter starts at random
-        return Policy(context.lm, self.prompt, self.support, default_lora(lora or context.settings["lora"]))
+        return Policy(context.lm, self.prompt, self.support, lora or context.settings["lora"])
 
     def posterior(self, context: Context, policy: Policy) -> Posterior:
         return Posterior(policy, self.target.bind(context.lm))
@@ -75,8 +74,8 @@ def train_gflownet(
         support=problem.support,
         train_dataset=problem.rows,
         args=args,
-        peft_config=str(start) if start else default_lora(lora or context.settings["lora"]),
-        seeds=problem.gold,
+        adapter=start or lora or context.settings["lora"],
+        gold=problem.gold,
     )
     if context.dry_run:
         return Trained(trainer.posterior)

@@ -1,15 +1,20 @@
-"""Laws that every policy obeys, as assertions to run on your own model and support: see `check_policy`."""
+"""Laws of policies and of samplers, as assertions to run on your own: `check_policy`, `check_sampler`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from amortlm.engine.decoding import Draws, Exploration
 from amortlm.engine.exactness import Check, Finding
 from amortlm.engine.model import CausalLM
+from amortlm.engine.sampler import LocalSampler, Request, Sampler
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.support import Support
 from amortlm.types import PolicyLogProbs, Rollouts, Row
 
@@ -60,6 +65,128 @@ def check_sum(policy: Policy, rows: Sequence[Row], atol: float = 1e-4) -> None:
             raise AssertionError(
                 f"row {n}: q sums to {total:.6f} over the {len(completions)} completions, not to 1"
             )
+
+
+def check_sampler(
+    sampler: Sampler,
+    policy: Policy,
+    row: Row,
+    *,
+    num_samples: int = 2000,
+    atol: float = 1e-4,
+    level: float = 1e-6,
+    seed: object = 0,
+) -> None:
+    """Assert that a sampler draws from `policy`'s q of a row, and says of its draws what is true.
+
+    1. log q: what it says of each draw is what `policy.evaluate` says (within `atol` nats), explored or not.
+    2. Frequencies: they are those of q, by a G-test that is wrong at rate `level`, where the support has at most
+       `MAX_SUPPORT` completions.
+    3. Kept tokens stand at the beginning of the draws; at temperature 0 all draws are equal.
+    4. Versions: after `load`, draws say the new version, and are those of the new weights.
+    5. A sampler that says it is reproducible draws the same for a prompt alone and beside another one.
+
+    The weights of policy and sampler are the policy's again at the end. AssertionError says what differs.
+    """
+    check = _SamplerCheck(sampler, policy, row, atol, seed)
+    check.log_q(num_samples, Exploration(torch.linspace(0.5, 2.0, num_samples), epsilon=0.1))
+    draws = check.log_q(num_samples, None)
+    if policy.support.size() <= MAX_SUPPORT:
+        check.frequencies(draws, level)
+    check.kept_tokens(draws)
+    check.versions()
+    if sampler.reproducible:
+        check.reproducible()
+
+
+class _SamplerCheck:
+    def __init__(self, sampler: Sampler, policy: Policy, row: Row, atol: float, seed: object):
+        self.sampler, self.policy, self.row, self.atol = sampler, policy, row, atol
+        self.prompt, self.seed = policy.encode_rows([row])[0], seed_of(seed)
+
+    def request(self, n: int, exploration: Exploration | None = None, **more: Any) -> Request:
+        return Request([self.prompt], [n], [self.seed], self.policy.support, exploration, **more)
+
+    def log_q(self, n: int, exploration: Exploration | None) -> Draws:
+        draws = self.sampler.sample(self.request(n, exploration))
+        if len(draws) != n:
+            raise AssertionError(f"{len(draws)} draws where {n} were asked for")
+        support, zero = self.policy.support, torch.zeros(n, dtype=torch.long)
+        rollouts = support.rollouts(
+            [self.row], zero, draws.tokens.cpu(), draws.lengths.cpu(), draws.stops.cpu()
+        )
+        for z in {tuple(z) for z in rollouts.completions()}:
+            if not support.contains(z):
+                raise AssertionError(f"the sampler drew {list(z)}, which is outside the support")
+        with torch.no_grad():
+            expected = self.policy.evaluate(rollouts.to(self.policy.device))
+        said = PolicyLogProbs(draws.log_pf.cpu(), draws.log_pterm.cpu())
+        theirs = PolicyLogProbs(expected.log_pf.cpu(), expected.log_pterm.cpu())
+        _assert_same(rollouts, "evaluate() and the sampler differ", theirs, said, self.atol)
+        return draws
+
+    def frequencies(self, draws: Draws, level: float) -> None:
+        """G-test; completions expected fewer than 5 times count as one."""
+        completions = [tuple(z) for z in support_completions(self.policy)]
+        rollouts = self.policy.rollouts([self.row], [[list(z) for z in completions]])
+        with torch.no_grad():
+            log_q = self.policy.evaluate(rollouts).final(rollouts.lengths)
+        expected = log_q.double().exp().cpu() * len(draws)
+        seen = Counter(
+            tuple(z[:n]) for z, n in zip(draws.tokens.tolist(), draws.lengths.tolist(), strict=True)
+        )
+        found = torch.tensor([seen[z] for z in completions], dtype=torch.float64)
+        common = expected >= 5
+        if not common.all():
+            expected = torch.cat([expected[common], expected[~common].sum()[None]])
+            found = torch.cat([found[common], found[~common].sum()[None]])
+        g = 2 * torch.where(found > 0, found * (found / expected).log(), 0.0).sum()
+        half_degrees = torch.tensor((len(expected) - 1) / 2, dtype=torch.float64)
+        p_value = torch.special.gammaincc(half_degrees, g / 2).item() if len(expected) > 1 else 1.0
+        if p_value < level:
+            raise AssertionError(
+                f"frequencies of {len(draws)} draws are not those of q: G-test, p = {p_value:.2g} < {level:g}"
+            )
+
+    def kept_tokens(self, draws: Draws) -> None:
+        longest = draws.tokens[draws.lengths.argmax(), : int(draws.lengths.max())].tolist()
+        begun = longest[: len(longest) // 2]
+        if self.policy.support.tool is None:
+            rest = self.sampler.sample(self.request(8, kept=[begun] * 8))
+            if any(z[: len(begun)] != begun for z in rest.tokens.tolist()):
+                raise AssertionError(f"draws that were to begin with {begun} do not")
+        greedy = self.sampler.sample(self.request(8, Exploration(torch.zeros(8))))
+        if len({(*z, s) for z, s in zip(greedy.tokens.tolist(), greedy.stops.tolist(), strict=True)}) > 1:
+            raise AssertionError("draws at temperature 0 differ")
+
+    def versions(self) -> None:
+        policy, generator = self.policy, torch.Generator().manual_seed(0)
+        before = policy.weights()
+        moved = {
+            name: w + 0.1 * torch.randn(w.shape, generator=generator).to(w) for name, w in before.items()
+        }
+        mine = LocalSampler(policy.model, policy.sharing)  # puts weights into the policy that evaluates
+        try:
+            for version, weights in ((1, moved), (2, before)):
+                mine.load(weights, version)
+                self.sampler.load(weights, version)
+                draws = self.log_q(8, None)
+                if draws.version != version:
+                    raise AssertionError(f"after load(.., {version}) draws say version {draws.version}")
+        finally:
+            mine.load(before, 0)
+
+    def reproducible(self) -> None:
+        alone = self.sampler.sample(self.request(4))
+        longer = [*self.prompt, self.prompt[-1]]
+        both = self.sampler.sample(
+            Request([longer, self.prompt], [3, 4], [self.seed + 1, self.seed], self.policy.support)
+        )
+        for i in range(4):
+            n = int(alone.lengths[i])
+            same = int(both.lengths[3 + i]) == n and torch.equal(both.tokens[3 + i, :n], alone.tokens[i, :n])
+            if not same:
+                raise AssertionError("a prompt gets other draws beside another prompt than alone")
 
 
 def support_completions(policy: Policy) -> list[list[int]]:

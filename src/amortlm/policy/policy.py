@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from amortlm import versions
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
-from amortlm.engine.decoding import Exploration, draw, uniform_streams
+from amortlm.engine.decoding import Exploration
 from amortlm.engine.passes import Passes, length_groups, pad_right
+from amortlm.engine.sampler import LocalSampler, Request, Sampler
 from amortlm.errors import DataError, ModelError, TemplateError
+from amortlm.seeds import seed_of
 from amortlm.support import Support, SupportLaw
 from amortlm.text.template import Messages, PromptTemplate
 from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
@@ -35,9 +38,10 @@ class Policy(nn.Module):
         lm: CausalLM,
         prompt: str | Messages,
         support: Support,
-        adapter: LoraConfig | str | Path | None = None,
+        adapter: LoraConfig | int | str | Path | None = None,
     ):
-        """adapter: a LoraConfig, "full" for a full copy, a folder with a saved adapter, None for default_lora()."""
+        """adapter: a LoraConfig, the rank of a LoRA (None: the default rank), "full" for a full copy, or the folder of
+        a saved adapter."""
         super().__init__()
         self.log_z: nn.Parameter  # of each training row, where the objective learns it
         self.lm = lm
@@ -47,13 +51,14 @@ class Policy(nn.Module):
                 f"policy prompt {prompt!r}: take {{z}} out; the completion follows the prompt"
             )
         self.support_spec = support
-        self.support: SupportLaw = support.bind(lm)
+        self.support: SupportLaw = support.bind(lm.codec)
         self.model = trainable_copy(lm, adapter)
         self.is_full = adapter == FULL
         if isinstance(adapter, str | Path) and not self.is_full:
             self.load_adapter(adapter)
         _zero_dropout(self.model)
         self.sharing = lm.sharing
+        self.sampler: Sampler = LocalSampler(self.model, self.sharing)
         self.train()
 
     @property
@@ -93,14 +98,15 @@ class Policy(nn.Module):
         what is drawn, not the log q that is returned.
         """
         counts = [num_samples] * len(rows) if isinstance(num_samples, int) else list(num_samples)
-        with torch.no_grad():
-            prefix = self.passes.encode(self.encode_rows(rows))
-            index = torch.arange(len(rows)).repeat_interleave(torch.tensor(counts)).to(self.device)
-            keys = [(seed, row_key(r)) for r in rows]
-            streams = uniform_streams(keys, counts, self.support.max_tokens + 1)
-            drawn = draw(self.passes, prefix, index, self.support, streams.to(self.device), exploration)
-        rollouts = self.support.rollouts(rows, index, drawn.tokens, drawn.lengths, drawn.stops)
-        return rollouts, PolicyLogProbs(drawn.log_pf, drawn.log_pterm)
+        seeds = [seed_of((seed, row_key(row))) for row in rows]
+        request = Request(self.encode_rows(rows), counts, seeds, self.support, exploration)
+        draws = self.sampler.sample(request)
+        tokens, lengths, stops, log_pf, log_pterm = (
+            x.to(self.device)
+            for x in (draws.tokens, draws.lengths, draws.stops, draws.log_pf, draws.log_pterm)
+        )
+        rollouts = self.support.rollouts(rows, request.index.to(self.device), tokens, lengths, stops)
+        return rollouts, PolicyLogProbs(log_pf, log_pterm)
 
     def evaluate(self, rollouts: Rollouts) -> PolicyLogProbs:
         """log q of any rollouts, on the support: a teacher-forced pass, differentiable (on a CPU, one for each
@@ -112,7 +118,7 @@ class Policy(nn.Module):
         parts = []
         for group in groups:
             tokens = rollouts.tokens[group, : max(1, int(rollouts.lengths[group].max()))]
-            # The stop at max_tokens is sure: the last of so many tokens need not be read.
+            # The stop at max_tokens is sure: what follows the last token need not be computed.
             seen = tokens[:, : self.support.max_tokens - 1]
             logits = passes.state_logits(prefix, rollouts.row_index[group], seen)
             parts.append(self.support.log_probs(logits, tokens))
@@ -136,7 +142,11 @@ class Policy(nn.Module):
         """What `gradient_checkpointing=True` asks for: activations are computed again in the backward pass."""
         if not self.is_full:
             self.model.enable_input_require_grads()  # else reentrant checkpoints of frozen layers have no gradient
-        self.model.activation_checkpointing_enable(**settings)
+        versions.checkpoint_activations(self.model, settings)
+
+    gradient_checkpointing_enable = (
+        activation_checkpointing_enable  # as Trainer before transformers 5.23 calls it
+    )
 
     def rollouts(self, rows: Sequence[Row], completions: Sequence[Sequence[Sequence[int] | str]]) -> Rollouts:
         """Rollouts from given completions (texts or token lists), a list per row.
@@ -177,6 +187,10 @@ class Policy(nn.Module):
                 "inside"
             )
         return tokens, stop
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of what is trained of the model, by name: what a `Sampler` loads."""
+        return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save_adapter(self, folder: str | Path) -> None:
         """A PEFT adapter folder, or a full model folder. safetensors and JSON."""

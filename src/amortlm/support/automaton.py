@@ -13,21 +13,21 @@ from torch import Tensor
 
 
 class Automaton:
-    """Completions of min_tokens to max_tokens tokens that lead from the first of S states to an accepting one.
+    """Completions of min_tokens to max_tokens tokens that lead from the first of S nodes to an accepting one.
 
-    step [S, C]      the state after a token of class c; S itself, the dead end, where there is none
-    token_class [V]  in 0..C-1; tokens of one class lead to the same states (to the dead end where never written)
+    step [S, C]      the node after a token of class c; S itself, the dead end, where there is none
+    token_class [V]  in 0..C-1; tokens of one class lead to the same nodes (to the dead end where never written)
     accepts [S] bool
 
-    Nothing is begun that cannot be finished: a token is legal at a state where some completion goes on with it.
+    Nothing is begun that cannot be finished: a token is legal at a node where some completion goes on with it.
     """
 
     def __init__(self, step: Tensor, token_class: Tensor, accepts: Tensor, min_tokens: int, max_tokens: int):
-        states, classes = step.shape
+        size, classes = step.shape
         self.token_class, self.min_tokens, self.max_tokens = token_class, min_tokens, max_tokens
-        self.step = torch.cat([step, torch.full((1, classes), states)])
-        # reach[k, s]: do some k tokens lead from s to an accepting state?
-        reach, after = np.zeros((max_tokens + 1, states + 1), dtype=bool), self.step.numpy()
+        self.step = torch.cat([step, torch.full((1, classes), size)])
+        # reach[k, s]: do some k tokens lead from s to an accepting node?
+        reach, after = np.zeros((max_tokens + 1, size + 1), dtype=bool), self.step.numpy()
         reach[0, :-1] = accepts
         for k in range(max_tokens):
             reach[k + 1] = reach[k].take(after).any(1)  # on large tables five times as fast as in torch
@@ -35,12 +35,12 @@ class Automaton:
         # can[t, s]: does a completion lie ahead of s after t tokens? goes, ends: by writing on, by stopping now.
         self.can = torch.stack([self._within(t, 0) for t in range(max_tokens + 2)])
         self.goes = torch.stack([self._within(t, 1) for t in range(max_tokens + 1)])
-        # Where nothing is possible, as in the padding beyond the end, the stop is: a law needs an outcome.
+        # Where nothing can follow, as in the padding beyond the end, stopping is possible: else q would not sum to one.
         self.ends = self.reach[0] & (torch.arange(max_tokens + 1)[:, None] >= min_tokens) | ~self.goes
         self._on: dict[torch.device, Automaton] = {}
 
     def _within(self, t: int, least: int) -> Tensor:
-        """[S+1] bool: after t tokens, do at least so many more lead to an accepting state in time?"""
+        """[S+1] bool: after t tokens, do `least` or more tokens lead to an accepting node in time?"""
         return self.reach[max(least, self.min_tokens - t) : self.max_tokens - t + 1].any(0)
 
     def to(self, device: torch.device) -> Automaton:
@@ -53,20 +53,20 @@ class Automaton:
             vars(self._on[device]).update(tables)
         return self._on[device]
 
-    def advance(self, state: Tensor, token: Tensor) -> Tensor:
-        """The states after one token more, whether or not it is legal there."""
-        return self.step[state, self.token_class[token]]
+    def advance(self, node: Tensor, token: Tensor) -> Tensor:
+        """The nodes after one token more, whether or not it is legal there."""
+        return self.step[node, self.token_class[token]]
 
-    def states(self, tokens: Tensor) -> Tensor:
-        """[B, T+1] the states of every prefix of tokens [B, T]."""
+    def nodes(self, tokens: Tensor) -> Tensor:
+        """[B, T+1] the nodes after every prefix of tokens [B, T]."""
         out = [tokens.new_zeros(len(tokens))]
         for token in self.token_class[tokens].unbind(1):
             out.append(self.step[out[-1], token])
         return torch.stack(out, 1)
 
-    def legal_tokens(self, t: Tensor, state: Tensor) -> Tensor:
-        """[n, V] bool: what may be written at states [n] after t [n] tokens."""
-        return self.can[t[:, None] + 1, self.step[state]][:, self.token_class]
+    def legal_tokens(self, t: Tensor, node: Tensor) -> Tensor:
+        """[n, V] bool: what may be written at nodes [n] after t [n] tokens."""
+        return self.can[t[:, None] + 1, self.step[node]][:, self.token_class]
 
     def contains(self, tokens: Sequence[int]) -> bool:
         """Is this a completion? Its tokens are in the vocabulary, their number is right."""
@@ -77,7 +77,7 @@ class Automaton:
         return bool(self.can[len(tokens), self._after(tokens)])
 
     def _after(self, tokens: Sequence[int]) -> Tensor:
-        return self.states(torch.tensor([tokens], dtype=torch.long, device=self.step.device))[0, -1]
+        return self.nodes(torch.tensor([tokens], dtype=torch.long, device=self.step.device))[0, -1]
 
     @cached_property
     def size(self) -> int:
@@ -86,27 +86,27 @@ class Automaton:
         moves: list[Counter[int]] = []
         for row in self.step.tolist():
             moves.append(Counter())
-            for state, n in zip(row, tokens, strict=True):
-                moves[-1][state] += n
+            for node, n in zip(row, tokens, strict=True):
+                moves[-1][node] += n
         ways, total = self.reach[0].int().tolist(), 0
         for length in range(len(self.reach)):
             total += ways[0] if length >= self.min_tokens else 0
-            ways = [sum(n * ways[state] for state, n in move.items() if ways[state]) for move in moves]
+            ways = [sum(n * ways[node] for node, n in move.items() if ways[node]) for move in moves]
         return total
 
     def completions(self, length: int) -> Iterator[list[int]]:
-        """Every completion of so many tokens, in the order of their ids."""
+        """Every completion of `length` tokens, in the order of their ids."""
         choices: dict[tuple[int, int], list[int]] = {}
         partial: list[tuple[list[int], int]] = [([], 0)] if self.reach[length, 0] else []
         while partial:
-            tokens, state = partial.pop()
+            tokens, node = partial.pop()
             left = length - len(tokens)
             if left == 0:
                 yield tokens
                 continue
-            if (state, left) not in choices:
-                legal = self.reach[left - 1][self.step[state]][self.token_class]
-                choices[state, left] = legal.nonzero().squeeze(1).tolist()[::-1]
-            classes = self.token_class[choices[state, left]]
-            after = self.step[state, classes].tolist()
-            partial += [([*tokens, token], s) for token, s in zip(choices[state, left], after, strict=True)]
+            if (node, left) not in choices:
+                legal = self.reach[left - 1][self.step[node]][self.token_class]
+                choices[node, left] = legal.nonzero().squeeze(1).tolist()[::-1]
+            classes = self.token_class[choices[node, left]]
+            after = self.step[node, classes].tolist()
+            partial += [([*tokens, token], s) for token, s in zip(choices[node, left], after, strict=True)]

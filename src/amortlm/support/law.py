@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,29 @@ from amortlm.support.tools import BoundTool
 from amortlm.types import Rollouts, Row
 
 
+class Step(NamedTuple):
+    """What comes next at one state of each of b texts, in nats: legal [b, V] bool; logits [b, V], -inf where it is not
+    legal; log_q [b, V] of tokens and stop symbols; log_stop [b] of stopping at all (0 where it is sure)."""
+
+    legal: Tensor
+    logits: Tensor
+    log_q: Tensor
+    log_stop: Tensor
+
+    def merged(self, stop_ids: Sequence[int]) -> Tensor:
+        """log_q, in which the first stop symbol stands for all of them."""
+        out = self.log_q.clone()
+        out[:, list(stop_ids)] = -torch.inf
+        out[:, stop_ids[0]] = self.log_stop
+        return out
+
+
 @dataclass(frozen=True)
 class SupportLaw:
-    """A support resolved for one model.
+    """A support resolved for one tokenizer. Holds no model, and can be pickled.
 
     allowed [V] bool: what may be written inside a completion; with `lists`, inside a statement. With lists or a
-    pattern an automaton says which tokens may follow which.
+    pattern an automaton says which tokens may follow which; `node` is where it is. t: number of tokens written.
     """
 
     stop_ids: tuple[int, ...]
@@ -34,14 +52,14 @@ class SupportLaw:
     automaton: Automaton | None = None
 
     def size(self) -> int:
-        """Number of completions in the support (with a tool: at most so many)."""
+        """Number of completions in the support (with a tool: an upper bound)."""
         if self.automaton is not None:
             return self.automaton.size
         n = int(self.allowed.sum())
         return sum(n**t for t in range(self.min_tokens, self.max_tokens + 1))
 
     def completions(self, length: int) -> Iterator[list[int]]:
-        """Every completion of so many tokens, in a fixed order."""
+        """Every completion of `length` tokens, in a fixed order."""
         if self.automaton is not None:
             yield from self.automaton.completions(length)
             return
@@ -79,32 +97,35 @@ class SupportLaw:
         """The statements of a completion, without their separators; without a separator, the completion."""
         return [list(tokens)] if self.lists is None else split_statements(tokens, self.lists.separator)
 
-    def positions(self, tokens: Tensor) -> Tensor:
-        """[B, T+1] where the automaton is after each prefix of tokens [B, T]; without one, 0 everywhere."""
+    def nodes(self, tokens: Tensor) -> Tensor:
+        """[B, T+1] the automaton's node after each prefix of tokens [B, T]; without an automaton 0 everywhere."""
         if self.automaton is None:
             return tokens.new_zeros(len(tokens), tokens.shape[1] + 1)
-        return self.automaton.to(tokens.device).states(tokens)
+        return self.automaton.to(tokens.device).nodes(tokens)
 
-    def advance(self, position: Tensor, token: Tensor) -> Tensor:
-        """[b] the positions after one token more."""
-        return (
-            position if self.automaton is None else self.automaton.to(token.device).advance(position, token)
-        )
+    def advance(self, node: Tensor, token: Tensor) -> Tensor:
+        """[b] the nodes after one token more."""
+        return node if self.automaton is None else self.automaton.to(token.device).advance(node, token)
 
-    def legal(self, state: int | Tensor, position: Tensor) -> Tensor:
-        """What may come next, stop symbols included, after `state` tokens (an int or [b]) at `position` [b].
-
-        Returns bool [b, V], or [V] where it is the same for all.
-        """
-        state, stop_ids = torch.as_tensor(state, device=position.device), list(self.stop_ids)
+    def legal(self, t: Tensor, node: Tensor) -> Tensor:
+        """[b, V] bool: what may come next, stop symbols included, after t [b] tokens at nodes [b]."""
         if self.automaton is None:
-            legal = self.allowed.to(position.device) & (state < self.max_tokens)[..., None]
-            legal[..., stop_ids] = (state >= self.min_tokens)[..., None]
-            return legal
-        automaton, state = self.automaton.to(position.device), state.expand(len(position))
-        legal = automaton.legal_tokens(state, position)
-        legal[:, stop_ids] = automaton.ends[state, position][:, None]
+            legal = self.allowed.to(t.device) & (t < self.max_tokens)[:, None]
+            ends = t >= self.min_tokens
+        else:
+            automaton = self.automaton.to(t.device)
+            legal, ends = automaton.legal_tokens(t, node), automaton.ends[t, node]
+        legal[:, list(self.stop_ids)] = ends[:, None]
         return legal
+
+    def step(self, logits: Tensor, t: Tensor, node: Tensor) -> Step:
+        """q at one state of each of b texts: logits [b, V] after t [b] tokens at nodes [b], on what is legal there."""
+        legal = self.legal(t, node)
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        logits = logits.to(precise).masked_fill(~legal, -torch.inf)
+        log_q = logits.log_softmax(-1)
+        log_stop = log_q[:, list(self.stop_ids)].logsumexp(-1)
+        return Step(legal, logits, log_q, log_stop.masked_fill(t >= self.max_tokens, 0.0))
 
     def log_probs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """log q of tokens [B, T] and of stopping at the S states (T, or T + 1 with the last) of logits [B, S, V]:
@@ -112,14 +133,15 @@ class SupportLaw:
         log_pf [B, T], -inf for a token that is never written, log_pterm [B, S]; float32, differentiable.
         """
         shape = logits.shape[:2]
-        state = torch.arange(shape[1], device=logits.device).expand(shape)
+        t = torch.arange(shape[1], device=logits.device).expand(shape)
         allowed, symbols = self.allowed.to(logits.device), torch.tensor(self.stop_ids, device=logits.device)
         if self.automaton is None:
-            legal = Legal(allowed, symbols, state < self.max_tokens, state >= self.min_tokens)
+            legal = Legal(allowed, symbols, t < self.max_tokens, t >= self.min_tokens)
         else:
-            automaton, position = self.automaton.to(logits.device), self.positions(tokens)[:, : shape[1]]
-            goes, ends = automaton.goes[state, position], automaton.ends[state, position]
-            legal = Legal(allowed, symbols, goes, ends, automaton, state, position)
+            automaton, node = self.automaton.to(logits.device), self.nodes(tokens)[:, : shape[1]]
+            legal = Legal(
+                allowed, symbols, automaton.goes[t, node], automaton.ends[t, node], automaton, t, node
+            )
         after = torch.nn.functional.pad(tokens, (0, shape[1] - tokens.shape[1]))
         log_p, log_pterm = SupportLogProbs.apply(logits, after, legal)
         return log_p[:, : tokens.shape[1]], log_pterm
@@ -140,7 +162,7 @@ class SupportLaw:
         action_mask = states[:-1] < lengths[:, None]
         if self.automaton is not None:
             stop_mask &= self.automaton.to(tokens.device).ends[
-                states.clamp(max=self.max_tokens), self.positions(tokens)
+                states.clamp(max=self.max_tokens), self.nodes(tokens)
             ]
         if self.tool is not None:
             forced = self._forced(tokens, lengths)

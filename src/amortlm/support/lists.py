@@ -20,15 +20,15 @@ class Lists:
     maximum: int
 
     def automaton(self, words: Tensor, min_tokens: int, max_tokens: int) -> Automaton:
-        """words [V] bool: what a statement may consist of. State 2n: n statements are done, no token of the next one
+        """words [V] bool: what a statement may consist of. Node 2n: n statements are done, no token of the next one
         is written; 2n + 1: some are."""
-        states = torch.arange(2 * self.maximum)
-        step = torch.full((len(states), 3), len(states))  # of class 0, what is never written: a dead end
-        step[:, 1] = states | 1
-        step[1:-1:2, 2] = states[2::2]
+        nodes = torch.arange(2 * self.maximum)
+        step = torch.full((len(nodes), 3), len(nodes))  # of class 0, what is never written: a dead end
+        step[:, 1] = nodes | 1
+        step[1:-1:2, 2] = nodes[2::2]
         classes = words.long()
         classes[self.separator] = 2
-        accepts = (states % 2 == 1) & (states >= 2 * self.minimum - 1)
+        accepts = (nodes % 2 == 1) & (nodes >= 2 * self.minimum - 1)
         return Automaton(step, classes, accepts, min_tokens, max_tokens)
 
 

@@ -23,7 +23,7 @@ class Legal(NamedTuple):
     """What may come next at the states of B completions.
 
     allowed [V] may be written at all, stop_ids [s] long; go, stop [B, S] bool: may anything be written, may it stop.
-    automaton, and state, position [B, S]: where what may be written depends on what is (None otherwise).
+    automaton, and t, node [B, S]: where what may be written depends on what is (None otherwise).
     """
 
     allowed: Tensor
@@ -31,14 +31,14 @@ class Legal(NamedTuple):
     go: Tensor
     stop: Tensor
     automaton: Automaton | None = None
-    state: Tensor | None = None
-    position: Tensor | None = None
+    t: Tensor | None = None
+    node: Tensor | None = None
 
     def written(self, rows: slice) -> Tensor:
         """[n, V] (or [1, V]): tokens that may be written at these states (flattened over B and S)."""
-        if self.automaton is None or self.state is None or self.position is None:
+        if self.automaton is None or self.t is None or self.node is None:
             return self.allowed[None]
-        return self.automaton.legal_tokens(self.state.flatten()[rows], self.position.flatten()[rows])
+        return self.automaton.legal_tokens(self.t.flatten()[rows], self.node.flatten()[rows])
 
 
 class SupportLogProbs(torch.autograd.Function):
@@ -88,7 +88,7 @@ class SupportLogProbs(torch.autograd.Function):
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The logits as float32 [n, V], so many states at a time, and where they stand."""
+    """The logits as float32 [n, V], a few states at a time, and which states these are."""
     flat = logits.view(-1, logits.shape[-1]) if logits.is_contiguous() else logits.flatten(0, 1)
     size = max(1, (CPU_CHUNK if flat.device.type == "cpu" else GPU_CHUNK) // flat.shape[1])
     for start in range(0, len(flat), size):

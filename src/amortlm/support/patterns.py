@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 FORMAT = 1  # of the cached tables: count it up when the code below makes other ones
 BROKEN = "\ufffd"  # what part of a character decodes to
-MAX_STATES = 20_000
-MAX_VISITS = 2_000_000  # of positions, summed over the states: some seconds
-MAX_CELLS = 2**24  # of the table of states by classes of tokens: 128 MiB
+MAX_NODES = 20_000
+MAX_VISITS = 2_000_000  # of positions, summed over the nodes: some seconds
+MAX_CELLS = 2**24  # of the table of nodes by classes of tokens: 128 MiB
 
 
 def pattern_automaton(
@@ -74,10 +74,10 @@ def _tables(pattern: str, texts: dict[int, str], size: int) -> dict[str, Tensor]
 def _deterministic(
     pattern: str, characters: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], dict[int, str]]:
-    """(state after each kind of character [S, K], may a text end here [S], the kind of each character, as a chr).
+    """(node after each kind of character [S, K], may a text end here [S], the kind of each character, as a chr).
 
     White space counts as in `text.strip()`: none before the first other character is read, and a text ends as it did
-    before the white space that it ends with. So a state is a set of positions and whether they were final then.
+    before the white space that it ends with. So a node is a set of positions and whether they were final then.
     """
     try:
         positions = Positions(pattern)
@@ -88,56 +88,56 @@ def _deterministic(
     ]
     kinds = {reads: i for i, reads in enumerate(dict.fromkeys(of))}
     first = (START, bool(START & positions.final))
-    states, number = [first], {first: 0}
+    nodes, number = [first], {first: 0}
     table: list[list[int]] = []
     visits = 0
-    for state, final in states:  # grows
-        visits += state.bit_count()
-        if len(states) > MAX_STATES or visits > MAX_VISITS:
+    for node, final in nodes:  # grows
+        visits += node.bit_count()
+        if len(nodes) > MAX_NODES or visits > MAX_VISITS:
             each = f", each of {visits // len(table):,} places in it" if visits > MAX_VISITS else ""
-            raise SupportError(_too_large(pattern, f"more than {len(states):,} states{each}"))
-        row, ahead = [], positions.after(state)
+            raise SupportError(_too_large(pattern, f"more than {len(nodes):,} nodes{each}"))
+        row, ahead = [], positions.after(node)
         for readers, space in kinds:
             after = ahead & readers
             if not space:
                 to = (after, bool(after & positions.final))
-            elif state == START:
-                to = (state, final)
+            elif node == START:
+                to = (node, final)
             else:
                 to = (after, final)
             if to not in number:
-                number[to] = len(states)
-                states.append(to)
+                number[to] = len(nodes)
+                nodes.append(to)
             row.append(number[to])
         table.append(row)
     kind = {ord(c): chr(kinds[reads]) for c, reads in zip(characters, of, strict=True)}
-    return np.array(table).reshape(len(states), len(kinds)), np.array([final for _, final in states]), kind
+    return np.array(table).reshape(len(nodes), len(kinds)), np.array([final for _, final in nodes]), kind
 
 
 def _minimal(
     table: NDArray[np.int64], accepts: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The same automaton with its equal states merged (Hopcroft's algorithm), the first one first.
+    """The same automaton with its equal nodes merged (Hopcroft's algorithm), the first one first.
 
-    States from which no text can end are left out: S, the number of states, stands for them in the table.
+    States from which no text can end are left out: S, the number of nodes, stands for them in the table.
     """
     dead = len(table)
     table = np.vstack([table, np.full((1, table.shape[1]), dead)])
-    sources: list[list[list[int]]] = []  # kind of character, state: the states it leads there from
+    sources: list[list[list[int]]] = []  # kind of character, node: the nodes it leads there from
     for column in table.T.tolist():
         sources.append([[] for _ in column])
-        for state, after in enumerate(column):
-            sources[-1][after].append(state)
+        for node, after in enumerate(column):
+            sources[-1][after].append(node)
     ends = {int(s) for s in np.flatnonzero(accepts)}
     blocks = [set(range(dead + 1)) - ends, ends]
-    block = [int(state in ends) for state in range(dead + 1)]
+    block = [int(node in ends) for node in range(dead + 1)]
     waiting = {0, 1}
     while waiting:
         splitter = list(blocks[waiting.pop()])
         for leads in sources:
             touched: dict[int, set[int]] = {}
-            for state in splitter:
-                for source in leads[state]:
+            for node in splitter:
+                for source in leads[node]:
                     touched.setdefault(block[source], set()).add(source)
             for old, part in touched.items():
                 if len(part) == len(blocks[old]):
@@ -146,8 +146,8 @@ def _minimal(
                 if len(part) > len(blocks[old]):
                     part, blocks[old] = blocks[old], part
                 waiting.add(len(blocks))  # the smaller part: the larger one waits if its whole did
-                for state in part:
-                    block[state] = len(blocks)
+                for node in part:
+                    block[node] = len(blocks)
                 blocks.append(part)
     kept = dict.fromkeys(block[:dead])
     kept.pop(block[dead], None)
@@ -162,35 +162,34 @@ def _token_step(
 ) -> tuple[NDArray[np.int64], Tensor]:
     """(step [S, C], token_class [size]) of tokens whose characters are given by their kinds.
 
-    A text acts on all states at once; texts that act alike share a class.
+    A text acts on all nodes at once; texts that act alike share a class.
     """
-    states = len(table)
-    moves = np.vstack([table, np.full((1, table.shape[1]), states)]).T
-    nowhere = np.full(states + 1, states)
-    actions = [nowhere, np.arange(states + 1)]  # where each state is led; of the empty text: where it is
+    nodes = len(table)
+    moves = np.vstack([table, np.full((1, table.shape[1]), nodes)]).T
+    nowhere = np.full(nodes + 1, nodes)
+    actions = [nowhere, np.arange(nodes + 1)]  # where each node is led; of the empty text: where it is
     number = {action.tobytes(): i for i, action in enumerate(actions)}
     after: dict[tuple[int, str], int] = {}
     acts: dict[str, int] = {}
+
+    def moved(action: int, kind: str) -> int:
+        """The action of a text with one character more."""
+        if (action, kind) not in after:
+            leads = moves[ord(kind)][actions[action]]
+            after[action, kind] = number.setdefault(leads.tobytes(), len(actions))
+            if after[action, kind] == len(actions):
+                actions.append(leads)
+            if len(actions) * nodes > MAX_CELLS:
+                size = f"{nodes:,} nodes and more than {len(actions) - 1:,} kinds of tokens"
+                raise SupportError(_too_large(pattern, size))
+        return after[action, kind]
+
     for text in set(texts.values()):
-        action = 1
+        acts[text] = 1
         for kind in text:
-            key = action, kind
-            if key not in after:
-                moved = moves[ord(kind)][actions[action]]
-                after[key] = number.setdefault(moved.tobytes(), len(actions))
-                if after[key] == len(actions):
-                    actions.append(moved)
-                    if len(actions) * states > MAX_CELLS:
-                        raise SupportError(
-                            _too_large(
-                                pattern,
-                                f"{states:,} states and more than {len(actions) - 1:,} kinds of tokens",
-                            )
-                        )
-            action = after[key]
-            if action == 0:
+            acts[text] = moved(acts[text], kind)
+            if acts[text] == 0:
                 break
-        acts[text] = action
     token_class = torch.zeros(size, dtype=torch.long)
     if texts:
         token_class[list(texts)] = torch.tensor([acts[text] for text in texts.values()])
@@ -199,7 +198,7 @@ def _token_step(
 
 
 def _reached(step: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The states that tokens lead to from the first, itself included."""
+    """The nodes that tokens lead to from the first, itself included."""
     seen = np.zeros(len(step) + 1, dtype=bool)
     new = np.array([0])
     while len(new):
@@ -211,7 +210,7 @@ def _reached(step: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _too_large(pattern: str, size: str) -> str:
     return (
-        f"pattern {pattern!r} needs {size}, which is too much; use smaller counts (after .* each doubles the states, "
+        f"pattern {pattern!r} needs {size}, which is too much; use smaller counts (after .* each doubles the nodes, "
         "nested ones multiply), * and + where max_tokens bounds the length anyway, fewer allowed_tokens, or put "
         "constraint.matches(pattern) into the target"
     )

@@ -27,14 +27,14 @@ class Support:
     """Completions of min_tokens to max_tokens allowed tokens, ended by a stop token.
 
     stop             one token or several (text or id); not part of the completion
-    min_tokens       stopping is impossible before so many tokens
-    max_tokens       stopping is sure after so many tokens
+    min_tokens       stopping is impossible before this many tokens
+    max_tokens       stopping is sure after this many tokens
     allowed_tokens   only these may be written (default: all but special tokens and tokens without text)
     banned_tokens    never written; wins over allowed_tokens
     tool             writes into the completion, whatever is allowed: a `Tool`, "calculator", or a JSON form
     separator        with it, a completion is a list of statements: "s1 SEP s2 SEP s3", none of them empty
-    min_statements   stopping is impossible before so many statements
-    max_statements   no separator after so many statements (default: as many as fit); equal to min_statements for
+    min_statements   stopping is impossible before this many statements
+    max_statements   no separator after this many statements (default: as many as fit); equal to min_statements for
                      latents in sequence, "{z1}{z2}" in a target
     pattern          the whole text, outer white space removed, matches this regular expression: what
                      `constraint.matches` takes. SupportError, on binding, for one that is not regular or too large

@@ -11,7 +11,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -21,6 +20,9 @@ from amortlm.errors import ConfigError, SupportError, nearest
 
 if TYPE_CHECKING:
     from amortlm.text.codec import Codec
+
+
+REMEMBERED = 4096  # texts of a tool, as tokens
 
 
 class Tool(ABC):
@@ -106,25 +108,31 @@ def tool_from_spec(spec: Tool | str | Mapping[str, Any]) -> Tool:
 class BoundTool:
     """A tool as a state machine over a model's tokens."""
 
-    def __init__(self, tool: Tool, lm: Codec, stop_ids: Sequence[int]):
-        self.tool, self.lm, self.stop_ids = tool, lm, set(stop_ids)
-        ends = [lm.decode([i]).endswith(tool.trigger[-1]) for i in range(len(lm.tokenizer))]
-        ends += [False] * (lm.vocab_size - len(ends))
+    def __init__(self, tool: Tool, codec: Codec, stop_ids: Sequence[int]):
+        self.tool, self.codec, self.stop_ids = tool, codec, set(stop_ids)
+        ends = [codec.decode([i]).endswith(tool.trigger[-1]) for i in range(len(codec.tokenizer))]
+        ends += [False] * (codec.vocab_size - len(ends))
         self.may_trigger = torch.tensor(ends)  # [V]: only after these can the text end with the trigger
-        self._encode = lru_cache(maxsize=4096)(self._encode_uncached)
+        self._encoded: dict[str, list[int]] = {}
 
     def result(self, tokens: Sequence[int]) -> list[int]:
         """The tokens that the tool writes after `tokens`, the last of which the policy chose."""
         if not tokens or not self.may_trigger[tokens[-1]]:
             return []
-        text = self.lm.decode(tokens)
-        return list(self._encode(self.tool.write(text))) if text.endswith(self.tool.trigger) else []
+        text = self.codec.decode(tokens)
+        return self._encode(self.tool.write(text)) if text.endswith(self.tool.trigger) else []
 
-    def _encode_uncached(self, text: str) -> tuple[int, ...]:
-        ids = self.lm.encode_continuation(text)
-        if self.stop_ids & set(ids):
-            raise SupportError(f"{self.tool!r} wrote {text!r}, which holds a stop symbol; use another stop")
-        return tuple(ids)
+    def _encode(self, text: str) -> list[int]:
+        if text not in self._encoded:
+            ids = self.codec.encode_continuation(text)
+            if self.stop_ids & set(ids):
+                raise SupportError(
+                    f"{self.tool!r} wrote {text!r}, which holds a stop symbol; use another stop"
+                )
+            if len(self._encoded) >= REMEMBERED:
+                self._encoded.clear()
+            self._encoded[text] = ids
+        return list(self._encoded[text])
 
     def forced(self, tokens: Sequence[int]) -> list[bool] | None:
         """Which tokens of a completion the tool wrote; None if it would have written something else."""
@@ -157,11 +165,11 @@ class ToolRun:
         """[b] the token that must come next at each trajectory of `alive` [b]; -1 where the policy is free."""
         return torch.tensor([(self._pending[i] or [-1])[0] for i in alive.tolist()], device=alive.device)
 
-    def advance(self, alive: Tensor, tokens: Tensor, t: int) -> None:
-        """Token t of the trajectories `alive` is written (tokens [B, T]): go on with, or ask, the tool."""
+    def advance(self, alive: Tensor, tokens: Tensor, t: Tensor) -> None:
+        """Token t [b] of each trajectory of `alive` [b] is written (tokens [B, T]): go on with, or ask, the tool."""
         triggered = self.tool.may_trigger[tokens[alive, t].cpu()].tolist()
-        for i, may in zip(alive.tolist(), triggered, strict=True):
+        for i, last, may in zip(alive.tolist(), t.tolist(), triggered, strict=True):
             if self._pending[i]:
                 del self._pending[i][0]
             elif may:
-                self._pending[i] = self.tool.result(tokens[i, : t + 1].tolist())
+                self._pending[i] = self.tool.result(tokens[i, : last + 1].tolist())

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amortlm.errors import RewardError
+from amortlm.errors import ConfigError, RewardError
 from amortlm.types import Rollouts
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Scoring:
-    """One batch being scored. Terms put what others can reuse (passes, texts) into `memo`."""
+    """One batch that is being scored. Terms share passes and texts through `memo`."""
 
     def __init__(self, rollouts: Rollouts):
         self.rollouts = rollouts
@@ -32,7 +32,7 @@ class Scoring:
         return self._memo[key]
 
     def sharing(self, rollouts: Rollouts) -> Scoring:
-        """The scoring of rollouts that differ in data columns alone, with what was found for these at hand."""
+        """The scoring of rollouts that differ from these in data columns alone; it reuses what is in the memo."""
         other = Scoring(rollouts)
         other._memo = self._memo
         return other
@@ -41,21 +41,30 @@ class Scoring:
 class Target(ABC):
     """An unnormalised log posterior log R over completions.
 
-    A new kind of target implements `score_batch` (and `columns`, `every_prefix` where the defaults are
-    wrong) and passes `amortlm.targets.laws.check_target`.
+    A new kind of target implements `score_batch`, sets the attributes below whose defaults are wrong for it, and
+    passes `amortlm.targets.laws.check_target`. With `to_spec` it can be saved with a posterior.
     """
 
     every_prefix: bool = True  # False: only finished completions can be judged
     columns: frozenset[str] = frozenset()  # data columns that templates use
     normalised: bool = False  # a language model's density: summable over all completions
+    hard: bool = False  # log R = -inf is a verdict: a weight below 0 would turn it into +inf
+    lm: Codec | None = None  # whose tokenizer it reads, once it is bound
 
     @abstractmethod
     def score_batch(self, scoring: Scoring) -> Tensor:
         """log R [B, T+1] in nats at the states in `scoring.rollouts.stop_mask`; ignored elsewhere."""
 
-    @abstractmethod
     def to_spec(self) -> list[dict[str, Any]]:
-        """The target as JSON/YAML: a list of terms (see `amortlm.targets.spec`)."""
+        """The target as JSON/YAML: a list of terms (see `amortlm.targets.spec`). Raises ConfigError where it has no
+        such form."""
+        raise ConfigError(
+            f"{self!r} cannot be saved by name: state it as verifier('package.module:function'), or pass target= to "
+            "Posterior.from_pretrained when it is loaded"
+        )
+
+    def __repr__(self) -> str:
+        return type(self).__qualname__  # in every process the same, for a run is known by its target
 
     def bind(self, lm: Codec) -> Target:
         """The same target with its text terms reading `lm`'s tokenizer. Sums with a `log_prob` are bound."""
@@ -116,18 +125,19 @@ class Target(ABC):
 
 
 class LinearCombination(Target):
-    """Weighted sum of terms; terms that read the same frozen model share its passes."""
+    """A weighted sum of terms. Terms of the same frozen model share its passes."""
 
     def __init__(self, terms: list[tuple[float, Target]]):
         self._terms = [(w, t) for w, t in terms if w != 0]
         if not self._terms:
             raise RewardError("a target needs at least one term with a weight other than 0")
         for weight, term in self._terms:
-            if weight < 0 and getattr(term, "hard", False):
+            if weight < 0 and term.hard:
                 raise RewardError(f"{term!r} is a hard constraint: a negative weight would make it +inf")
-        lm = next((found for _, t in self._terms if (found := getattr(t, "lm", None)) is not None), None)
-        if lm is not None:
-            self._terms = [(w, t if getattr(t, "lm", None) else t.bind(lm)) for w, t in self._terms]
+        self.lm = next((t.lm for _, t in self._terms if t.lm is not None), None)
+        if self.lm is not None:
+            self._terms = [(w, t.bind(self.lm) if t.lm is None else t) for w, t in self._terms]
+        self.hard = any(t.hard for _, t in self._terms)
         self.every_prefix = all(t.every_prefix for _, t in self._terms)
         self.columns = frozenset().union(*(t.columns for _, t in self._terms))
 
@@ -155,11 +165,11 @@ class LinearCombination(Target):
 
 
 class Softened(Target):
-    """`target` with every R = 0 raised to a finite reward, which squared log weights need in training.
+    """`target` with a finite reward in place of every R = 0, since objectives square log weights.
 
-    What is rejected (by a hard constraint, by a verifier's -inf) keeps exp(-penalty) of the reward the other terms
-    give it. A target without a language-model term gives it exp(-penalty) * prior(z) instead: a flat reward on
-    everything rejected would sum to more than the few completions that are accepted.
+    A completion that is rejected (by a hard constraint, or a verifier's -inf) has exp(-penalty) times the reward that
+    the other terms give it. Where no term is the density of a language model it is exp(-penalty) * prior(z) times
+    that: a constant reward for everything rejected would sum to more than the few completions that are accepted.
     """
 
     def __init__(self, target: Target, prior: Target, penalty: float):

@@ -1,7 +1,7 @@
 """Constraints c(z) and black-box verifiers: terms that read the text or the tokens of a completion.
 
-A hard constraint gives log R = -inf where it fails. With `penalty=p` it gives -p nats instead, which leaves
-every state a finite reward (what training from many illegal states wants).
+A hard constraint gives log R = -inf where it fails. With `penalty=p` it gives -p nats instead, so that every state
+has a finite reward, which helps where most of the first samples fail.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from amortlm.text.codec import Codec
 
 Decode = Callable[[Sequence[int]], str]
-SECONDS = 1  # for `matches`, on one text; a regular expression takes microseconds
+SECONDS = 1  # that `matches` may take for one text; usually it takes microseconds
 
 
 def state_texts(scoring: Scoring, decode: Decode) -> list[list[str | None]]:
-    """Text of z_1:t at every stopping state of every trajectory (None elsewhere), decoded once per batch."""
+    """The text of z_1:t at every stopping state of every trajectory, None elsewhere; decoded once per batch."""
 
     def build() -> list[list[str | None]]:
         cache: dict[tuple[int, ...], str] = {}
@@ -64,9 +64,7 @@ def _rows_of(rollouts: Rollouts) -> list[Row]:
 
 
 class _TextTerm(Target):
-    """A term that reads text or tokens: it borrows the model's tokenizer when the target is bound."""
-
-    lm: Codec | None = None
+    """A term that reads text or tokens. It takes the model's tokenizer when the target is bound."""
 
     def bind(self, lm: Codec) -> Target:
         bound = copy.copy(self)
@@ -90,11 +88,7 @@ class Constraint(_TextTerm):
             raise RewardError(
                 f"a penalty is a positive number of nats, or None for a hard constraint; got {penalty}"
             )
-        self.penalty = penalty
-
-    @property
-    def hard(self) -> bool:
-        return self.penalty is None
+        self.penalty, self.hard = penalty, penalty is None
 
     @abstractmethod
     def holds(self, scoring: Scoring) -> Tensor:
@@ -152,8 +146,8 @@ class Contains(_TextConstraint):
 class Matches(_TextConstraint):
     """The whole text, outer white space removed, matches a regular expression.
 
-    Read as a support's pattern is, without backtracking. One that is not regular (look-around, back-references, ^)
-    is read by the library `regex`, which can be told to give up: more than SECONDS on one text raise ConfigError.
+    It is matched without backtracking, as a support's pattern is. An expression with look-around, back-references or ^
+    is not regular: the library `regex` matches it, and a text that takes more than SECONDS raises ConfigError.
     """
 
     def __init__(self, pattern: str, penalty: float | None = None):
@@ -188,9 +182,9 @@ class Matches(_TextConstraint):
 class Predicate(_TextConstraint):
     """`fn(text) -> bool`, or `fn(text, row) -> bool` when it takes two arguments.
 
-    A function at the top level of a module can be saved with a posterior, by its name ("package.module:function").
-    timeout: seconds for one call; see `amortlm.targets.functions.call` for what it cannot do. What is no truth value,
-    an error and a call that takes too long raise RewardError.
+    A function at the top level of a module is saved with a posterior by its name, "package.module:function", and may be
+    given by it. timeout: seconds for one call (see `amortlm.targets.functions.call`). Raises RewardError where the
+    function returns no truth value, raises, or takes longer.
     """
 
     def __init__(
@@ -223,7 +217,8 @@ class Predicate(_TextConstraint):
 
 
 class AllowedTokens(Constraint):
-    """Every token of the completion is one of `tokens` (strings or ids)."""
+    """Every token of the completion is one of `tokens` (texts or ids). `Support(allowed_tokens=...)` forbids the others
+    outright, at no cost."""
 
     def __init__(self, tokens: Iterable[str | int], penalty: float | None = None):
         super().__init__(penalty)
@@ -245,7 +240,8 @@ class AllowedTokens(Constraint):
 class Canonical(Constraint):
     """The completion is what the tokenizer itself writes for its text.
 
-    Without it a text has as much mass as it has tokenisations: " 57" may be one token, or two, or three.
+    Without this constraint every tokenisation of a text is a completion of its own: " 57" may be one token, two or
+    three.
     """
 
     def holds(self, scoring: Scoring) -> Tensor:
@@ -285,11 +281,9 @@ class Length(Constraint):
 class Verifier(_TextTerm):
     """`fn(texts, rows) -> log scores`: a black box that judges finished completions, in nats.
 
-    Scores are a list, array or tensor of n numbers for n texts; -inf is "impossible". Anything else, an error and a
-    call that takes more than `timeout` seconds raise RewardError.
-
-    With `every_prefix=True` it is also asked about the text at every other stopping state, and then
-    objectives that need every prefix (SubTB, DB) can use it.
+    Scores are a list, array or tensor of n numbers for n texts; -inf is "impossible". With `every_prefix=True` it is
+    also asked about the text at every other stopping state, as objectives that need every prefix (SubTB, DB) require.
+    Raises RewardError where fn returns anything else, raises, or takes more than `timeout` seconds.
     """
 
     def __init__(
@@ -368,37 +362,9 @@ def contains(*words: str, penalty: float | None = None) -> Contains:
     return Contains(words, penalty)
 
 
-def matches(pattern: str, penalty: float | None = None) -> Matches:
-    """The whole text, outer white space removed, matches the regular expression."""
-    return Matches(pattern, penalty)
-
-
 def allowed_tokens(*tokens: str | int, penalty: float | None = None) -> AllowedTokens:
     """Only these tokens occur. To forbid others outright, use `Support(allowed_tokens=...)`: it costs nothing."""
     return AllowedTokens(tokens, penalty)
 
 
-def canonical(penalty: float | None = None) -> Canonical:
-    """The completion is what the tokenizer itself writes for its text: one string per text."""
-    return Canonical(penalty)
-
-
-def length(minimum: int = 0, maximum: int | None = None, penalty: float | None = None) -> Length:
-    """Between `minimum` and `maximum` tokens, the stop symbol not counted."""
-    return Length(minimum, maximum, penalty)
-
-
-def predicate(
-    fn: Callable[..., bool] | str, penalty: float | None = None, timeout: float | None = None
-) -> Predicate:
-    """`fn(text)` or `fn(text, row)` is true. A string "package.module:function" is imported. timeout: seconds."""
-    return Predicate(fn, penalty, timeout)
-
-
-def verifier(
-    fn: Callable[[list[str], list[Row]], Sequence[float]] | str,
-    every_prefix: bool = False,
-    timeout: float | None = None,
-) -> Verifier:
-    """log scores `fn(texts, rows)` of finished completions, in nats. timeout: seconds a call may take."""
-    return Verifier(fn, every_prefix, timeout)
+matches, canonical, length, predicate, verifier = Matches, Canonical, Length, Predicate, Verifier

@@ -1,7 +1,8 @@
-"""Functions that a target calls: by what name one is saved, who may say that it is imported, how it is called.
+"""Functions that a target calls: the names they are saved by, where they may be imported from, how they are called.
 
-To import a function is to run code. So a posterior or a run file that names one, "my_package.rules:is_polite", is a
-reference: `Trust` says which modules the user allows. Functions that ship have a fixed name and need none.
+Importing a function runs the code of its module. So a saved posterior or a run file only refers to it, as
+"my_package.rules:is_polite", and `Trust` holds the modules that the user allows. Functions that ship have fixed names
+and need no trust.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +25,10 @@ import torch
 from amortlm.errors import ConfigError, RewardError
 
 SHIPPED = {"numbers.is_valid": ("amortlm.lab.tasks.numbers", "is_valid")}
-NAMES = {f"{module}:{name}": fixed for fixed, (module, name) in SHIPPED.items()}  # as they were saved before
+NAMES = {f"{module}:{name}": fixed for fixed, (module, name) in SHIPPED.items()}
+NAMES["amortlm.tasks.numbers:is_valid"] = (
+    "numbers.is_valid"  # as it was saved before functions had fixed names
+)
 REFERENCE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)")
 WRITE = "write 'package.module:function'"
 
@@ -37,10 +42,10 @@ class Function(NamedTuple):
 
 @dataclass(frozen=True)
 class Trust:
-    """Modules whose functions a saved target may name: whoever trusts a module lets all of it run.
+    """Modules whose functions a saved target may name. All code of a trusted module may run.
 
-    modules   names, each with what lies below it, or paths of .py files
-    beside    a folder whose .py files count, too
+    modules   names (a package with all modules in it), or paths of .py files
+    beside    a folder whose .py files are trusted, too
     """
 
     modules: Sequence[str | Path] = ()
@@ -56,7 +61,7 @@ class Trust:
             raise ConfigError(f"trust: there is no file {missing[0]}")
 
     def file(self, module: str) -> str | None:
-        """The .py file that a module name stands for here."""
+        """The trusted .py file of that module name, if there is one."""
         named = [str(m) for m in self.modules if Path(m).name == f"{module}.py"]
         if self.beside is not None and "." not in module and (self.beside / f"{module}.py").is_file():
             named.append(str(self.beside / f"{module}.py"))
@@ -66,7 +71,7 @@ class Trust:
         return any(module == m or module.startswith(f"{m}.") for m in self.modules)
 
     def find(self, reference: Any) -> Function:
-        """The function. Raises ConfigError, before anything is imported, for one in a module that is not trusted."""
+        """The function of a reference. Raises ConfigError, before it imports anything, where it is not trusted."""
         shipped = SHIPPED.get(NAMES.get(str(reference), str(reference)))
         if shipped is not None:
             module, name = shipped
@@ -74,20 +79,20 @@ class Trust:
         parts = REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
         if parts is None:
             raise ConfigError(
-                f"function {reference!r}: {WRITE}, or a name of those that ship: {', '.join(SHIPPED)}"
+                f"function {reference!r}: {WRITE}, or the name of one that ships: {', '.join(SHIPPED)}"
             )
         module, name = parts.groups()
         file = self.file(module)
         if is_standard(module):
             raise ConfigError(
-                f"function {reference!r}: no function of Python's standard library is taken from a file; write one of "
-                "your own that calls it, in a module with another name"
+                f"function {reference!r}: functions of Python's standard library cannot be named; write one of your "
+                "own that calls it, in a module with another name"
             )
         if file is None and not self.covers(module):
             raise ConfigError(
                 f"function {reference!r} is not imported, for that runs the code of {module!r}. If you trust it, say "
-                f"so: trust=[{module!r}], --trust {module}, or --trust FOLDER/{module.split('.')[-1]}.py for a file; "
-                "or pass target= to from_pretrained"
+                f"so: trust=[{module!r}] in Python, --trust {module} on the command line (--trust "
+                f"FOLDER/{module.split('.')[-1]}.py for a file). Or, in Python, pass target= to from_pretrained"
             )
         return Function(self._defined(_import(reference, module, file), name, reference), reference)
 
@@ -111,7 +116,7 @@ def is_standard(module: str) -> bool:
 
 
 def _import(reference: str, module: str, file: str | None) -> ModuleType:
-    """The module, from its file if it has one: not through `sys.path`, where it could stand in for another."""
+    """The module; one with a file is not put on `sys.path`, where it could take the place of another."""
     key = module if file is None else str(Path(file).resolve())
     try:
         if file is None:
@@ -131,7 +136,7 @@ def _import(reference: str, module: str, file: str | None) -> ModuleType:
 
 
 def function_of(fn: Callable[..., Any] | Function | str) -> Function:
-    """What a user gives in Python: a function, or a reference, which is trusted since it is the user's own."""
+    """The function that a user gives in Python, by itself or by a reference, which is then trusted."""
     if isinstance(fn, Function):
         return fn
     if isinstance(fn, str):
@@ -147,21 +152,14 @@ def function_of(fn: Callable[..., Any] | Function | str) -> Function:
 
 
 def references(spec: Any) -> Iterator[str]:
-    """The functions that a target's JSON form names, but for those that ship."""
-    if isinstance(spec, list):
-        for term in spec:
-            yield from references(term)
-    elif isinstance(spec, dict):
-        for name, arguments in spec.items():
-            found = arguments.get("function") if isinstance(arguments, dict) else arguments
-            if (
-                name in ("predicate", "verifier")
-                and isinstance(found, str)
-                and found not in {*NAMES, *SHIPPED}
-            ):
-                yield found
-            elif name == "unordered" and isinstance(arguments, dict):
-                yield from references(arguments.get("target"))
+    """The functions that a target's JSON form names, except those that ship."""
+    terms = spec if isinstance(spec, list) else []
+    for name, arguments in chain.from_iterable(term.items() for term in terms if isinstance(term, dict)):
+        found = arguments.get("function") if isinstance(arguments, dict) else arguments
+        if name in ("predicate", "verifier") and isinstance(found, str) and found not in {*NAMES, *SHIPPED}:
+            yield found
+        elif name == "unordered" and isinstance(arguments, dict):
+            yield from references(arguments.get("target"))
 
 
 def require_reference(fn: Function) -> str:
@@ -193,13 +191,13 @@ def check_timeout(timeout: float | None) -> float | None:
 
 
 def call(fn: Callable[..., Any], *arguments: Any, timeout: float | None, what: str) -> Any:
-    """`fn(*arguments)`. Raises RewardError, which begins with `what`, for one that raises or takes more than `timeout`
-    seconds. Then its thread is left alone, not stopped: Python cannot; it ends with the process."""
+    """`fn(*arguments)`. Raises RewardError, which begins with `what`, where it raises or takes more than `timeout`
+    seconds. Python cannot stop the thread of such a call: it goes on until it returns, or the process ends."""
     try:
         return fn(*arguments) if timeout is None else _in_time(fn, arguments, timeout)
     except _LateError:
         raise RewardError(
-            f"{what} did not return within {timeout:g} seconds; mend it, or give it a longer timeout"
+            f"{what} did not return within {timeout:g} seconds; make it faster, or give it a longer timeout"
         ) from None
     except (Exception, SystemExit) as e:
         raise RewardError(f"{what} raised {type(e).__name__}: {e}") from e

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from amortlm.engine.model import CausalLM
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts
 
@@ -111,8 +112,8 @@ def _one_by_one(target: Target, rollouts: Rollouts) -> Tensor:
 @contextmanager
 def _smallest_memory(target: Target) -> Iterator[None]:
     """Every model of the target on a budget of nothing: one trajectory, one branch at a time."""
-    models = [lm for _, term in target.terms if (lm := getattr(term, "lm", None)) is not None]
-    budgets: Sequence[int] = [lm.score_memory_mb for lm in models]
+    models = [term.lm for _, term in target.terms if isinstance(term.lm, CausalLM)]
+    budgets = [lm.score_memory_mb for lm in models]
     try:
         for lm in models:
             lm.score_memory_mb = 0

@@ -1,12 +1,11 @@
 """Targets over lists of statements: latents in sequence, and lists whose order does not matter.
 
-A latent can be a list of statements, `s1 SEP s2 SEP s3`: see `separator` of `amortlm.Support`.
+A completion can be a list of statements, `s1 SEP s2 SEP s3`: see `separator` of `amortlm.Support`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 from itertools import chain, permutations
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from amortlm.support.lists import split_statements
 from amortlm.targets.base import Scoring, Target
 from amortlm.targets.lm import LogProb
 from amortlm.types import Rollouts
+from amortlm.weights import log_mean_exp
 
 if TYPE_CHECKING:
     from amortlm.support.spec import SupportLaw
@@ -31,13 +31,14 @@ String = tuple[int, tuple[int, ...]]  # (row, tokens)
 
 
 class Unordered(Target):
-    """A distribution over sets of statements: log of the mean of R over all orders of the list, uniform over them.
+    """A distribution over sets of statements: R is the mean reward of all orders of the list.
 
         log R(z) = log 1/n! sum over orders o of exp(target(s_o(1) SEP .. s_o(n)))
 
-    The sum of R over all lists, log Z, is that of `target`. A prefix is a list whose last statement may be
-    unfinished, and is judged as one. Exact, for at most `MAX_STATEMENTS` statements: 120 orders of five. Every
-    different order is scored once. Raises SupportError for longer lists.
+    It has the same log Z as `target`. A prefix counts as a list, although its last statement may be unfinished. The
+    mean
+    is exact: each different order is scored, up to 120 for five statements, and SupportError is raised for more than
+    `MAX_STATEMENTS`.
 
     separator: that of the support (text or token id)
     """
@@ -47,10 +48,7 @@ class Unordered(Target):
         self.every_prefix, self.columns = target.every_prefix, target.columns
         # With a constraint inside, a rejected list has no other reward to fall back on (see `Softened`).
         self.normalised = all(t.normalised for _, t in target.terms)
-        self.hard = any(getattr(t, "hard", False) for _, t in target.terms)
-        self.lm: Codec | None = next(
-            (lm for _, t in target.terms if (lm := getattr(t, "lm", None)) is not None), None
-        )
+        self.hard, self.lm = target.hard, target.lm
 
     def bind(self, lm: Codec) -> Target:
         bound = copy.copy(self)
@@ -80,8 +78,7 @@ class Unordered(Target):
         orders = [[(row[b], z) for z in self._orders(tokens[b][:t])] for b, t in states]
         score = self._scores(rollouts, set(chain.from_iterable(orders)))
         for (b, t), strings in zip(states, orders, strict=True):
-            log_r = torch.stack([score[s] for s in strings])
-            out[b, t] = log_r.logsumexp(0) - math.log(len(strings))
+            out[b, t] = log_mean_exp(torch.stack([score[s] for s in strings]))
         return out
 
     def _orders(self, tokens: list[int]) -> list[tuple[int, ...]]:
@@ -96,7 +93,7 @@ class Unordered(Target):
         ]
 
     def _scores(self, rollouts: Rollouts, strings: set[String]) -> dict[String, Tensor]:
-        """`target` of each string, in one batch. One that another begins with is a state of its trajectory."""
+        """`target` of each string, in one batch. A string that another begins with is scored as a state of it."""
         if not strings:
             return {}
         trajectories: list[String] = []

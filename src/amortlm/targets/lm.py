@@ -32,9 +32,9 @@ class Context:
     """One row's fixed text around z: tokens, and which of them are scored (belong to `of`)."""
 
     before: list[int]
-    before_scored: int  # the last so many tokens of `before` belong to `of`
+    before_scored: int  # how many of its last tokens belong to `of`
     after: list[int]
-    after_scored: int  # the last so many tokens of `after` belong to `of`
+    after_scored: int  # how many of its last tokens belong to `of`
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class LogProb(Target):
     """log p(of | given); see `amortlm.LanguageModel.log_prob`. Hu et al. 2024, section 3.1: tempered, contrastive,
     infilling and chain-of-thought posteriors are sums of such terms.
 
-    Where a tool writes into z, p is the model with the same tool: its tokens are certain, and cost nothing."""
+    Where a tool writes into z, p is the model with the same tool, whose tokens have probability 1."""
+
+    lm: CausalLM
 
     def __init__(self, lm: CausalLM, of: str, given: str | Messages = ""):
         self.lm, self.of, self.given = lm, Template(of), PromptTemplate(given)
@@ -123,9 +125,7 @@ class LogProb(Target):
         out = torch.zeros(len(contexts), device=self.lm.device)
         for i, c in enumerate(contexts):
             if c.before_scored:
-                ids = torch.tensor([c.before], device=self.lm.device)
-                logits = self.lm.model(input_ids=ids).logits[:, -c.before_scored - 1 : -1]
-                out[i] = gather_log_probs(logits, ids[:, -c.before_scored :]).sum()
+                out[i] = self.lm.passes.log_probs([c.before])[0, -c.before_scored :].sum()
         return out
 
 

@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import mark_control_tokens
 
+from amortlm import versions
 from amortlm.errors import ConfigError, DataError, SupportError
 from amortlm.text.template import Pieces, PromptTemplate
 from amortlm.types import Row
@@ -105,7 +105,7 @@ class Codec:
                 if any(a <= found.start() and found.end() <= b for a, b in own):
                     return found[0]
                 marked.append(found[0])
-                return str(mark_control_tokens(found[0], control))
+                return versions.mark_control_token(found[0], control)
 
             control = self._control_tokens
             return control.sub(mark, text)
@@ -116,7 +116,7 @@ class Codec:
             return self.encode_start(prompt.templates[0].split(row)[0])
         text = self._render(messages)
         try:
-            return self._encode(text, **({"sanitize_control_tokens": True} if marked else {}))
+            return self._encode(text, **(versions.reading_marked() if marked else {}))
         except (ValueError, NotImplementedError) as e:
             if not marked or isinstance(e, ConfigError):
                 raise
@@ -143,7 +143,7 @@ class Codec:
         template = self._chat_template
         if template not in self._controls:
             try:
-                tokens = self.tokenizer._get_control_tokens(template)
+                tokens = versions.control_tokens(self.tokenizer, template)
             except Exception as e:  # a template that is not one
                 raise self._refusal(e) from e
             longest_first = sorted(tokens, key=len, reverse=True)

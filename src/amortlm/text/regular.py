@@ -55,7 +55,7 @@ def check_pattern(pattern: str) -> None:
 
 
 def _asked(plain: str) -> int:
-    """At most so many characters are asked for by the counts of a pattern without escapes and classes."""
+    """An upper bound on the characters that the counts of a pattern without escapes and classes ask for."""
     groups, last = [0], 0
     for part in re.finditer(r"\{(\d+)[^}]*\}|.", plain, re.DOTALL):
         if part[0] == "(":

@@ -4,26 +4,28 @@ stops: where `stop_at_gap` is reached."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from amortlm.buffer import ReplayBuffer
 from amortlm.diagnostics import certificate
-from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose
+from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose_row
 from amortlm.diagnostics.importance import ImportanceEstimate
+from amortlm.posterior import Posterior
+from amortlm.train.config import GFNConfig
+from amortlm.train.processes import Processes
 from amortlm.types import Row, row_key, to_json
-
-if TYPE_CHECKING:
-    from amortlm.train.trainer import GFNTrainer
 
 SHOWN = {"loss": "loss", "log_w_variance": "var log w", "ess": "ESS", "eval_ess": "eval ESS"}
 TERMINAL = {"ncols": 80, "nrows": 24}  # one that does not tell its size, for which tqdm would draw nothing
 ROWS, SAMPLES, EXAMPLES = 4, 64, 4  # what one diagnosis costs: 4 prompts x 64 samples
 GOLD = 16  # completions of the buffer per prompt
+Log = Callable[[dict[str, float]], None]
 
 
 class TrainingProgress(ProgressCallback):
@@ -49,29 +51,35 @@ class DiagnoseCallback(TrainerCallback):
     the log and its trackers, and the samples to `samples.jsonl` in the output folder. With `stop_at_gap`, training
     ends where these prompts allow it (`StopWhenRight`). Each process diagnoses its part of the prompts."""
 
-    def __init__(self, trainer: GFNTrainer, rows: Sequence[Row], data: Sequence[Row]):
-        """rows: the first few of them are diagnosed; data: what is trained on."""
-        self.trainer, self.rows = trainer, list(rows[:ROWS])
-        self.stop = StopWhenRight(trainer, self.rows, data) if trainer.args.stop_at_gap else None
+    def __init__(
+        self,
+        posterior: Posterior,
+        rows: Sequence[Row],
+        processes: Processes,
+        log: Log,
+        stop: StopWhenRight | None = None,
+    ):
+        """rows: the first few of them are diagnosed; stop: asked after each diagnosis."""
+        self.posterior, self.rows, self.processes = posterior, list(rows[:ROWS]), processes
+        self.log, self.stop = log, stop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stop is not None and state.is_world_process_zero:
             # That of an earlier run in this folder says nothing about the adapter to come.
             (Path(str(args.output_dir)) / certificate.FILE).unlink(missing_ok=True)
         if state.global_step == 0:
-            self._diagnose(state.global_step)
+            self._diagnose(args, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.diagnose_steps != 0:
             return
-        reports = self._diagnose(state.global_step)
+        reports = self._diagnose(args, state.global_step)
         if self.stop is not None:
-            control.should_training_stop |= self.stop.reached(state.global_step, reports)
+            control.should_training_stop |= self.stop.reached(state.global_step, self.rows, reports)
 
-    def _diagnose(self, step: int) -> list[ImportanceEstimate]:
-        trainer, posterior = self.trainer, self.trainer.posterior
-        seed = diagnosis_seed(trainer)
-        found = trainer.processes.share(
+    def _diagnose(self, args: GFNConfig, step: int) -> list[ImportanceEstimate]:
+        posterior, seed = self.posterior, diagnosis_seed(args)
+        found = self.processes.share(
             lambda row: (
                 posterior.estimate(row, SAMPLES, seed=seed),
                 [sample.to_dict() for sample in posterior.sample(row, EXAMPLES, seed=seed)],
@@ -79,15 +87,15 @@ class DiagnoseCallback(TrainerCallback):
             self.rows,
         )
         reports = [report for report, _ in found]
-        trainer.log(
+        self.log(
             {
                 "ess": mean(reports, "ess"),
                 "fresh_log_w_variance": mean(reports, "log_w_variance"),
                 "elbo": mean(reports, "elbo"),
             }
         )
-        if trainer.is_world_process_zero():
-            folder = Path(str(trainer.args.output_dir))
+        if self.processes.index == 0:
+            folder = Path(str(args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
                 for row, (_, samples) in zip(self.rows, found, strict=True):
@@ -95,8 +103,8 @@ class DiagnoseCallback(TrainerCallback):
         return reports
 
 
-def diagnosis_seed(trainer: GFNTrainer) -> object:
-    return ("diagnose", trainer.args.seed)
+def diagnosis_seed(args: GFNConfig) -> object:
+    return ("diagnose", args.seed)
 
 
 def mean(reports: Sequence[ImportanceEstimate], name: str) -> float:
@@ -110,40 +118,40 @@ class StopWhenRight:
     The replay buffer's best completions count as gold: a mode that the policy has lost may still be there.
     """
 
-    def __init__(self, trainer: GFNTrainer, rows: Sequence[Row], data: Sequence[Row]):
-        self.trainer, self.rows, self.data = trainer, rows, data
+    def __init__(
+        self,
+        posterior: Posterior,
+        data: Sequence[Row],
+        buffer: ReplayBuffer,
+        args: GFNConfig,
+        processes: Processes,
+        log: Log,
+    ):
+        """data: what is trained on."""
+        assert posterior.target is not None
+        self.posterior, self.target = posterior, posterior.target
+        self.data, self.buffer = data, buffer
+        self.args, self.processes, self.log = args, processes, log
 
-    def reached(self, step: int, estimates: Sequence[ImportanceEstimate]) -> bool:
-        """Look at step `step`. estimates: cheap ones of the same prompts; where they are far above the mark, the bounds
-        are not worth their passes."""
-        args, posterior = self.trainer.args, self.trainer.posterior
+    def reached(self, step: int, rows: Sequence[Row], estimates: Sequence[ImportanceEstimate]) -> bool:
+        """Look at the prompts at step `step`. estimates: cheap ones of the same prompts; where they are far above the
+        mark, the bounds are not worth their passes."""
+        args = self.args
         if any(_guess(e) > args.stop_at_gap for e in estimates):
             return False
-        exact = posterior.policy.support.size() <= certificate.LIMIT
+        exact = self.posterior.policy.support.size() <= certificate.LIMIT
         n = SAMPLES if exact else certificate.samples_for(args.stop_at_gap)
-        level = certificate.look_level(step // args.diagnose_steps)
-        gold = self._gold()
-        reports = self.trainer.processes.share(
-            lambda i: diagnose(
-                posterior,
-                [self.rows[i]],
-                n,
-                seed=("gap", args.seed, step),
-                limit=certificate.LIMIT,
-                level=level,
-                gold=[gold[i]],
-            ).reports[0],
-            range(len(self.rows)),
-        )
-        diagnosis = Diagnosis(reports)
+        gold = self._gold(rows)
+        diagnosis = self._diagnose(step, rows, n, gold)
         found = certificate.worst(diagnosis)
-        self.trainer.log({"gap": found})
+        self.log({"gap": found})
         if not found <= args.stop_at_gap:
             return False
-        if self.trainer.is_world_process_zero():
-            posterior.save_pretrained(str(args.output_dir))
+        if self.processes.index == 0:
+            self.posterior.save_pretrained(str(args.output_dir))
             certificate.issue(
-                posterior,
+                self.posterior.policy,
+                self.target,
                 diagnosis,
                 str(args.output_dir),
                 mark=args.stop_at_gap,
@@ -151,17 +159,35 @@ class StopWhenRight:
                 step=step,
                 n=n,
                 seed=args.seed,
-                rows=self.rows,
+                rows=rows,
                 gold=gold,
                 data=self.data,
             )
         return True
 
-    def _gold(self) -> list[list[list[int]]]:
+    def _diagnose(
+        self, step: int, rows: Sequence[Row], n: int, gold: Sequence[Sequence[list[int]]]
+    ) -> Diagnosis:
+        level = certificate.look_level(step // self.args.diagnose_steps)
+        found = self.processes.share(
+            lambda i: diagnose_row(
+                self.posterior.policy,
+                self.target,
+                rows[i],
+                n,
+                seed=("gap", self.args.seed, step),
+                limit=certificate.LIMIT,
+                level=level,
+                gold=gold[i],
+            ),
+            range(len(rows)),
+        )
+        return Diagnosis(found)
+
+    def _gold(self, rows: Sequence[Row]) -> list[list[list[int]]]:
         """For each prompt, what the buffers of all processes hold, each completion once."""
-        buffer = self.trainer.buffer
-        own = [[(*e.tokens, e.stop) for e in buffer.entries(row_key(row))[-GOLD:]] for row in self.rows]
-        everyone = zip(*self.trainer.processes.gather(own), strict=True)
+        own = [[(*e.tokens, e.stop) for e in self.buffer.entries(row_key(row))[-GOLD:]] for row in rows]
+        everyone = zip(*self.processes.gather(own), strict=True)
         return [list(map(list, dict.fromkeys(chain(*parts)))) for parts in everyone]
 
 

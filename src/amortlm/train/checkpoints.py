@@ -140,6 +140,13 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
+def is_over(folder: Path) -> bool:
+    """Was training at its end at this checkpoint? `Trainer` would go on for a step. Raises CheckpointError."""
+    with reading(folder, STATE):
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+
+
 def begun(output_dir: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first, whole or not."""
     numbered = [

@@ -1,18 +1,20 @@
-"""Training settings: `transformers.TrainingArguments` and nineteen fields of our own."""
+"""Training settings: `transformers.TrainingArguments` and thirteen fields of our own."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import MISSING, Field, dataclass, field, fields
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.utils import is_in_notebook
 
 from amortlm.errors import ConfigError, nearest
-from amortlm.objectives import GROUP_OBJECTIVES, OBJECTIVES
+from amortlm.objectives import OBJECTIVES, parse
+from amortlm.train.behaviour import CORRECTED, DEFAULT, POLICY, full_mix
+from amortlm.train.renamed import refuse_renamed
 
 UPDATES = 200  # where neither max_steps nor num_train_epochs is given
 
@@ -87,42 +89,28 @@ class GFNConfig(TrainingArguments):
     ours differ is told in docs/training.md.
     """
 
-    objective: str = field(
-        default="subtb", metadata={"help": "subtb, db, tb, vargrad or forward_kl. Paper: subtb."}
+    objective: str | dict[str, Any] = field(
+        default="subtb",
+        metadata={
+            "help": f"One of {', '.join(OBJECTIVES)}, or {{name: its settings}}, as in {{subtb: {{lam: 0.9}}}} "
+            "(`amortlm.objectives`). Paper: subtb."
+        },
     )
     num_samples: int = field(
         default=8, metadata={"help": "Completions per prompt (K). Paper: 8; infilling 16."}
     )
-    subtb_lambda: float = field(
-        default=1.0, metadata={"help": "Weight decay with length in SubTB. Paper: 1.0."}
-    )
-    subtb_states: int | None = field(
-        default=None,
-        metadata={"help": "Train SubTB on so many random stopping states per completion. Paper: all (None)."},
-    )
-    log_z: str = field(
-        default="group",
+    behaviour: dict[str, float] = field(
+        default_factory=DEFAULT.copy,
         metadata={
-            "help": "log Z of a prompt, which tb needs, and db and subtb where min_tokens > 0: estimated from the "
-            "'group' of its samples, or 'learned'. Paper: subtb without it."
-        },
-    )
-    log_z_learning_rate: float = field(default=0.1, metadata={"help": "Step size of learned log Z."})
-    replay_ratio: float = field(
-        default=0.25,
-        metadata={"help": "Share of prompts whose completions come from the buffer. Paper: 0.25."},
-    )
-    corrected_ratio: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of prompts with completions drawn near the posterior: by importance resampling, from the "
-            "policy and the buffer. replay_ratio is then the share of the others. Paper: no such."
+            "help": "Shares of the prompts whose completions come from the policy, from it at a random temperature "
+            "(tempered), from the buffer (replay), or from near the posterior, by importance resampling from policy "
+            "and buffer (corrected). They sum to one. Paper: {replay: 0.25, tempered: 0.5025}."
         },
     )
     corrected_method: str = field(
         default="sir",
         metadata={
-            "help": "How these come from the policy: 'sir', or 'smc' by prefix rewards. Paper: no such."
+            "help": "How corrected completions come from the policy: 'sir', or 'smc' by prefix rewards. Paper: no such."
         },
     )
     corrected_particles: int = field(
@@ -133,12 +121,9 @@ class GFNConfig(TrainingArguments):
     buffer_prioritized: bool = field(
         default=True, metadata={"help": "Draw from the buffer in proportion to reward. Paper: yes."}
     )
-    tempered_ratio: float = field(
-        default=0.5,
-        metadata={"help": "Share of the other prompts sampled at a random temperature. Paper: 0.67."},
-    )
     temperature_range: tuple[float, float] = field(
-        default=(0.5, 2.0), metadata={"help": "Range of that temperature, uniform. Paper: 0.5 to 2."}
+        default=(0.5, 2.0),
+        metadata={"help": "Range of the temperature of tempered prompts, uniform. Paper: 0.5 to 2."},
     )
     epsilon: float = field(default=0.0, metadata={"help": "Share of uniformly random tokens. Paper: 0."})
     reward_temperature: tuple[float, float, int] = field(
@@ -184,6 +169,10 @@ class GFNConfig(TrainingArguments):
     ddp_timeout: int = field(
         default=600, metadata={"help": "Seconds that processes wait for one that is late, before all end."}
     )
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        refuse_renamed(given)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if self.disable_tqdm is None:
@@ -252,21 +241,13 @@ class GFNConfig(TrainingArguments):
             self.greater_is_better = METRICS[name]
 
     def _check(self) -> None:
-        if self.objective not in OBJECTIVES:
-            raise ConfigError(f"unknown objective {self.objective!r}; {nearest(self.objective, OBJECTIVES)}")
-        if self.log_z not in ("learned", "group"):
-            raise ConfigError(f"log_z is 'learned' or 'group', not {self.log_z!r}")
-        if self.num_samples < (2 if self.objective in GROUP_OBJECTIVES or self.log_z == "group" else 1):
-            raise ConfigError(
-                f"objective {self.objective!r} with log_z={self.log_z!r} compares samples of one prompt: num_samples "
-                "must be at least 2 (or set log_z='learned' for tb, db and subtb)"
-            )
-        if self.subtb_states is not None and self.subtb_states < 2:
-            raise ConfigError("subtb_states must be at least 2: a pair residual needs two states")
-        for name in ("replay_ratio", "tempered_ratio", "epsilon", "corrected_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
-        self._check_behaviour()
+        self._check_objective()
+        if not 0 <= self.epsilon <= 1:
+            raise ConfigError(f"epsilon must lie in [0, 1], got {self.epsilon}")
+        if self.corrected_method not in ("sir", "smc"):
+            raise ConfigError(f"corrected_method is 'sir' or 'smc', not {self.corrected_method!r}")
+        if self.corrected_particles < 1 or (self.behaviour[CORRECTED] > 0 and self.num_samples < 2):
+            raise ConfigError("corrected samples need corrected_particles >= 1 and num_samples >= 2")
         if self.stop_at_gap < 0 or (self.stop_at_gap > 0 and self.diagnose_steps < 1):
             raise ConfigError(
                 f"stop_at_gap={self.stop_at_gap}: give nats above 0 (0: never), with diagnose_steps of at least 1"
@@ -278,17 +259,24 @@ class GFNConfig(TrainingArguments):
                 "temperatures must be positive, ranges ordered, and the schedule at least one step"
             )
 
-    def _check_behaviour(self) -> None:
-        off = [n for n in ("replay_ratio", "tempered_ratio", "epsilon") if getattr(self, n) > 0]
-        if self.objective == "forward_kl" and off:
+    def _check_objective(self) -> None:
+        """Write objective and behaviour in their whole form, and refuse what does not go together."""
+        objective, mix = parse(self.objective), full_mix(self.behaviour)
+        self.objective, self.behaviour = objective.stated, mix
+        if self.num_samples < objective.min_samples:
+            learned = f", or objective={{{objective.name!r}: {{'log_z': 'learned'}}}}"
             raise ConfigError(
-                f"forward_kl weighs samples by R / q, which is right for samples of q alone: set {' and '.join(off)} "
-                "to 0 (corrected_ratio brings in the buffer with the right weights)"
+                f"objective {objective.name!r} compares samples of one prompt: num_samples must be at least "
+                f"{objective.min_samples}{learned if hasattr(objective, 'log_z') else ''}"
             )
-        if self.corrected_method not in ("sir", "smc"):
-            raise ConfigError(f"corrected_method is 'sir' or 'smc', not {self.corrected_method!r}")
-        if self.corrected_particles < 1 or (self.corrected_ratio > 0 and self.num_samples < 2):
-            raise ConfigError("corrected samples need corrected_particles >= 1 and num_samples >= 2")
+        used = {**mix, "epsilon": self.epsilon}
+        if off := [name for name in objective.biased_by if used[name] > 0]:
+            fit = {k: v for k, v in mix.items() if v and k not in (*off, POLICY)} or {POLICY: 1.0}
+            raise ConfigError(
+                f"objective {objective.name!r} is biased by samples of another law than the policy's "
+                f"({', '.join(off)}): write behaviour={fit!r} and epsilon=0 (corrected prompts bring in the buffer "
+                "with the right weights)"
+            )
 
     def reward_temperature_at(self, step: int) -> float:
         """Temperature of log R at an update: linear from start to end, then constant."""

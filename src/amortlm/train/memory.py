@@ -1,4 +1,4 @@
-"""What the target has said of every stopping state so far."""
+"""What the target has said of every prefix so far."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from amortlm.targets.base import Scoring, Target
 from amortlm.types import Rollouts, row_key
 
 logger = logging.getLogger(__name__)
-MAX_STATES = 2**20  # about 200 MB
+MAX_PREFIXES = 2**20  # about 200 MB
 
 
 class RewardMemory(Target):
     """`target`, asked about each (row, prefix) once: a reward does not change while q is trained.
 
-    A sharp policy that comes back to a prompt writes the same beginnings again. States are numbered, and the number of
-    (state, token) is looked up, so a prefix costs one look-up a token. Beyond `MAX_STATES` everything is forgotten.
+    A sharp policy that comes back to a prompt writes the same beginnings again. Prefixes are numbered, and the number of
+    (prefix, token) is looked up, so that each token costs one look-up. Beyond `MAX_PREFIXES` everything is forgotten.
     """
 
     def __init__(self, target: Target):
@@ -35,9 +35,9 @@ class RewardMemory(Target):
         self.clear()
 
     def clear(self) -> None:
-        self._roots: dict[str, int] = {}  # row key -> state of the empty completion
-        self._children: dict[tuple[int, int], int] = {}  # (state, token) -> state
-        self._log_r: list[float] = []  # of each state, nan where it was not judged
+        self._roots: dict[str, int] = {}  # row key -> number of the empty completion
+        self._children: dict[tuple[int, int], int] = {}  # (prefix, token) -> prefix
+        self._log_r: list[float] = []  # of each prefix, nan where it was not judged
 
     def __len__(self) -> int:
         return len(self._log_r)
@@ -50,10 +50,10 @@ class RewardMemory(Target):
 
     def score_batch(self, scoring: Scoring) -> Tensor:
         rollouts = scoring.rollouts if self.every_prefix else scoring.rollouts.final_only()
-        if len(self) > MAX_STATES:
+        if len(self) > MAX_PREFIXES:
             self.clear()
-        states = self._states(rollouts)
-        first = self._unknown(states, rollouts.stop_mask)
+        prefixes = self._prefixes(rollouts)
+        first = self._unknown(prefixes, rollouts.stop_mask)
         if first:
             rows = sorted({b for b, _ in first.values()})
             asked = rollouts.select(torch.tensor(rows, device=rollouts.tokens.device))
@@ -62,19 +62,19 @@ class RewardMemory(Target):
             mask = mask[rows, : asked.stop_mask.shape[1]]
             found = self.target.score(replace(asked, stop_mask=mask.to(asked.stop_mask.device))).cpu()
             for (b, t), log_r in zip(mask.nonzero().tolist(), found[mask].tolist(), strict=True):
-                self._log_r[states[rows[b]][t]] = log_r
-        return self._log_rewards(states, rollouts)
+                self._log_r[prefixes[rows[b]][t]] = log_r
+        return self._log_rewards(prefixes, rollouts)
 
-    def _unknown(self, states: list[list[int]], stop_mask: Tensor) -> dict[int, tuple[int, int]]:
-        """The states that were never judged, each with the first (trajectory, length) that it is met at."""
+    def _unknown(self, prefixes: list[list[int]], stop_mask: Tensor) -> dict[int, tuple[int, int]]:
+        """The prefixes that were never judged, each with the first (trajectory, length) that it is met at."""
         found: dict[int, tuple[int, int]] = {}
         for b, t in stop_mask.nonzero().tolist():
-            if math.isnan(self._log_r[states[b][t]]):
-                found.setdefault(states[b][t], (b, t))
+            if math.isnan(self._log_r[prefixes[b][t]]):
+                found.setdefault(prefixes[b][t], (b, t))
         return found
 
-    def _states(self, rollouts: Rollouts) -> list[list[int]]:
-        """The states of each trajectory, the empty completion first."""
+    def _prefixes(self, rollouts: Rollouts) -> list[list[int]]:
+        """The prefixes of each trajectory, the empty completion first."""
         keys = [row_key(row) for row in rollouts.rows]
         out = []
         for row, tokens in zip(rollouts.row_index.tolist(), rollouts.completions(), strict=True):
@@ -90,10 +90,10 @@ class RewardMemory(Target):
             self._log_r.append(math.nan)
         return known[key]
 
-    def _log_rewards(self, states: list[list[int]], rollouts: Rollouts) -> Tensor:
+    def _log_rewards(self, prefixes: list[list[int]], rollouts: Rollouts) -> Tensor:
         """[B, T+1], 0 where not judged."""
         width = rollouts.stop_mask.shape[1]
-        lines = [[self._log_r[s] for s in path] + [0.0] * (width - len(path)) for path in states]
+        lines = [[self._log_r[n] for n in path] + [0.0] * (width - len(path)) for path in prefixes]
         return torch.tensor(lines, device=rollouts.tokens.device).nan_to_num(0.0, math.inf, -math.inf)
 
     def save(self, folder: str | Path) -> None:

@@ -25,7 +25,7 @@ def complaint(start: dict[str, Any] | None, end: Sequence[ImportanceEstimate]) -
         return (
             f"training found nothing: the target rejects all of {samples} completions drawn for {len(end)} prompts "
             "(R = 0: a constraint that is not met, or a verifier's -inf); say it in the prompt, give completions that "
-            "are accepted (seeds), or tell the support (pattern=)"
+            "are accepted (gold), or tell the support (pattern=)"
         )
     if start is None:
         return None

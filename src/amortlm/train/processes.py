@@ -6,12 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate.utils import gather_object
 
-from amortlm.errors import AmortLMError
+from amortlm.errors import AmortLMError, TrainingError
 from amortlm.train.config import GFNConfig
 
 T = TypeVar("T")
@@ -41,22 +41,36 @@ class Processes:
         self.meet()
         return gather_object([value])
 
+    def first(self, find: Callable[[], T]) -> T:
+        """What the first process finds, or the error that it meets, for all of them."""
+        found: Any = None
+        error: Exception | None = None
+        if self.index == 0:
+            try:
+                found = find()
+            except (AmortLMError, OSError) as e:
+                error = e
+        found, error = self.gather((found, error))[0]
+        if error is not None:
+            raise error
+        return found
+
     def meet(self) -> None:
-        """Wait for all, `ddp_timeout` seconds at most. Raises AmortLMError naming who has not come."""
+        """Wait for all, `ddp_timeout` seconds at most. Raises TrainingError naming who has not come."""
         if self._group is not None:
             with self.blaming():
                 dist.monitored_barrier(self._group, self.args.ddp_timeout_delta, wait_all_ranks=True)
 
     @contextmanager
     def blaming(self) -> Iterator[None]:
-        """What goes wrong between processes as one sentence, an AmortLMError."""
+        """What goes wrong between processes as one sentence, a TrainingError."""
         try:
             yield
         except RuntimeError as e:
             who = _missing(str(e))
             if self.count == 1 or who is None:
                 raise
-            raise AmortLMError(
+            raise TrainingError(
                 f"process {self.index} of {self.count} ends: {who} stopped, or came more than ddp_timeout="
                 f"{self.args.ddp_timeout} seconds late. Look at the output of the others for why (a slow verifier "
                 "needs a longer ddp_timeout); checkpoints already saved are intact"

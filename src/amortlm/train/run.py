@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from amortlm.diagnostics import certificate
+from amortlm.engine.model import CausalLM
 from amortlm.errors import CheckpointError, ConfigError
 from amortlm.files import write_text
 from amortlm.train import checkpoints
@@ -79,19 +80,19 @@ def identity(
     args: GFNConfig,
     *,
     start: str | None = None,
-    seeds: Any = None,
+    gold: Any = None,
 ) -> dict[str, Any]:
     """What the result of a run depends on, as JSON: model, target, prompt, support, adapter, data and settings.
 
-    start: name of the weights that an adapter starts from, where it was saved before; seeds: gold completions.
-    Functions count by name, and library versions and devices not at all.
+    start: name of the weights that an adapter starts from, where it was saved before; gold: completions that the
+    buffer starts with. Functions count by name, and library versions and devices not at all.
     """
     lm = policy.lm
     try:
         stated: Any = target.to_spec()
     except ConfigError:  # a function without an import path
         stated = repr(target)
-    models = [getattr(t, "lm", None) for _, t in target.terms]
+    models = [t.lm for _, t in target.terms if isinstance(t.lm, CausalLM) and t.lm is not lm]
     settings = {k: v for k, v in args.to_dict().items() if not k.startswith(FREE)}
     if not args.stop_at_gap:
         del settings["diagnose_steps"]
@@ -101,16 +102,14 @@ def identity(
         "model": lm.name,
         "the model's weights": name_of(lm.model.named_parameters()),
         "the tokenizer": _hash([sorted(lm.tokenizer.get_vocab().items()), lm.tokenizer.chat_template]),
-        "the weights of the target's model": [
-            name_of(other.model.named_parameters()) for other in models if other not in (lm, None)
-        ],
+        "the weights of the target's model": [name_of(other.model.named_parameters()) for other in models],
         "target": stated,
         "prompt": policy.prompt.source,
         "support": _stated_support(policy),
         "adapter": stated_adapter(policy.model, policy.is_full),
         "the adapter's first weights": start,
         "the data": _hash([row_key(row) for row in rows]),
-        "the gold completions (seeds)": None if seeds is None else _hash(seeds),
+        "the gold completions": None if gold is None else _hash(gold),
         "the number of processes": args.world_size,
         "settings": settings,
     }

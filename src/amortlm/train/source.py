@@ -1,29 +1,61 @@
-"""Where training trajectories come from: the policy, the tempered policy, the replay buffer, and corrected samples."""
+"""What the trainer learns from: experience, and where it comes from."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from amortlm.buffer import ReplayBuffer
-from amortlm.engine.decoding import Exploration, seed_of
+from amortlm.engine.decoding import Exploration
 from amortlm.errors import ConfigError
 from amortlm.inference.smc import smc
+from amortlm.objectives import Objective
 from amortlm.policy.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
+from amortlm.train.behaviour import chances
 from amortlm.train.config import GFNConfig
-from amortlm.types import Rollouts, Row, row_key
+from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
 from amortlm.weights import systematic
 
 Step = tuple[int, int]  # update, micro-batch
 
 
-class TrajectorySource:
-    """Draws K completions per prompt from a mix of behaviours, chosen prompt by prompt.
+@dataclass(frozen=True)
+class Experience:
+    """B trajectories of N prompts, with all that is known of them before the policy is evaluated.
+
+    rollouts        with the stopping states that the objective looks at
+    log_reward      [B, T+1]  log R of these states, nats, before the reward temperature
+    log_q           [B]       the sampler's log q of the whole trajectory, nats; nan where it was not drawn now
+    version         of the weights that drew: the number of the update
+    from_posterior  [N] bool  prompts with draws near the posterior among their completions
+    """
+
+    rollouts: Rollouts
+    log_reward: Tensor
+    log_q: Tensor
+    version: int
+    from_posterior: Tensor
+
+    def mismatch(self, log_probs: PolicyLogProbs) -> dict[str, float]:
+        """How far the sampler's log q of what it drew now is from the trainer's, nats per token (the stop is one), in
+        the mean and at most; nothing where nothing was drawn now. Far from 0, they are not the same distribution."""
+        lengths = self.rollouts.lengths
+        off = (log_probs.final(lengths) - self.log_q).abs() / (lengths + 1)
+        drawn = off[~self.log_q.isnan()]
+        if len(drawn) == 0:
+            return {}
+        return {"sampler_mismatch": drawn.mean().item(), "sampler_mismatch_max": drawn.max().item()}
+
+
+class ExperienceSource:
+    """Draws K completions per prompt from a mix of behaviours, chosen prompt by prompt, and scores them.
 
     All randomness is a function of (seed, step, row): it is the same after a resume and on any number of
     processes.
@@ -38,11 +70,15 @@ class TrajectorySource:
     seen stays unseen.
     """
 
-    def __init__(self, policy: Policy, target: Target, buffer: ReplayBuffer, config: GFNConfig):
+    def __init__(
+        self, policy: Policy, target: Target, buffer: ReplayBuffer, objective: Objective, config: GFNConfig
+    ):
         """target: the rewards that are trained on, finite everywhere (`Softened`)."""
-        self.policy, self.target, self.buffer, self.config = policy, target, buffer, config
+        self.policy, self.target, self.buffer = policy, target, buffer
+        self.objective, self.config = objective, config
+        self._corrected_chance, self._replay_chance, self._tempered_chance = chances(config.behaviour)
         if (
-            config.corrected_ratio > 0
+            self._corrected_chance > 0
             and config.corrected_method == "smc"
             and policy.support.tool is not None
         ):
@@ -50,41 +86,68 @@ class TrajectorySource:
                 "corrected_method='smc' cannot cut a completion that a tool writes into: use corrected_method='sir'"
             )
 
-    def collect(self, rows: Sequence[Row], step: Step) -> Rollouts:
-        """Trajectories for one micro-batch: B = N * num_samples, those of a row together."""
+    def collect(self, rows: Sequence[Row], step: Step) -> Experience:
+        """Trajectories for one micro-batch, B = N * num_samples, those of a row together; they also go into the
+        buffer."""
+        from_posterior = self.corrected(rows, step)
+        rollouts, log_q = self.draw(rows, step, from_posterior)
+        rollouts = self.thin(rollouts, step)
+        distinct, place = rollouts.distinct()  # samples of a sharp policy repeat
+        log_reward = self.target.score(distinct)[place]
+        self.buffer.add(rollouts, log_reward.gather(1, rollouts.lengths[:, None]).squeeze(1))
+        return Experience(rollouts, log_reward, log_q, step[0], from_posterior.to(log_q.device))
+
+    def draw(self, rows: Sequence[Row], step: Step, corrected: Tensor) -> tuple[Rollouts, Tensor]:
+        """(trajectories, the sampler's log q [B]). corrected [N] bool: the prompts that get corrected samples."""
         choices = [random.Random(seed_of((self.config.seed, step, row_key(row)))) for row in rows]
         given = [
-            self._correct(row, step) if corrected else self._replay(row, choice)
-            for row, choice, corrected in zip(rows, choices, self.corrected(rows, step), strict=True)
+            self._correct(row, step) if yes else self._replay(row, choice)
+            for row, choice, yes in zip(rows, choices, corrected.tolist(), strict=True)
         ]
         fresh = [self.config.num_samples - len(old) for old in given]
-        parts = []
+        parts, log_q = [], []
         if any(fresh):
-            temperature = [
-                t for choice, n in zip(choices, fresh, strict=True) for t in [self._temperature(choice)] * n
-            ]
+            heat = [self._temperature(choice) for choice in choices]
+            temperature = torch.tensor(heat, device=self.policy.device)
             exploration = Exploration(
-                torch.tensor(temperature, device=self.policy.device), self.config.epsilon
+                temperature.repeat_interleave(torch.tensor(fresh, device=self.policy.device)),
+                self.config.epsilon,
             )
-            parts.append(
-                self.policy.sample(rows, fresh, seed=(self.config.seed, step), exploration=exploration)[0]
-            )
+            seed = (self.config.seed, step)
+            rollouts, log_probs = self.policy.sample(rows, fresh, seed=seed, exploration=exploration)
+            parts.append(rollouts)
+            log_q.append(log_probs.final(rollouts.lengths))
         if any(given):
             parts.append(self.policy.rollouts(rows, given))
-        return Rollouts.cat(parts)
+            log_q.append(torch.full((len(parts[-1]),), torch.nan, device=self.policy.device))
+        order = torch.cat([part.row_index for part in parts]).argsort(stable=True)
+        return Rollouts.cat(parts), torch.cat(log_q)[order]  # in the order of `cat`
+
+    def thin(self, rollouts: Rollouts, step: Step) -> Rollouts:
+        """Without the stopping states that this objective will not look at, before they are scored."""
+        if not self.objective.every_prefix:
+            return rollouts.final_only()
+        generator = torch.Generator().manual_seed(seed_of((self.config.seed, "states", step)))
+        return replace(rollouts, stop_mask=self.objective.kept_states(rollouts.stop_mask, generator))
+
+    def add_gold(self, rows: Sequence[Row], gold: Sequence[Sequence[str | list[int]]]) -> None:
+        """Score gold completions, a list per row, and put them into the buffer."""
+        if any(gold):
+            rollouts = self.policy.rollouts(rows, gold)
+            self.buffer.add(rollouts, self.target.score_final(rollouts))
 
     def corrected(self, rows: Sequence[Row], step: Step) -> Tensor:
         """[N] bool: the prompts that get corrected samples at a step."""
         draws = [
             random.Random(seed_of(("corrected", self.config.seed, step, row_key(r)))).random() for r in rows
         ]
-        return torch.tensor(draws) < self.config.corrected_ratio
+        return torch.tensor(draws) < self._corrected_chance
 
     def _correct(self, row: Row, step: Step) -> list[list[int]]:
-        """Completions drawn near R / Z: all K for `forward_kl`, which takes them for draws of the posterior, and half
-        of them for the others, whose residuals compare them with what q writes now."""
+        """Completions drawn near R / Z: all K for an objective that takes them for draws of the posterior, and half of
+        them for the others, whose residuals compare them with what q writes now."""
         candidates, log_mass = self.estimate(row, step)
-        k = self.config.num_samples if self.config.objective == "forward_kl" else self.config.num_samples // 2
+        k = self.config.num_samples if self.objective.posterior_only else self.config.num_samples // 2
         u = random.Random(seed_of(("resample", self.config.seed, step, row_key(row)))).random()
         return [candidates[i] for i in systematic(log_mass, k, torch.tensor(u)).tolist()]
 
@@ -116,13 +179,13 @@ class TrajectorySource:
         return rollouts, log_reward / temperature - log_probs.final(rollouts.lengths), log_reward
 
     def _replay(self, row: Row, choice: random.Random) -> list[list[int]]:
-        if choice.random() >= self.config.replay_ratio:
+        if choice.random() >= self._replay_chance:
             return []
         generator = torch.Generator().manual_seed(choice.getrandbits(48))
         drawn = self.buffer.draw(row_key(row), self.config.num_samples, generator)
         return [[*e.tokens, e.stop] for e in drawn]
 
     def _temperature(self, choice: random.Random) -> float:
-        if choice.random() >= self.config.tempered_ratio:
+        if choice.random() >= self._tempered_chance:
             return 1.0
         return choice.uniform(*self.config.temperature_range)

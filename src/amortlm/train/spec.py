@@ -1,4 +1,4 @@
-"""A whole training run as data: what a YAML file or a built-in task states."""
+"""A training run as data: what a YAML file or a built-in task states."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """model, prompt, target, support and data of a run, and any `GFNConfig` field under `config`.
+    """Model, prompt, target, support and data of a run, and any `GFNConfig` field under `config`.
 
-    target   terms as in `amortlm.targets.spec`
-    data     rows, or a path to .jsonl, .json, .csv or .tsv with a header
-    lora     rank of the adapter, or "full" for full fine-tuning
-    trust    modules whose functions the target may name, beside the .py files in `folder`, that of the YAML file; both
-             are the user's to say, not the file's
+    target    terms as in `amortlm.targets.spec`
+    data      rows, or a path to .jsonl, .json, .csv or .tsv with a header
+    adapter   rank of a LoRA adapter, or "full" for full fine-tuning
+    trust     modules whose functions the target may name; the .py files in `folder`, that of the YAML file, count as
+              well. The user says what to trust: a YAML file cannot
     """
 
     prompt: str | list[dict[str, Any]]
@@ -34,15 +34,15 @@ class RunSpec:
     support: dict[str, Any]
     data: list[dict[str, Any]] | str
     model: str = "embedded"
-    lora: int | str = 16
+    adapter: int | str = 16
     config: dict[str, Any] = field(default_factory=dict)
     trust: Sequence[str] = field(default=(), compare=False)
     folder: str | None = field(default=None, compare=False)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunSpec:
-        """Read a YAML file, and the rows beside it. Raises ConfigError, DataError or SupportError that name the file,
-        the key, its value and what to write."""
+        """Read a YAML file, and the file of rows that it names. Raises ConfigError, DataError or SupportError that name
+        the file, the key, its value and what to write."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -53,6 +53,8 @@ class RunSpec:
         raw = load_yaml(text, str(path))
         if not isinstance(raw, dict):
             raise ConfigError(f"{path} must be a mapping with the keys {', '.join(_keys(cls))}")
+        if "lora" in raw:
+            raise ConfigError(f"{path}: the key lora is now called adapter: write `adapter: {raw['lora']}`")
         check_keys(raw, [key for key in _keys(cls) if key not in ("trust", "folder")], str(path))
         missing = [name for name in ("prompt", "target", "support", "data") if name not in raw]
         if missing:
@@ -69,12 +71,12 @@ class RunSpec:
         return spec
 
     def check(self) -> None:
-        """Raise ConfigError, DataError or SupportError for a value that no model could make right."""
+        """Raise ConfigError, DataError or SupportError for a value that is wrong with any model."""
         hints = get_type_hints(RunSpec)
-        for name in ("model", "lora", "prompt"):
+        for name in ("model", "adapter", "prompt"):
             typed_value(getattr(self, name), hints[name], name)
-        if self.lora != "full" and (isinstance(self.lora, str) or self.lora < 1):
-            raise ConfigError(f"lora must be a rank of at least 1, or full, got {self.lora!r}")
+        if self.adapter != "full" and (isinstance(self.adapter, str) or self.adapter < 1):
+            raise ConfigError(f"adapter must be a rank of at least 1, or full, got {self.adapter!r}")
         self.bare_support()
         self.args("")
         if not isinstance(self.data, str):
@@ -95,7 +97,10 @@ class RunSpec:
     def args(self, output_dir: str) -> GFNConfig:
         """The settings under `config`. Raises ConfigError."""
         from amortlm.train.config import GFNConfig
+        from amortlm.train.renamed import refuse_renamed
 
+        if isinstance(self.config, dict):
+            refuse_renamed(self.config)
         check_keys(self.config, _keys(GFNConfig), "config")
         try:
             return GFNConfig(**{**typed(self.config, GFNConfig, "config"), "output_dir": output_dir})
@@ -112,7 +117,6 @@ class RunSpec:
 
     def trainer(self, output_dir: str) -> GFNTrainer:
         """Load the model and build the trainer. Raises ConfigError, DataError, SupportError, TemplateError."""
-        from amortlm.engine.adapter import default_lora
         from amortlm.language_model import LanguageModel
         from amortlm.targets.spec import target_from_spec
         from amortlm.train import GFNTrainer
@@ -127,7 +131,7 @@ class RunSpec:
             support=self.bare_support(),
             train_dataset=rows,
             args=self.args(output_dir),
-            peft_config=self.lora if isinstance(self.lora, str) else default_lora(int(self.lora)),
+            adapter=self.adapter if isinstance(self.adapter, str) else int(self.adapter),
         )
 
     def _trust(self) -> Trust:
@@ -136,7 +140,7 @@ class RunSpec:
         return Trust(self.trust, None if self.folder is None else Path(self.folder))
 
     def trust_options(self) -> list[str]:
-        """What `amortlm sample` has to be told, for the functions of the target."""
+        """The options with which `amortlm sample` finds the functions of the target."""
         from amortlm.targets.functions import references
 
         trust = self._trust()
@@ -153,9 +157,11 @@ def _keys(cls: type) -> list[str]:
 
 
 def settings_from_text(pairs: dict[str, str]) -> dict[str, Any]:
-    """`--set KEY=VALUE` of the command line as `config`: "no" is text where a setting is text."""
+    """`config` from the `--set KEY=VALUE` of the command line. Raises ConfigError for an unknown key."""
     from amortlm.train.config import GFNConfig
+    from amortlm.train.renamed import refuse_renamed
 
+    refuse_renamed({key: load_yaml(value, f"--set {key}") for key, value in pairs.items()})
     check_keys(pairs, _keys(GFNConfig), "--set")
     hints = get_type_hints(GFNConfig)
     return {key: from_text(value, hints[key]) for key, value in pairs.items()}

@@ -14,14 +14,14 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
 from amortlm.data import as_rows
-from amortlm.engine.decoding import seed_of
-from amortlm.engine.passes import pad_left
+from amortlm.engine.decoding import Frontier
+from amortlm.engine.generation import generate
 from amortlm.errors import ConfigError, nearest
 from amortlm.policy import Policy
-from amortlm.support import SupportLaw
+from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row
 
@@ -55,7 +55,7 @@ class Decoded:
     """rollouts: num_samples completions per row, in row order, searches best first.
 
     token_passes: completion tokens that went through the model, those of finished sequences in an unfinished batch
-    included; prompts, and what best_of_n and resampling score, are not counted.
+    included; prompts, and what best_of_n and resampling score, are not counted. Beams that begin alike share theirs.
     """
 
     rollouts: Rollouts
@@ -96,35 +96,6 @@ def decode_counted(
         if method == "diverse_beam":
             return _diverse_beams(policy, rows, num_samples, **settings)
         return _generate(policy, rows, method, num_samples, settings)
-
-
-def support_log_probs(support: SupportLaw, logits: Tensor, tokens: Tensor, merge_stops: bool) -> Tensor:
-    """log q [B, V] of the next token after tokens [B, t], from logits (or log-probabilities) [B, V].
-
-    merge_stops: the first stop symbol stands for all of them.
-    """
-    stops = torch.tensor(support.stop_ids, device=logits.device)
-    legal = support.legal(tokens.shape[1], support.positions(tokens)[:, -1])
-    log_q = logits.float().masked_fill(~legal, -torch.inf).log_softmax(-1)
-    if merge_stops and len(stops) > 1:
-        log_stop = log_q[:, stops].logsumexp(-1)
-        log_q[:, stops] = -torch.inf
-        log_q[:, stops[0]] = log_stop
-    return log_q
-
-
-class SupportProcessor(LogitsProcessor):
-    """Makes generate() decode from q on its support. Counts the sequences it sees."""
-
-    def __init__(self, support: SupportLaw, prompt_width: int, merge_stops: bool):
-        self.support, self.prompt_width, self.merge_stops = support, prompt_width, merge_stops
-        self.token_passes = 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        self.token_passes += len(scores)
-        log_q = support_log_probs(self.support, scores, input_ids[:, self.prompt_width :], self.merge_stops)
-        # Sampling asks for ratios alone: relative to the likeliest token no temperature overflows.
-        return log_q if self.merge_stops else log_q - log_q.amax(-1, keepdim=True)
 
 
 def _settings(policy: Policy, method: str, num_samples: int, given: dict[str, Any]) -> dict[str, Any]:
@@ -183,46 +154,19 @@ def _generate(
         | {
             "num_return_sequences": num_samples,
             "max_new_tokens": policy.support.max_tokens + 1,
-            "eos_token_id": list(policy.support.stop_ids),
-            "pad_token_id": policy.support.stop_ids[0],
         }
     )
     bytes_per_row = 4 * 4 * width * policy.lm.vocab_size  # logits, log q, sorted copies
     chunk = max(1, policy.lm.score_memory_mb * 2**20 // bytes_per_row)
     prompts, found, passes = policy.encode_rows(rows), [], 0
     for start in range(0, len(rows), chunk):
-        ids, mask = pad_left(prompts[start : start + chunk], policy.device)
-        processor = SupportProcessor(policy.support, ids.shape[1], merge_stops=not sampled)
-        with _own_defaults(policy) as model:
-            out = model.generate(
-                input_ids=ids,
-                attention_mask=mask.long(),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([processor]),
-            )
-        found += [_until_stop(z, policy.support.stop_ids) for z in out[:, ids.shape[1] :].tolist()]
-        passes += processor.token_passes
+        part = generate(policy.passes, policy.support, prompts[start : start + chunk], config, not sampled)
+        found += part.completions
+        passes += part.token_passes
     groups = _split(found, num_samples)
     if method == "beam" and any(len(set(map(tuple, group))) < num_samples for group in groups):
         _too_few(num_samples)
     return Decoded(policy.rollouts(rows, groups), passes)
-
-
-@contextmanager
-def _own_defaults(policy: Policy) -> Iterator[Any]:
-    """The policy's network without the checkpoint's generation config, which generate() would fall back on."""
-    model: Any = policy.model if policy.is_full else policy.model.get_base_model()
-    saved, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        yield model
-    finally:
-        model.generation_config = saved
-
-
-def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
-    """The tokens up to the first stop symbol, which is included (generate() pads after it)."""
-    end = next((i for i, token in enumerate(tokens) if token in stop_ids), len(tokens) - 1)
-    return tokens[: end + 1]
 
 
 def _best_of_n(
@@ -294,22 +238,22 @@ class _DiverseBeams:
 
     def run(self, prompt: list[int]) -> list[list[list[int]]]:
         """The completions of each group, best first."""
-        device, support = self.policy.device, self.policy.support
+        device, support, passes = self.policy.device, self.policy.support, self.policy.passes
         index = torch.zeros(self.groups * self.size, dtype=torch.long, device=device)
-        passes = self.policy.passes
-        writer = passes.write(passes.encode([prompt]), index)
+        frontier = Frontier(passes, support, passes.encode([prompt]), index)
+        text = frontier.text
         # A group starts from one beam; copies of it would fill the group with equal completions.
         scores = torch.full((self.groups, self.size), -torch.inf, device=device)
         scores[:, 0] = 0.0
         tokens = torch.zeros(len(index), 0, dtype=torch.long, device=device)
         finished: list[list[tuple[float, list[int]]]] = [[] for _ in range(self.groups)]
         for _ in range(support.max_tokens + 1):
-            self.token_passes += len(index)
-            log_q = support_log_probs(support, writer.logits(), tokens, merge_stops=True)
+            self.token_passes += len(frontier.t)
+            log_q = frontier.step().merged(support.stop_ids)[text]
             parents, ids, scores = self._extend(log_q, scores, tokens, finished)
             if all(self._done(f, best) for f, best in zip(finished, scores.amax(1).tolist(), strict=True)):
                 break
-            writer.append(parents, ids)
+            text = frontier.append(text[parents], ids)
             tokens = torch.cat([tokens[parents], ids[:, None]], dim=1)
         return [[z for _, z in group] for group in finished]
 

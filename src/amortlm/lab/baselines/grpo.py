@@ -133,21 +133,16 @@ def _check(
             "TRL reloads the reference of a full copy from the hub name; train LoRA, or set beta=0"
         )
     prompts = policy.encode_rows(rows)
-    if rows_per_step > 1 and len({len(p) for p in prompts}) > 1 and _absolute_positions(policy, prompts[0]):
+    if (
+        rows_per_step > 1
+        and len({len(p) for p in prompts}) > 1
+        and policy.passes.has_absolute_positions(prompts[0])
+    ):
         # TRL pads prompts on the left and gives no position ids, which shifts the positions of the shorter ones.
         raise ConfigError(
             f"{policy.lm.name} has absolute positions, and TRL miscounts them when prompts of different lengths "
             "share a step: set rows_per_step=1"
         )
-
-
-@torch.no_grad()
-def _absolute_positions(policy: Policy, prompt: Sequence[int]) -> bool:
-    """Do the logits change when all positions move by one? With rotary positions they do not."""
-    ids = torch.tensor([list(prompt)], device=policy.device)
-    positions = torch.arange(len(prompt), device=policy.device)[None]
-    at, moved = (policy.model(input_ids=ids, position_ids=positions + k).logits.float() for k in (0, 1))
-    return not torch.allclose(at, moved, atol=1e-2 * at.std().item(), rtol=0)
 
 
 def rollout_function(

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from amortlm.data import as_rows
 from amortlm.engine.passes import length_groups
-from amortlm.errors import AmortLMError, ConfigError
+from amortlm.errors import ConfigError, TrainingError
 from amortlm.lab.baselines.finetune import BoundedReward, Reward, working_copy, write_jsonl
 from amortlm.policy import Policy
 from amortlm.types import PolicyLogProbs, Rollouts, Row
@@ -111,13 +111,13 @@ def train_ppo(
 
     Its optimum is q proportional to p_ref * exp(reward / beta). reward: [B] of finished completions, such as
     `target.score_final`; -inf counts as `floor`. Writes ppo.jsonl (a line per step) into output_dir.
-    Raises RewardError for a reward that is NaN or +inf, AmortLMError for a loss that is not finite.
+    Raises RewardError for a reward that is NaN or +inf, TrainingError for a loss that is not finite.
     """
     config, rows = config or PPOConfig(), as_rows(rows, "rows")
     reference, bounded = working_copy(policy), BoundedReward.of(reward, floor)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    head = ValueHead(policy.model.get_output_embeddings().weight.shape[1]).to(policy.device)
+    head = ValueHead(policy.passes.hidden_size).to(policy.device)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(
         [
@@ -171,15 +171,8 @@ def evaluate_with_values(
 ) -> tuple[PolicyLogProbs, Tensor]:
     """log q of the rollouts and the value [B, T+1] of every state where there is a choice (0 at max_tokens), from the
     same passes."""
-    states: list[Tensor] = []
-    # What enters the output layer is the last hidden state, in every architecture. The prompt's pass comes first, then
-    # one for each group of completions.
-    layer = policy.model.get_output_embeddings()
-    hook = layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
-    try:
+    with policy.passes.watched() as states:  # the prompts' pass, then one for each group of completions
         log_probs = policy.evaluate(rollouts)
-    finally:
-        hook.remove()
     groups = length_groups(rollouts.lengths)
     values = states[-1].new_zeros(rollouts.stop_mask.shape, dtype=torch.float32)
     for group, hidden in zip(groups, states[-len(groups) :], strict=True):
@@ -272,7 +265,7 @@ def _update(
             loss, clipped = surrogate(log_q, batch, config.clip)
             error = value_loss(values, batch, config.value_clip)
             if not torch.isfinite(loss + error):
-                raise AmortLMError("the PPO loss is not finite: lower learning_rate, or raise beta or floor")
+                raise TrainingError("the PPO loss is not finite: lower learning_rate, or raise beta or floor")
             optimizer.zero_grad()
             (loss + error).backward()
             for group in groups:

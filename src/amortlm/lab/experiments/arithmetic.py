@@ -37,7 +37,6 @@ from amortlm.lab.training import (
 )
 from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior
-from amortlm.predictive import vote
 from amortlm.support import Support
 from amortlm.train import GFNConfig
 from amortlm.types import Row
@@ -142,7 +141,7 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
     n, heat = settings["votes"], settings["vote_temperature"]
     right = {}
     for operands, rows in context.data.test.items():
-        votes = vote(posterior, rows, n, temperature=heat, seed=("evaluate", seed))
+        votes = posterior.vote(rows, n, temperature=heat, seed=("evaluate", seed))
         right[f"accuracy_{operands}"] = [
             float(v.best == row["y"]) for v, row in zip(votes, rows, strict=True)
         ]
@@ -158,7 +157,7 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
 
 def single(posterior: Posterior, rows: list[Row], n: int, seed: int) -> list[float]:
     """Share of n samples at temperature 1 that lead to the right answer, for each question."""
-    votes = vote(posterior, rows, n, seed=("single", seed))
+    votes = posterior.vote(rows, n, seed=("single", seed))
     return [v.counts.get(str(row["y"]), 0) / v.n for v, row in zip(votes, rows, strict=True)]
 
 

@@ -10,7 +10,6 @@ import torch
 from amortlm.lab.tasks.subjectivity import ANSWERS
 from amortlm.policy import Policy
 from amortlm.posterior import Posterior
-from amortlm.predictive import predict
 from amortlm.types import Row
 
 BATCH = 64
@@ -42,4 +41,4 @@ class Latent:
     samples: int
 
     def probabilities(self, rows: Sequence[Row], seed: object) -> list[list[float]]:
-        return [p.probs for p in predict(self.posterior, rows, ANSWERS, self.samples, seed=seed)]
+        return [p.probs for p in self.posterior.predict(rows, ANSWERS, self.samples, seed=seed)]

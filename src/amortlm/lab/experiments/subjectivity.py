@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from amortlm.em import EM, MStep
-from amortlm.engine.adapter import default_lora
 from amortlm.errors import DataError
 from amortlm.lab.baselines.ppo import PPOConfig
 from amortlm.lab.compare import line_figure, paired_digest, paired_table
@@ -164,8 +163,8 @@ def gflownet_em(labels: int) -> Method:
             args=args,
             m_step=MStep(**settings["m_step"]),
             rounds=settings["rounds"],
-            peft_config=default_lora(settings["lora"]),
-            adapter=default_lora(settings["lora"]),
+            adapter=settings["lora"],
+            p_adapter=settings["lora"],
         )
         if context.dry_run:
             return Trained(None)

@@ -36,7 +36,7 @@ class BertScorer:
         folder = str(encoder_folder(encoder))
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model: Any = AutoModel.from_pretrained(folder, local_files_only=True)
-        self.model, self.batch_size = model.to(device).eval(), batch_size
+        self.encoder, self.batch_size = model.to(device).eval(), batch_size
 
     def __call__(self, hypotheses: Sequence[str], references: Sequence[str]) -> BertScores:
         check_pairs(hypotheses, references)
@@ -58,7 +58,7 @@ class BertScorer:
                 return_tensors="pt",
             )
             words = ~batch.pop("special_tokens_mask").bool()  # padding counts as special
-            hidden = self.model(**batch.to(self.model.device)).last_hidden_state.float().cpu()
+            hidden = self.encoder(**batch.to(self.encoder.device)).last_hidden_state.float().cpu()
             hidden = torch.nn.functional.normalize(hidden, dim=-1)
             out += [vectors[keep] for vectors, keep in zip(hidden, words, strict=True)]
         return out

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from amortlm.engine.passes import gather_log_probs
 from amortlm.errors import ConfigError, DataError, RewardError
 from amortlm.language_model import LanguageModel
 
@@ -66,9 +65,7 @@ def lm_judge(lm: LanguageModel, given: str = "{context}") -> Judge:
         if not tokens:
             raise DataError("the judge got an empty text")
         lm.check_context(len(before), len(before) + len(tokens), "the judged text with its context")
-        ids = torch.tensor([[*before, *tokens]], device=lm.device)
-        logits = lm.model(input_ids=ids).logits[:, -len(tokens) - 1 : -1]
-        return gather_log_probs(logits, ids[:, -len(tokens) :]).mean().item()
+        return lm.passes.log_probs([[*before, *tokens]])[0, -len(tokens) :].mean().item()
 
     def judge(context: str, a: str, b: str) -> float:
         return 0.5 * (1 + math.tanh((mean_log_prob(context, a) - mean_log_prob(context, b)) / 2))

@@ -33,7 +33,6 @@ SPEC = RunSpec(
         "num_samples": 128,
         "per_device_train_batch_size": 1,
         "learning_rate": 1e-3,
-        "replay_ratio": 0.25,
         "buffer_size": 128,
     },
 )

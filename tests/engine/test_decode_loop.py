@@ -1,13 +1,14 @@
-"""`draw` shares what completions have in common, and nothing of that shows in what is drawn."""
+"""`decode` shares what completions have in common, and nothing of that shows in what is drawn."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from reference import tiny_policy
 
 from amortlm import Support
-from amortlm.engine.decoding import Exploration, draw, uniform_streams
-from reference import tiny_policy
+from amortlm.engine.decoding import Exploration, decode
+from amortlm.engine.sampler import uniform_streams
 
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=4)
 
@@ -17,12 +18,12 @@ def test_completions_of_one_prompt_are_those_of_copies_of_it(family_lm, hot):
     """One prompt for 40 completions against 40 prompts for one each: same uniforms, same tokens and log q."""
     policy, n = tiny_policy(family_lm, "{x}", SUPPORT), 40
     prompts = policy.encode_rows([{"x": "the cat sat"}, {"x": "a dog"}])
-    u = uniform_streams(["a"], [2 * n], policy.support.max_tokens + 1)
+    u = uniform_streams([0], [2 * n], policy.support.max_tokens + 1)
     heat = Exploration(torch.linspace(0.3, 2.0, 2 * n) if hot else None, epsilon=0.1)
     index = torch.arange(2).repeat(n)
-    shared = draw(policy.passes, policy.passes.encode(prompts), index, policy.support, u, heat)
+    shared = decode(policy.passes, policy.support, policy.passes.encode(prompts), index, u, heat)
     copies = policy.passes.encode([prompts[i] for i in index.tolist()])
-    apart = draw(policy.passes, copies, torch.arange(2 * n), policy.support, u, heat)
+    apart = decode(policy.passes, policy.support, copies, torch.arange(2 * n), u, heat)
     for name in ("tokens", "lengths", "stops"):
         assert torch.equal(getattr(shared, name), getattr(apart, name)), name
     for name in ("log_pf", "log_pterm"):

@@ -1,0 +1,75 @@
+"""How a command ends: its exit status, and the line that says why."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from amortlm.errors import AmortLMError
+
+
+class Ended(BaseException):
+    """Raised by SIGTERM and SIGHUP, as KeyboardInterrupt is by SIGINT."""
+
+
+@contextlib.contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: files are closed, and a line says what happened."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Ended(number)
+
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    before = {getattr(signal, n): signal.getsignal(getattr(signal, n)) for n in names if hasattr(signal, n)}
+    taken = {number: handler for number, handler in before.items() if handler == signal.SIG_DFL}
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
+
+
+def exit_status(work: Callable[[], int | None], args: Namespace) -> int:
+    """The exit status of `work`, which does what `args` say; where it ends early, a line on stderr says why."""
+    try:
+        return work() or 0
+    except AmortLMError as e:
+        print(
+            "amortlm:", " ".join(str(e).split()), file=sys.stderr
+        )  # one line, whatever a library says in it
+        return 2
+    except OSError as e:
+        print(f"amortlm: {e}. What was saved before is intact.", file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Ended) as e:
+        number = e.args[0] if isinstance(e, Ended) else signal.SIGINT
+        print(f"amortlm: ended by {signal.Signals(number).name}{_what_remains(args)}", file=sys.stderr)
+        return 128 + number
+
+
+def _what_remains(args: Namespace) -> str:
+    if args.command == "reproduce":
+        return "; the same command goes on from the last checkpoint"
+    if args.command != "train":
+        return ""
+    if (run := sys.modules.get("amortlm.train.run")) is None:
+        return " before anything was started"
+    folder = run_folder(args)
+    if run.is_finished(folder):
+        return f"; {folder} holds a finished run"
+    if run.can_resume(folder):
+        return f"; the same command with --resume goes on from the last checkpoint in {folder}"
+    return "; nothing was saved yet: the same command starts again"
+
+
+def run_folder(args: Namespace) -> Path:
+    """Where `amortlm train` writes."""
+    return Path(args.output or f"runs/{Path(args.spec).stem}")

@@ -1,0 +1,171 @@
+"""A trainer whose runs are claimed, interrupted, resumed and saved: all of `GFNTrainer` but what an update is."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
+
+from amortlm.files import replacing
+from amortlm.policy.policy import Policy
+from amortlm.posterior import Posterior
+from amortlm.targets.base import Target
+from amortlm.train import checkpoints, run
+from amortlm.train.callbacks import ROWS, SAMPLES, diagnosis_seed
+from amortlm.train.config import GFNConfig
+from amortlm.train.interruption import Interruption
+from amortlm.train.log_z import LearnedLogZ
+from amortlm.train.memory import RewardMemory
+from amortlm.train.outcome import complaint
+from amortlm.train.processes import Processes
+
+logger = logging.getLogger(__name__)
+CARD = "README.md"
+
+
+class ResumableTrainer(Trainer):
+    """What it saves and reads is set by its subclass."""
+
+    args: GFNConfig
+    train_dataset: Any  # a list of rows
+    eval_dataset: Any  # a list of rows, or None
+    policy: Policy
+    target: Target
+    training_target: RewardMemory  # what the policy is trained on
+    posterior: Posterior
+    processes: Processes
+    log_z: LearnedLogZ | None
+    stores: Sequence[checkpoints.Store]
+    gold: Any  # completions that the buffer starts with
+    first_weights: str | None = None  # a name of the saved weights that the adapter starts from
+
+    def train(  # type: ignore[override]
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *,
+        overwrite_output_dir: bool = False,
+        **kwargs: Any,
+    ) -> TrainOutput:
+        """Train, then save the posterior into `args.output_dir`, whatever `save_strategy` says of checkpoints.
+
+        resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir` that is whole. A run that
+        was interrupted and resumed gives the same numbers as one that was not. overwrite_output_dir: delete the run
+        that `output_dir` holds. Without either, a folder with checkpoints or a posterior is refused.
+
+        SIGINT, SIGTERM and SIGHUP have their effect (KeyboardInterrupt, the end of the process) after the step that
+        runs, and a checkpoint. Raises CheckpointError for a folder that is used or of another run, checkpoints that
+        are damaged, and a full disk.
+        """
+        folder = Path(str(self.args.output_dir))
+        stated = run.identity(
+            self.policy, self.target, self.train_dataset, self.args, start=self.first_weights, gold=self.gold
+        )
+        with ExitStack() as held, Interruption(self.args) as stop, checkpoints.writing(folder):
+
+            def claim() -> Path | None:
+                held.enter_context(run.locked(folder))
+                return run.prepare(folder, stated, resume_from_checkpoint or False, overwrite_output_dir)
+
+            found = self.processes.first(claim)
+            if found is not None and (found == folder or checkpoints.is_over(found)):
+                output = self._load_finished(found)
+            else:
+                output = self._run(None if found is None else str(found), stop, kwargs)
+            if stop.saved is None and found != folder:
+                self._finish(stated)
+        stop.deliver()
+        return output
+
+    def _run(self, found: str | None, stop: Interruption, kwargs: dict[str, Any]) -> TrainOutput:
+        if self.log_z is not None and found is None:
+            temperature = self.args.reward_temperature_at(0)
+            self.log_z.start(
+                self.training_target, self.args.num_samples, temperature, (self.args.seed, "log_z")
+            )
+        self.add_callback(stop)
+        try:
+            return super().train(resume_from_checkpoint=found, **kwargs)
+        finally:
+            self.remove_callback(stop)
+
+    def _finish(self, stated: dict[str, Any]) -> None:
+        """Save the posterior, and say where it came to nothing."""
+        folder = Path(str(self.args.output_dir))
+        self.save_model()
+        self.save_state()
+        if self.is_world_process_zero():
+            run.write(folder, stated, finished=True)
+        diagnosed = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
+        end = self.processes.share(
+            lambda row: self.posterior.estimate(row, n, seed=diagnosis_seed(self.args)), diagnosed[:ROWS]
+        )
+        start = next((e for e in self.state.log_history if "elbo" in e and e["step"] == 0), None)
+        if (sentence := complaint(start, end)) is not None and self.is_world_process_zero():
+            logger.warning("%s", sentence)
+
+    def _load_finished(self, folder: Path) -> TrainOutput:
+        logger.warning("%s: training was finished; nothing is left to do", folder)
+        self.policy.load_adapter(folder)
+        with checkpoints.reading(folder, checkpoints.STATE):
+            self.state = TrainerState.load_from_json(str(folder / checkpoints.STATE))
+        losses = [entry["train_loss"] for entry in self.state.log_history if "train_loss" in entry]
+        return TrainOutput(self.state.global_step, losses[-1] if losses else math.nan, {})
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        with replacing(folder, run.POSTERIOR) as part:
+            if (folder / CARD).exists():
+                shutil.copy(folder / CARD, part)  # peft adds to a card that is there
+            self.posterior.save_pretrained(part)
+            (part / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output_dir = Path(self._get_output_dir(trial))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # files of a save that was cut short
+        self.processes.meet()
+        try:
+            checkpoints.save_state(folder, self.processes.index, self.stores, self._log_z_values())
+            if self.args.should_save:
+                shutil.copy(Path(str(self.args.output_dir)) / run.FILE, folder)
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # That was each process's last file. What follows: trainer_state.json, without which a checkpoint was cut
+        # short, and the end of checkpoints beyond save_total_limit.
+        self.processes.meet()
+        if self.args.should_save:
+            checkpoints.seal(Path(output_dir), self.processes.count)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.policy.load_adapter(resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
+        checkpoints.load_state(folder, self.processes.index, self.stores, self._log_z_values())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint, "the state of optimizer and schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with checkpoints.reading(checkpoint, "the random state"):
+            super()._load_rng_state(checkpoint)
+
+    def _log_z_values(self) -> Tensor | None:
+        return None if self.log_z is None else self.log_z.values

@@ -1,0 +1,56 @@
+"""What differs between the versions of transformers that amortlm works with; each entry says when it can go."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+import transformers
+
+TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+
+# Until transformers >= 5.24, and as long as models with code of their own are written for older versions.
+def cache_argument(accepted: Collection[str]) -> str:
+    """The argument of a model that takes its cache. `accepted`: those that it names, empty if it passes on all."""
+    newest = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"
+    return next((name for name in ("cache", "cache_params", "past_key_values") if name in accepted), newest)
+
+
+# Until transformers >= 5.23.
+def checkpoint_activations(model: Any, settings: dict[str, Any]) -> None:
+    """`model.activation_checkpointing_enable`, before transformers 5.23 `gradient_checkpointing_enable`."""
+    new = hasattr(model, "activation_checkpointing_enable")
+    name = "activation_checkpointing" if new else "gradient_checkpointing"
+    changed = {
+        f"{name}_kwargs" if key.endswith("_checkpointing_kwargs") else key: x for key, x in settings.items()
+    }
+    getattr(model, f"{name}_enable")(**changed)
+
+
+# Until transformers >= 5.23: what stands below is then an import and two calls in text/codec.py.
+def control_tokens(tokenizer: Any, template: str) -> Collection[str]:
+    """The tokens that structure a chat: special ones, and those that the chat template writes."""
+    if hasattr(tokenizer, "_get_control_tokens"):
+        return tuple(tokenizer._get_control_tokens(template))
+    added = tokenizer.added_tokens_decoder.values()
+    return [t.content for t in added if t.special or (t.content.strip() and t.content in template)]
+
+
+def mark_control_token(token: str, pattern: re.Pattern[str]) -> str:
+    """The token, marked as one to be read as text: see `reading_marked`."""
+    if TRANSFORMERS < (5, 23):
+        return token
+    from transformers.utils.chat_template_utils import mark_control_tokens
+
+    return str(mark_control_tokens(token, pattern))
+
+
+def reading_marked() -> dict[str, bool]:
+    """Settings of a tokenizer that reads marked tokens as text. Raises NotImplementedError where none does."""
+    if TRANSFORMERS < (5, 23):
+        raise NotImplementedError(
+            f"transformers {transformers.__version__} reads it as a control token; 5.23 does not"
+        )
+    return {"sanitize_control_tokens": True}
