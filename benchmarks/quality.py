@@ -28,6 +28,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging as hf_logging
 
 from amortlm import GFNTrainer, LanguageModel, Policy
+from amortlm.lab.experiment import Context
 
 from . import paper_loop
 from .posteriors import methods
@@ -109,7 +110,7 @@ def train(
     settings = {
         "max_steps": args.updates,
         "num_samples": args.samples,
-        "learning_rate": methods.GFLOWNET_RATE,
+        "learning_rate": methods.SETTINGS["gflownet"]["learning_rate"],
         "lr_scheduler_type": "constant_with_warmup",
         "seed": seed,
         **settings,
@@ -137,8 +138,11 @@ def grpo(problem: methods.Problem, seconds: float, seed: int, args: Any) -> Poin
 
 def _timed_grpo(problem: methods.Problem, updates: int, seed: int, args: Any) -> tuple[Policy, float]:
     start = clock()
-    policy = methods.grpo(problem, methods.Budget(updates, args.samples), seed)
-    return policy, clock() - start
+    settings = {**methods.SETTINGS, "updates": updates, "samples": args.samples}
+    with tempfile.TemporaryDirectory() as folder:
+        train, _ = methods.TRAINED["grpo"]
+        trained = train(Context(settings, problem.lm), problem, seed, Path(folder))
+    return trained.sampler.policy, clock() - start
 
 
 def measure(problem: methods.Problem, seed: int, args: Any) -> dict[str, list[Point]]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import random
 
-from _common import base_model_parser, fine_tune
 from amortlm import LanguageModel
+from fine_tuning import base_model_parser, fine_tune
 
 CARE = {2: 0.95, 3: 0.05, 4: 0.05, 5: 0.05}  # how often a step after the first is the right one
 OPERANDS, SHARES = (2, 3, 4, 5), (0.3, 0.3, 0.25, 0.15)

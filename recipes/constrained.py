@@ -11,23 +11,37 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
+from math import inf, nan
 from pathlib import Path
 
 import torch
 
-from _common import Metrics, Results, average, load_model, parser, train, untrained
-from amortlm import Posterior, Support, constraint, importance
+from _common import Figures, average, metrics
+from amortlm import LanguageModel, Posterior, Support, constraint, importance
 from amortlm.errors import DataError
+from amortlm.lab import command
+from amortlm.lab.experiment import Context, Experiment, Outcome, Results, Settings, Trained
 from amortlm.lab.tasks.infilling import STORIES
+from amortlm.lab.training import Problem, train_gflownet, untrained
+from amortlm.train import GFNConfig
 from amortlm.types import Row
 
 HINTED = "{words}.</s><s>{x}"  # the words as a document of their own, then the story
 SUPPORT = Support(stop=".", min_tokens=3, max_tokens=21)
-CONFIG = {
-    "objective": {"subtb": {"states": 6}},
-    "num_samples": 12,
-    "per_device_train_batch_size": 6,
-    "learning_rate": 1e-3,
+SETTINGS: Settings = {
+    "model": "embedded",
+    "rows": 64,  # to train on
+    "measured": 8,  # of these, and of unseen ones
+    "samples": 512,  # of each row that is measured
+    "lora": 16,
+    "gflownet": {
+        "objective": {"subtb": {"states": 6}},
+        "max_steps": 150,
+        "num_samples": 12,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-3,
+    },
 }
 
 
@@ -65,12 +79,49 @@ def _checked(rows: list[Row], count: int, where: str) -> list[Row]:
     return rows[:count]
 
 
-def measure(posterior: Posterior, rows: list[Row], n: int, group: str, seed: int) -> Metrics:
-    """Figures of n samples a row. `log p` is that of the samples with all words; rejection has the exact one."""
-    return {f"{group}: {k}": v for k, v in average([_row(posterior, r, n, seed) for r in rows]).items()}
+@dataclass(frozen=True)
+class Task:
+    """The posterior under a prompt with the words. measured: rows by group."""
+
+    problem: Problem
+    measured: dict[str, list[Row]]
 
 
-def _row(posterior: Posterior, row: Row, n: int, seed: int) -> Metrics:
+def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Task:
+    """Rows of CommonGen in the folder --data, or of our stories. Raises DataError."""
+    n, measured = settings["rows"], settings["measured"]
+    rows = stories(n + measured) if data is None else concepts(data, n + measured)
+    gold = [[row["gold"].rstrip(".")] if "gold" in row else [] for row in rows[:n]]
+    target = lm.log_prob("{z}", given="{x}") + constraint.predicate(has_words)
+    problem = Problem(target, HINTED, SUPPORT, rows[:n], gold)
+    return Task(problem, {"trained on": rows[:measured], "unseen": rows[n:]})
+
+
+def rejection(context: Context, seed: int, folder: Path) -> Trained:
+    problem = context.data.problem
+    return untrained(context, Problem(problem.target, "{x}", problem.support))
+
+
+def shown_the_words(context: Context, seed: int, folder: Path) -> Trained:
+    return untrained(context, context.data.problem)
+
+
+def gflownet(context: Context, seed: int, folder: Path) -> Trained:
+    return train_gflownet(context, context.data.problem, context.settings["gflownet"], seed, folder)
+
+
+def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+    """Of each group. `log p` is that of the samples with all words; rejection has the exact one."""
+    out = dict.fromkeys(METRICS, nan)
+    for group, rows in context.data.measured.items():
+        found = average([_row(trained.sampler, row, context.settings["samples"], seed) for row in rows])
+        share = found["has the words"]
+        found["samples per good one"] = 1 / share if share else inf  # all rows together
+        out |= {f"{group}: {name}": value for name, value in found.items()}
+    return Outcome(out)
+
+
+def _row(posterior: Posterior, row: Row, n: int, seed: int) -> Figures:
     samples = posterior.sample(row, n, seed=("measure", seed))
     log_r = torch.tensor([s.log_reward for s in samples])
     found = importance.estimate(log_r - torch.tensor([s.log_q for s in samples]), log_r)
@@ -81,60 +132,35 @@ def _row(posterior: Posterior, row: Row, n: int, seed: int) -> Metrics:
     return out
 
 
-def draws_per_good(metrics: Metrics) -> Metrics:
-    """Samples per good one, all rows together."""
-    out = dict(metrics)
-    for group in ("trained on", "unseen"):
-        share = metrics[f"{group}: has the words"]
-        out[f"{group}: samples per good one"] = 1 / share if share else float("inf")
-    return out
-
-
-def main(argv: list[str] | None = None) -> None:
-    options = parser(__doc__, "constrained", steps=150, seeds=3)
-    options.add_argument("--data", type=Path, help="folder of CommonGen (default: our stories)")
-    options.add_argument("--rows", type=int, default=64, help="rows to train on")
-    options.add_argument("--measured", type=int, default=8, help="rows of these, and unseen ones, to measure")
-    options.add_argument("--samples", type=int, default=512, help="samples a row that are measured")
-    options.add_argument("--objective", default="subtb")
-    args = options.parse_args(argv)
-    lm = load_model(args.model)
-    count = args.rows + args.measured
-    rows = concepts(args.data, count) if args.data else stories(count)
-    shown = rows[: args.rows]
-    groups = {"trained on": shown[: args.measured], "unseen": rows[args.rows :]}
-    config = {**CONFIG, "objective": args.objective, "max_steps": args.steps}
-    settings = {
-        **config,
-        "model": args.model,
-        "rows": rows,
-        "measured": args.measured,
-        "samples": args.samples,
-    }
-    results = Results(args.output, "Sentences with given words", settings)
-    target = lm.log_prob("{z}", given="{x}") + constraint.predicate(has_words)
-
-    def figures(posterior: Posterior, seed: int) -> Metrics:
-        parts = [measure(posterior, part, args.samples, name, seed) for name, part in groups.items()]
-        return draws_per_good({k: v for part in parts for k, v in part.items()})
-
-    def gflownet(seed: int) -> Posterior:
-        gold = [[row["gold"].rstrip(".")] if "gold" in row else [] for row in shown]
-        return train(lm, target, HINTED, SUPPORT, shown, gold=gold, seed=seed, **config)
-
-    for seed in range(args.seeds):
-        results.run("rejection", seed, lambda s=seed: figures(untrained(lm, target, "{x}", SUPPORT), s))
-        results.run(
-            "shown the words", seed, lambda s=seed: figures(untrained(lm, target, HINTED, SUPPORT), s)
-        )
-        results.run("GFlowNet", seed, lambda s=seed: figures(gflownet(s), s))
-    results.finish(
-        f"{args.samples} samples a row; means over {args.measured} of the {args.rows} rows trained on and as many "
+def notes(results: Results) -> str:
+    s = results["settings"]
+    return (
+        f"{s['samples']} samples a row; means over {s['measured']} of the {s['rows']} rows trained on and as many "
         "unseen ones, ± between seeds. log p (nats) is log p(z | x) of samples with all words, log Z the importance "
         "estimate of the log of p(all words | x); both, and distinct, are means over rows with at least one such "
         "sample. Rejection draws from the exact posterior, so its log p is what a perfect sampler has on those rows."
     )
 
 
+FIGURES = ("has the words", "rows without any", "log p", "distinct", "log Z")
+GROUPS = ("trained on", "unseen")
+METRICS = (
+    *(f"{group}: {name}" for group in GROUPS for name in FIGURES),
+    *(f"{group}: samples per good one" for group in GROUPS),
+)
+EXPERIMENT = Experiment(
+    name="constrained",
+    question="Which share of samples has the given words: by rejection, shown the words, and after training?",
+    presets={"small": SETTINGS},
+    groups={"gflownet": GFNConfig},
+    prepare=prepare,
+    reads_data=True,
+    methods={"rejection": rejection, "shown the words": shown_the_words, "GFlowNet": gflownet},
+    evaluate=evaluate,
+    metrics=metrics(*METRICS),
+    rows="metrics",
+    summary=notes,
+)
+
 if __name__ == "__main__":
-    main()
+    command.main(EXPERIMENT)

@@ -4,20 +4,26 @@ A low temperature alone makes continuations likely, and the likeliest fit any st
 asks for what x makes likelier: the pointwise mutual information log p(z | x) - log p(z) is to rise. On a support of
 4,368 strings, where the posterior is known, also the exact distance from it.
 
-    python recipes/contrastive.py --a 1.5 --b -0.5 --output runs/contrastive
+    python recipes/contrastive.py --set a=1.5 --set b=-0.5 --output runs/contrastive
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from math import nan
+from pathlib import Path
 
 import torch
 
-from _common import Metrics, Results, average, load_model, parser, train, untrained
+from _common import Figures, average, metrics
 from amortlm import LanguageModel, Posterior, Support, Target, exact, importance
 from amortlm.diagnostics.diversity import distinct
 from amortlm.errors import ConfigError
+from amortlm.lab import command
+from amortlm.lab.experiment import Context, Experiment, Method, Outcome, Results, Settings, Trained
 from amortlm.lab.tasks.infilling import STORIES
+from amortlm.lab.training import Problem, train_gflownet, untrained
+from amortlm.train import GFNConfig
 from amortlm.types import Row
 
 PROMPT = "{x}"
@@ -25,97 +31,153 @@ LONG = Support(stop=".", min_tokens=3, max_tokens=20)
 WORDS = ["the", "a", "dog", "cat", "ran", "home", "saw", "was", "happy", "sad"]
 WORDS += ["to", "and", "her", "his", "she", "found"]
 SHORT = Support(stop=".", min_tokens=1, max_tokens=3, allowed_tokens=[f" {w}" for w in WORDS])
+STRINGS = sum(len(WORDS) ** n for n in range(1, 4))
 SHORT_ROW = {"x": "Tom had a dog. One day the dog was lost."}
-CONFIG: dict[str, Any] = {"num_samples": 12, "per_device_train_batch_size": 6, "learning_rate": 2e-3}
-SHORT_CONFIG = {"num_samples": 64, "per_device_train_batch_size": 1, "learning_rate": 1e-3, "epsilon": 0.1}
+SETTINGS: Settings = {
+    "model": "embedded",
+    "a": 1.5,  # power of p(z | x)
+    "b": -0.5,  # power of p(z), negative
+    "steps": 100,
+    "rows": 12,
+    "samples": 256,
+    "lora": {"long": 32, "short": 16},
+    "long": {
+        "num_samples": 12,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 2e-3,
+        "objective": "subtb",
+    },
+    "short": {
+        "num_samples": 64,
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1e-3,
+        "epsilon": 0.1,
+        "objective": "subtb",
+    },
+}
 
 
+@dataclass(frozen=True)
 class Task:
-    """The target and its two parts, and what is measured of a sampler."""
+    """The target and its two parts, and what the short strings have of either."""
 
-    def __init__(self, lm: LanguageModel, a: float, b: float, rows: list[Row], samples: int):
-        self.conditional, self.prior = lm.log_prob("{z}", given="{x}"), lm.log_prob("{z}")
-        self.target = a * self.conditional + b * self.prior
-        self.rows, self.samples = rows, samples
-        self.truth = exact.enumerate_posterior(self.target, SHORT.bind(lm), SHORT_ROW)
-        parts = (
-            exact.enumerate_posterior(t, SHORT.bind(lm), SHORT_ROW) for t in (self.conditional, self.prior)
-        )
-        given, alone = (part.log_p + part.log_z for part in parts)
-        self.short_information = given - alone
+    conditional: Target
+    prior: Target
+    target: Target
+    rows: list[Row]
+    truth: exact.ExactPosterior
+    information: torch.Tensor
 
-    def stories(self, posterior: Posterior, seed: int) -> Metrics:
-        return average([self._story(posterior, row, seed) for row in self.rows])
-
-    def _story(self, posterior: Posterior, row: Row, seed: int) -> Metrics:
-        rollouts, log_probs = posterior.policy.sample([row], self.samples, seed=("measure", seed))
-        log_q = log_probs.final(rollouts.lengths)
-        log_given, log_alone = (part.score_final(rollouts) for part in (self.conditional, self.prior))
-        log_r = self.target.score_final(rollouts)
-        found = importance.estimate(log_r - log_q, log_r)
-        return {
-            "log p(z|x) - log p(z)": (log_given - log_alone).mean().item(),
-            "log p(z|x)": log_given.mean().item(),
-            "log p(z)": log_alone.mean().item(),
-            "distinct": distinct(rollouts.completions()),
-            "ESS": found.ess,
-            "ELBO": found.elbo,
-        }
-
-    def short(self, log_q: torch.Tensor) -> Metrics:
-        """Exact figures of a distribution over the short strings."""
-        d = exact.distance(log_q, self.truth.log_p)
-        return {
-            "short: log p(z|x) - log p(z)": (log_q.exp() * self.short_information).sum().item(),
-            "short: TV": d.total_variation,
-            "short: KL(q||p)": d.kl_qp,
-            "short: KL(p||q)": d.kl_pq,
-        }
+    def problems(self, target: Target) -> tuple[Problem, Problem]:
+        """Stories, and short strings."""
+        return Problem(target, PROMPT, LONG, self.rows), Problem(target, PROMPT, SHORT, [SHORT_ROW])
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser(__doc__, "contrastive", steps=100, seeds=3)
-    options.add_argument("--a", type=float, default=1.5, help="power of p(z | x)")
-    options.add_argument("--b", type=float, default=-0.5, help="power of p(z), negative")
-    options.add_argument("--rows", type=int, default=12, help="stories")
-    options.add_argument("--samples", type=int, default=256, help="samples a story that are measured")
-    args = options.parse_args(argv)
-    if args.a + args.b <= 0 or args.b >= 0:
-        raise ConfigError(f"need b < 0 < a + b for a contrast that can be summed, got a={args.a}, b={args.b}")
-    lm = load_model(args.model)
-    rows = [{"x": story["x"]} for story in STORIES[: args.rows]]
-    task = Task(lm, args.a, args.b, rows, args.samples)
-    settings = {**vars(args), **CONFIG, "short": SHORT_CONFIG}
-    del settings["seeds"], settings["output"]
-    results = Results(args.output, "Continuations specific to their beginning", settings)
+def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Task:
+    """Raises ConfigError for powers that are no contrast."""
+    a, b = settings["a"], settings["b"]
+    if a + b <= 0 or b >= 0:
+        raise ConfigError(f"need b < 0 < a + b for a contrast that can be summed, got a={a}, b={b}")
+    conditional, prior = lm.log_prob("{z}", given="{x}"), lm.log_prob("{z}")
+    target, support = a * conditional + b * prior, SHORT.bind(lm)
+    given, alone = (exact.enumerate_posterior(t, support, SHORT_ROW) for t in (conditional, prior))
+    information = given.log_p + given.log_z - (alone.log_p + alone.log_z)
+    rows = [{"x": story["x"]} for story in STORIES[: settings["rows"]]]
+    truth = exact.enumerate_posterior(target, support, SHORT_ROW)
+    return Task(conditional, prior, target, rows, truth, information)
 
-    def figures(long: Posterior, short: Posterior, seed: int) -> Metrics:
-        return task.stories(long, seed) | task.short(exact.policy_log_probs(short.policy, SHORT_ROW))
 
-    def trained(target: Target, seed: int) -> Metrics:
-        common = {"objective": "subtb", "seed": seed}
-        long = train(lm, target, PROMPT, LONG, rows, **CONFIG, **common, max_steps=args.steps, lora=32)
-        short = train(
-            lm, target, PROMPT, SHORT, [SHORT_ROW], **SHORT_CONFIG, **common, max_steps=2 * args.steps
-        )
-        return figures(long, short, seed)
-
-    def start(seed: int) -> Metrics:
-        return figures(
-            untrained(lm, task.target, PROMPT, LONG), untrained(lm, task.target, PROMPT, SHORT), seed
-        )
-
-    for seed in range(args.seeds):
-        results.run("untrained", seed, lambda s=seed: start(s))
-        results.run("tempered", seed, lambda s=seed: trained(args.a * task.conditional, s))
-        results.run("contrastive", seed, lambda s=seed: trained(task.target, s))
-    results.run("exact posterior", 0, lambda: task.short(task.truth.log_p))
-    results.finish(
-        f"The target is p(z|x)^{args.a:g} p(z)^{args.b:g}, and ESS, ELBO and distances are from it. *tempered* was "
-        f"trained on p(z|x)^{args.a:g} alone. Above: {args.samples} samples for each of {args.rows} stories; *short*: "
-        f"by enumeration of {len(task.truth.completions):,} strings of one prompt, exact. Nats; ± between seeds."
+def without_training(context: Context, seed: int, folder: Path) -> Trained:
+    return Trained(
+        [untrained(context, problem).sampler for problem in context.data.problems(context.data.target)]
     )
 
 
+def trained(contrast: bool) -> Method:
+    """On the target, or on p(z | x)^a alone."""
+
+    def train(context: Context, seed: int, folder: Path) -> Trained:
+        settings, task = context.settings, context.data
+        problems = task.problems(task.target if contrast else settings["a"] * task.conditional)
+        parts = []
+        for name, problem, steps in zip(
+            ("long", "short"), problems, (settings["steps"], 2 * settings["steps"]), strict=True
+        ):
+            config, lora = {**settings[name], "max_steps": steps}, settings["lora"][name]
+            parts.append(train_gflownet(context, problem, config, seed, folder / name, lora=lora))
+        return Trained([part.sampler for part in parts], sum(part.reward_evaluations for part in parts))
+
+    return train
+
+
+def exact_posterior(context: Context, seed: int, folder: Path) -> Trained:
+    return Trained(None)
+
+
+def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+    task: Task = context.data
+    if trained.sampler is None:
+        return Outcome(dict.fromkeys(STORY_FIGURES, nan) | short_figures(task, task.truth.log_p))
+    long, short = trained.sampler
+    rows = [story_figures(task, long, row, context.settings["samples"], seed) for row in task.rows]
+    return Outcome(average(rows) | short_figures(task, exact.policy_log_probs(short.policy, SHORT_ROW)))
+
+
+def story_figures(task: Task, posterior: Posterior, row: Row, samples: int, seed: int) -> Figures:
+    rollouts, log_probs = posterior.policy.sample([row], samples, seed=("measure", seed))
+    log_q = log_probs.final(rollouts.lengths)
+    log_given, log_alone = (part.score_final(rollouts) for part in (task.conditional, task.prior))
+    log_r = task.target.score_final(rollouts)
+    found = importance.estimate(log_r - log_q, log_r)
+    values = (
+        (log_given - log_alone).mean().item(),
+        log_given.mean().item(),
+        log_alone.mean().item(),
+        distinct(rollouts.completions()),
+        found.ess,
+        found.elbo,
+    )
+    return dict(zip(STORY_FIGURES, values, strict=True))
+
+
+def short_figures(task: Task, log_q: torch.Tensor) -> Figures:
+    """Exact figures of a distribution over the short strings."""
+    d = exact.distance(log_q, task.truth.log_p)
+    values = ((log_q.exp() * task.information).sum().item(), d.total_variation, d.kl_qp, d.kl_pq)
+    return dict(zip(SHORT_FIGURES, values, strict=True))
+
+
+STORY_FIGURES = ("log p(z|x) - log p(z)", "log p(z|x)", "log p(z)", "distinct", "ESS", "ELBO")
+SHORT_FIGURES = tuple(f"short: {n}" for n in ("log p(z|x) - log p(z)", "TV", "KL(q||p)", "KL(p||q)"))
+
+
+def notes(results: Results) -> str:
+    s = results["settings"]
+    return (
+        f"The target is p(z|x)^{s['a']:g} p(z)^{s['b']:g}, and ESS, ELBO and distances are from it. *tempered* was "
+        f"trained on p(z|x)^{s['a']:g} alone. Above: {s['samples']} samples for each of {s['rows']} stories; *short*: "
+        f"by enumeration of {STRINGS:,} strings of one prompt, exact. Nats; ± between seeds."
+    )
+
+
+EXPERIMENT = Experiment(
+    name="contrastive",
+    question="Does dividing by a power of p(z) make continuations specific to their beginning?",
+    presets={"small": SETTINGS},
+    groups={"long": GFNConfig, "short": GFNConfig},
+    prepare=prepare,
+    methods={
+        "untrained": without_training,
+        "tempered": trained(contrast=False),
+        "contrastive": trained(contrast=True),
+        "exact posterior": exact_posterior,
+    },
+    once=frozenset({"exact posterior"}),
+    evaluate=evaluate,
+    metrics=metrics(*STORY_FIGURES, *SHORT_FIGURES),
+    rows="metrics",
+    summary=notes,
+)
+
 if __name__ == "__main__":
-    main()
+    command.main(EXPERIMENT)

@@ -23,9 +23,9 @@ from transformers.utils import logging as hf_logging
 
 from amortlm import GFNTrainer, Posterior, __version__, importance
 from amortlm.diagnostics.diversity import diversity
-from amortlm.lab.plots import InfillingData, NumbersData, demo_figure
 from amortlm.lab.tasks import infilling, numbers
 from amortlm.types import Row
+from demo_figure import InfillingData, NumbersData, demo_figure
 
 SAMPLES = 256  # per story: fewer flatter a bad sampler
 CURVE_STORIES = 4  # stories behind each point of the training curves

@@ -1,6 +1,6 @@
 """Write rows of the infilling task: generated stories under keys that training never uses.
 
-python recipes/infilling_rows.py > src/amortlm/tasks/stories.jsonl
+python recipes/infilling_rows.py > src/amortlm/lab/tasks/stories.jsonl
 python recipes/infilling_rows.py --first 620 --rows 960 > runs/more-stories.jsonl
 """
 
@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "embedded"))
-
-from stories import story
+from embedded.stories import story
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--first", type=int, default=0)

@@ -14,17 +14,14 @@ from __future__ import annotations
 
 import random
 import re
-import sys
 from pathlib import Path
 
-from _common import base_model_parser, fine_tune
 from amortlm import LanguageModel
 from amortlm.errors import DataError
-
-sys.path.insert(0, str(Path(__file__).parent / "embedded"))
-import reviews
-from corpus import clean, read_jsonl_text, read_lines, read_sst2
-from review_words import PHRASES
+from embedded import reviews
+from embedded.corpus import clean, read_jsonl_text, read_lines, read_sst2
+from embedded.review_words import PHRASES
+from fine_tuning import base_model_parser, fine_tune
 
 MADE_UP = 0.25  # share of sentences that are generated, as the embedded model knows them
 SHARED = 6  # words in a row

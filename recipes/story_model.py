@@ -11,18 +11,14 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 import time
-from pathlib import Path
 
 import torch
 
-from _common import base_model_parser, fine_tune
 from amortlm import LanguageModel
 from amortlm.engine.passes import gather_log_probs
-
-sys.path.insert(0, str(Path(__file__).parent / "embedded"))
-from stories import story
+from embedded.stories import story
+from fine_tuning import base_model_parser, fine_tune
 
 HELD_OUT = 64
 

@@ -8,22 +8,35 @@ with a calculator. The joint sampler sees both, mixed, for as many updates as th
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
-from _common import Metrics, Results, average, load_model, parser, train, untrained
+from _common import Figures, average, metrics
 from amortlm import LanguageModel, Posterior, Support
+from amortlm.lab import command
+from amortlm.lab.experiment import Context, Experiment, Outcome, Results, Settings, Trained
 from amortlm.lab.tasks import arithmetic
 from amortlm.lab.tasks.infilling import STORIES
+from amortlm.lab.training import Problem, train_gflownet, untrained
+from amortlm.train import GFNConfig
 from amortlm.types import Row
 
 # A row brings its own prompt and the texts around z, so that both tasks are one target on one support.
 PROMPT, OF, GIVEN = "{prompt}", "{z}{after}", "{before}"
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=25, tool="calculator")  # which stories never call
-CONFIG: dict[str, Any] = {
-    "objective": "vargrad",
-    "num_samples": 8,
-    "per_device_train_batch_size": 6,
-    "learning_rate": 1e-3,
+SETTINGS: Settings = {
+    "model": "embedded",
+    "steps": 75,  # of each single sampler
+    "rows": 100,  # of each task to train on
+    "test_rows": 24,  # unseen ones of each task
+    "samples": 64,  # of each row that is measured
+    "lora": 16,
+    "gflownet": {
+        "objective": "vargrad",
+        "num_samples": 8,
+        "per_device_train_batch_size": 6,
+        "learning_rate": 1e-3,
+    },
 }
 NAMES = ("stories", "sums")
 
@@ -45,86 +58,99 @@ def sum_rows(count: int) -> list[Row]:
     return rows
 
 
-def measure(posterior: Posterior, name: str, rows: list[Row], samples: int, seed: int) -> Metrics:
-    """Means over unseen rows; for sums also the share of right answers, by vote and of single samples."""
-    found = [posterior.estimate(row, samples, seed=("measure", seed)) for row in rows]
-    out = average(
-        [{"ESS": e.ess, "ELBO": e.elbo, "log R": e.log_reward, "var log w": e.log_w_variance} for e in found]
-    )
-    if name == "sums":
-        # The same policy; the target with the answer as a column of its own, which is what is voted on.
-        answer = posterior.lm.log_prob(arithmetic.OF, given=GIVEN)
-        votes = Posterior(posterior.policy, answer).vote(rows, 10, seed=("vote", seed))
-        out["right by vote of 10"] = sum(v.best == r["y"] for v, r in zip(votes, rows, strict=True)) / len(
-            rows
-        )
-        out["right, one sample"] = sum(
-            v.counts.get(r["y"], 0) / v.n for v, r in zip(votes, rows, strict=True)
-        ) / len(rows)
-    return {f"{name}: {metric}": value for metric, value in out.items()}
-
-
+@dataclass(frozen=True)
 class Tasks:
-    """Training and unseen rows of both tasks; samplers trained on one of them, or on both."""
+    """The joint problem with the training rows of each task, and unseen rows."""
 
-    def __init__(self, lm: LanguageModel, train_rows: int, test_rows: int):
-        self.lm, self.target = lm, lm.log_prob(OF, given=GIVEN)
-        both = dict(zip(NAMES, (f(train_rows + test_rows) for f in (story_rows, sum_rows)), strict=True))
-        self.train = {name: rows[:train_rows] for name, rows in both.items()}
-        self.test = {name: rows[train_rows:] for name, rows in both.items()}
+    train: dict[str, list[Row]]
+    test: dict[str, list[Row]]
 
-    def trained(self, names: tuple[str, ...], steps: int, seed: int) -> Posterior:
+    def problem(self, context: Context, *names: str) -> Problem:
         rows = [row for name in names for row in self.train[name]]
         gold = [[row["gold"].rstrip(".")] for row in rows]
-        return train(
-            self.lm,
-            self.target,
-            PROMPT,
-            SUPPORT,
-            rows,
-            gold=gold,
-            max_steps=steps * len(names),
-            seed=seed,
-            **CONFIG,
-        )
-
-    def figures(self, samplers: dict[str, Posterior], samples: int, seed: int) -> Metrics:
-        parts = [measure(samplers[name], name, self.test[name], samples, seed) for name in NAMES]
-        return {k: v for part in parts for k, v in part.items()}
+        return Problem(context.lm.log_prob(OF, given=GIVEN), PROMPT, SUPPORT, rows, gold)
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parser(__doc__, "universal", steps=75, seeds=3)
-    options.add_argument("--rows", type=int, default=100, help="rows of each task to train on")
-    options.add_argument("--test-rows", type=int, default=24, help="unseen rows of each task")
-    options.add_argument("--samples", type=int, default=64, help="samples a row that are measured")
-    args = options.parse_args(argv)
-    tasks = Tasks(load_model(args.model), args.rows, args.test_rows)
-    settings = {k: v for k, v in vars(args).items() if k not in ("seeds", "output")} | CONFIG
-    results = Results(args.output, "One sampler for several tasks", settings)
+def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Tasks:
+    n = settings["rows"]
+    rows = {"stories": story_rows(n + settings["test_rows"]), "sums": sum_rows(n + settings["test_rows"])}
+    return Tasks({name: of[:n] for name, of in rows.items()}, {name: of[n:] for name, of in rows.items()})
 
-    def start(seed: int) -> Metrics:
-        raw = untrained(tasks.lm, tasks.target, PROMPT, SUPPORT)
-        return tasks.figures(dict.fromkeys(NAMES, raw), args.samples, seed)
 
-    def each(seed: int) -> Metrics:
-        samplers = {name: tasks.trained((name,), args.steps, seed) for name in NAMES}
-        return tasks.figures(samplers, args.samples, seed)
+def start(context: Context, seed: int, folder: Path) -> Trained:
+    return Trained(dict.fromkeys(NAMES, untrained(context, context.data.problem(context)).sampler))
 
-    def joint(seed: int) -> Metrics:
-        both = tasks.trained(NAMES, args.steps, seed)
-        return tasks.figures(dict.fromkeys(NAMES, both), args.samples, seed)
 
-    for seed in range(args.seeds):
-        results.run("untrained", seed, lambda s=seed: start(s))
-        results.run("one per task", seed, lambda s=seed: each(s))
-        results.run("joint", seed, lambda s=seed: joint(s))
-    results.finish(
-        f"{args.rows} rows of each task to train on, {args.test_rows} unseen ones measured with {args.samples} "
-        f"samples each; {args.steps} updates of each single sampler, {2 * args.steps} of the joint one, so that the "
-        "sum of updates is equal, though the joint sampler has half the adapter weights. Nats; ± between seeds."
+def one_per_task(context: Context, seed: int, folder: Path) -> Trained:
+    parts = {name: _train(context, (name,), seed, folder / name) for name in NAMES}
+    judged = sum(part.reward_evaluations for part in parts.values())
+    return Trained({name: part.sampler for name, part in parts.items()}, judged)
+
+
+def joint(context: Context, seed: int, folder: Path) -> Trained:
+    both = _train(context, NAMES, seed, folder)
+    return Trained(dict.fromkeys(NAMES, both.sampler), both.reward_evaluations)
+
+
+def _train(context: Context, names: tuple[str, ...], seed: int, folder: Path) -> Trained:
+    config = {"max_steps": context.settings["steps"] * len(names), **context.settings["gflownet"]}
+    return train_gflownet(context, context.data.problem(context, *names), config, seed, folder)
+
+
+def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+    """Means over unseen rows; for sums also the share of right answers, by vote and of single samples."""
+    out: Figures = {}
+    for name, rows in context.data.test.items():
+        posterior = trained.sampler[name]
+        found = [posterior.estimate(row, context.settings["samples"], seed=("measure", seed)) for row in rows]
+        out |= {
+            f"{name}: {metric}": value
+            for metric, value in average(
+                [
+                    {"ESS": e.ess, "ELBO": e.elbo, "log R": e.log_reward, "var log w": e.log_w_variance}
+                    for e in found
+                ]
+            ).items()
+        }
+    return Outcome(out | right_answers(trained.sampler["sums"], context.data.test["sums"], seed))
+
+
+def right_answers(posterior: Posterior, rows: list[Row], seed: int) -> Figures:
+    # The same policy; the target with the answer as a column of its own, which is what is voted on.
+    answer = posterior.lm.log_prob(arithmetic.OF, given=GIVEN)
+    votes = Posterior(posterior.policy, answer).vote(rows, 10, seed=("vote", seed))
+    pairs = list(zip(votes, rows, strict=True))
+    return {
+        "sums: right by vote of 10": sum(v.best == row["y"] for v, row in pairs) / len(rows),
+        "sums: right, one sample": sum(v.counts.get(row["y"], 0) / v.n for v, row in pairs) / len(rows),
+    }
+
+
+def notes(results: Results) -> str:
+    s = results["settings"]
+    return (
+        f"{s['rows']} rows of each task to train on, {s['test_rows']} unseen ones measured with {s['samples']} samples "
+        f"each; {s['steps']} updates of each single sampler, {2 * s['steps']} of the joint one, so that the sum of "
+        "updates is equal, though the joint sampler has half the adapter weights. Nats; ± between seeds."
     )
 
 
+EXPERIMENT = Experiment(
+    name="universal",
+    question="One sampler q(z | x) for several tasks at once, or one per task?",
+    presets={"small": SETTINGS},
+    groups={"gflownet": GFNConfig},
+    prepare=prepare,
+    methods={"untrained": start, "one per task": one_per_task, "joint": joint},
+    evaluate=evaluate,
+    metrics=metrics(
+        *(f"{name}: {metric}" for name in NAMES for metric in ("ESS", "ELBO", "log R", "var log w")),
+        "sums: right by vote of 10",
+        "sums: right, one sample",
+    ),
+    rows="metrics",
+    summary=notes,
+)
+
 if __name__ == "__main__":
-    main()
+    command.main(EXPERIMENT)

@@ -9,43 +9,42 @@ from typing import Any
 
 import numpy as np
 
-from .methods import MAIN
-from .report_data import MARK, MISSING, ROWS, Runs, values
+from amortlm.lab.experiment import Results
+from amortlm.lab.report import MISSING
+from amortlm.lab.style import panels, save
 
-LINES: list[tuple[str, str, str, dict[str, Any]]] = [
-    ("rejection", "rejection", "rejection", {"color": "#999999", "ls": ":"}),
-    ("SIR, prompted", "sir", "sir", {"color": "#E69F00", "ls": "--"}),
-    ("MH, prompted", "mh", "mh", {"color": "#CC79A7", "ls": "--"}),
-    ("SMC, prompted", "smc", "smc", {"color": "#D55E00"}),
-    ("GFlowNet + SIR", MAIN, "sir", {"color": "#0072B2", "lw": 2.2}),
-    ("GFlowNet + SMC", MAIN, "smc", {"color": "#009E73"}),
-]
+from .digest import MARK, ROWS, Digest
+
+STYLES: dict[str, dict[str, Any]] = {
+    "rejection": {"color": "#999999", "ls": ":"},
+    "SIR, prompted": {"color": "#E69F00", "ls": "--"},
+    "MH, prompted": {"color": "#CC79A7", "ls": "--"},
+    "SMC, prompted": {"color": "#D55E00"},
+    "GFlowNet + SIR": {"color": "#0072B2", "lw": 2.2},
+    "GFlowNet + SMC": {"color": "#009E73"},
+}
 
 
-def curves_figure(runs: Runs, targets: list[str], file: Path) -> None:
+def figures(results: Results, folder: Path) -> list[str]:
+    found = results["digest"]
+    return [*curves_figure(found, folder / "passes.png"), *table_figure(found, folder / "tv.png")]
+
+
+def curves_figure(found: Digest, file: Path) -> list[str]:
     """One panel per target: TV of one output against its passes."""
-    from matplotlib.figure import Figure
-
-    columns = min(4, len(targets))
-    rows = -(-len(targets) // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.7 * rows + 0.6), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for ax in axes.flat[len(targets) :]:
-        ax.set_visible(False)
+    targets = list(found["facts"])
+    figure, axes = panels(len(targets), 4, (3.4, 2.7), sharex=True, sharey=True)
+    figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.6)  # for the legend
     handles: dict[str, Any] = {}
-    for ax, target in zip(axes.flat, targets, strict=False):
-        for label, method, curve, style in LINES:
-            for run in runs.get((target, method), []):
-                found = run["curves"][curve]
-                if "tv_low" in found[0]:
-                    band = [max(p["tv_low"], 1e-4) for p in found], [max(p["tv"], 1e-4) for p in found]
-                    ax.fill_between(
-                        [p["passes"] for p in found], *band, color=style["color"], alpha=0.2, lw=0
-                    )
-                (handles[label],) = ax.plot(
-                    [p["passes"] for p in found], [max(p["tv"], 1e-4) for p in found], **{"lw": 1.4} | style
-                )
-        handles["TV = 0.05"] = ax.axhline(MARK, color="#222222", lw=0.8, ls=(0, (1, 2)))
+    for ax, target in zip(axes, targets, strict=True):
+        for label, seeds in found["lines"][target].items():
+            for line in seeds:
+                tv = np.maximum(line["tv"], 1e-4)
+                if "tv_low" in line:
+                    low, colour = np.maximum(line["tv_low"], 1e-4), STYLES[label]["color"]
+                    ax.fill_between(line["passes"], low, tv, color=colour, alpha=0.2, lw=0)
+                (handles[label],) = ax.plot(line["passes"], tv, **{"lw": 1.4} | STYLES[label])
+        handles[f"TV = {MARK}"] = ax.axhline(MARK, color="#222222", lw=0.8, ls=(0, (1, 2)))
         ax.set(xscale="log", yscale="log", ylim=(2e-3, 1.3), xlim=(0.9, 8e4))
         ax.set_title(target, fontsize=11)
         ax.grid(color="#E3E3E3", lw=0.6)
@@ -54,23 +53,20 @@ def curves_figure(runs: Runs, targets: list[str], file: Path) -> None:
     figure.legend(
         handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False
     )
-    figure.savefig(file, dpi=110)
+    return save(figure, file)
 
 
-def table_figure(runs: Runs, targets: list[str], file: Path) -> None:
+def table_figure(found: Digest, file: Path) -> list[str]:
     """The TV table as a heat map."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in ROWS if any(values(runs, t, row, "tv") for t in targets)]
-    grid = np.array([[mean(values(runs, t, row, "tv") or [math.nan]) for t in targets] for row in rows])
-    figure = Figure(figsize=(2.6 + 0.78 * len(targets), 1.2 + 0.3 * len(rows)), layout="constrained")
-    ax = figure.subplots()
+    targets, rows = list(found["facts"]), [row[0] for row in ROWS if row[0] in found["rows"]["tv"]]
+    grid = np.array([[mean(found["rows"]["tv"][row].get(t, [math.nan])) for t in targets] for row in rows])
+    figure, (ax,) = panels(1, 1, (2.6 + 0.78 * len(targets), 1.2 + 0.3 * len(rows)))
     ax.imshow(np.log10(np.maximum(grid, 1e-3)), cmap="viridis_r", vmin=-2.5, vmax=0, aspect="auto")
     for (i, j), value in np.ndenumerate(grid):
-        dark = value > 0.05
         text = MISSING if math.isnan(value) else f"{value:.3f}"
-        ax.text(j, i, text, ha="center", va="center", fontsize=8, color="white" if dark else "#222222")
+        colour = "white" if value > 0.05 else "#222222"
+        ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
     ax.set_xticks(range(len(targets)), targets, rotation=35, ha="right")
-    ax.set_yticks(range(len(rows)), [row[0] for row in rows])
+    ax.set_yticks(range(len(rows)), rows)
     ax.set_title("total variation of one output to the exact posterior", fontsize=11)
-    figure.savefig(file, dpi=110)
+    return save(figure, file)

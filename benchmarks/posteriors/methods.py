@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import set_seed
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Target, default_lora
-from amortlm.lab.baselines.finetune import BoundedReward
+from amortlm.lab.experiment import Context, Settings, Trained
+from amortlm.lab.training import Gold, train_gflownet, train_reinforced, train_supervised
+from amortlm.lab.training import Problem as Posed
 from amortlm.targets.base import Softened
 from amortlm.types import Rollouts
 
@@ -51,12 +50,12 @@ class Problem:
         target = case.build(lm)
         return cls(case, lm, target, truth_of(target, policy), policy_law(policy))
 
-    def policy(self, seed: int) -> Policy:
-        set_seed(seed)  # an adapter starts at random
-        return Policy(self.lm, self.case.prompt, self.case.support(), default_lora(RANK))
+    def posed(self, gold: Gold | None = None) -> Posed:
+        """As the laboratory states it."""
+        return Posed(self.case.build(self.lm), self.case.prompt, self.case.support(), [ROW], gold)
 
-    def training_target(self) -> Target:
-        return Softened(self.target, self.lm.log_prob("{z}", given=self.case.prompt), PENALTY)
+    def training_target(self, penalty: float = PENALTY) -> Target:
+        return Softened(self.target, self.lm.log_prob("{z}", given=self.case.prompt), penalty)
 
 
 def facts(problem: Problem) -> dict[str, float]:
@@ -74,21 +73,7 @@ def facts(problem: Problem) -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Training: `updates` of `samples` completions each, all judged once."""
-
-    updates: int
-    samples: int
-
-    @property
-    def passes(self) -> int:
-        return self.updates * self.samples
-
-
-Train = Callable[[Problem, Budget, int], Policy]
-Run = Callable[[Problem, Budget, int], dict[str, Any]]  # JSON of one (target, method, seed)
-
+Train = Callable[[Context, Problem, int, Path], Trained]
 
 # One output at n passes
 
@@ -153,74 +138,85 @@ def best_of_n(problem: Problem, log_q: Array, seed: int) -> list[Point]:
     return [point(laws.best_of(np.exp(log_q), problem.truth.log_r, n), problem.truth) for n in PASSES]
 
 
-# Training
+# Training: each makes a policy of a problem, with the settings of the experiment
 
-LEARNING_RATE = {"ppo": 1e-3, "grpo": 1e-3, "sft": 1e-3, "forward_kl": 1e-3}
-GFLOWNET_RATE = 1e-3
-SETTINGS: dict[str, dict[str, Any]] = {
+SETTINGS: Settings = {
+    "model": "embedded",
+    "updates": 100,
+    "samples": 32,  # completions of an update
+    "lora": RANK,
+    "hard_penalty": PENALTY,
+    "sft": {"learning_rate": 1e-3},
+    "ppo": {"learning_rate": 1e-3, "minibatches": 2, "beta": 1.0},
+    "grpo": {"learning_rate": 1e-3, "beta": 0.04},
+    "gflownet": {"learning_rate": 1e-3},
+    "subtb": {},
+    "db": {},
+    "vargrad": {},
     # An estimate of log Z from replayed or tempered samples is biased.
     "tb": {"objective": {"tb": {"log_z": "learned"}}},
     "forward_kl": {"behaviour": {"policy": 1.0}},  # its weights are right for draws of q alone
 }
+OBJECTIVES = ("subtb", "db", "tb", "vargrad", "forward_kl")
+QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "diagnose_steps": 0}
 
 
 def trainer_of(lm: LanguageModel, case: Case, folder: str, **settings: Any) -> GFNTrainer:
     """A trainer that keeps to itself. settings: "kind" (a subclass), "callbacks", and fields of GFNConfig."""
     kind, callbacks = settings.pop("kind", GFNTrainer), settings.pop("callbacks", None)
-    quiet = {"diagnose_steps": 0, "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True}
     return kind(
         lm,
         target=case.build(lm),
         prompt=case.prompt,
         support=case.support(),
         train_dataset=[ROW],
-        args=GFNConfig(**{**quiet, **settings, "output_dir": folder, "per_device_train_batch_size": 1}),
+        args=GFNConfig(
+            **{
+                **QUIET,
+                "diagnose_steps": 0,
+                **settings,
+                "output_dir": folder,
+                "per_device_train_batch_size": 1,
+            }
+        ),
         adapter=RANK,
         callbacks=callbacks,
     )
 
 
-def gflownet(problem: Problem, budget: Budget, seed: int, objective: str) -> Policy:
-    settings = {
-        "objective": objective,
-        "max_steps": budget.updates,
-        "num_samples": budget.samples,
-        "learning_rate": LEARNING_RATE.get(objective, GFLOWNET_RATE),
-        "hard_penalty": PENALTY,
-        **SETTINGS.get(objective, {}),
-        "buffer_size": 2 * budget.samples,
-        "seed": seed,
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = trainer_of(problem.lm, problem.case, folder, **settings)
-        trainer.train()
-    return trainer.policy
+def gflownet(objective: str) -> Train:
+    def train(context: Context, problem: Problem, seed: int, folder: Path) -> Trained:
+        settings = context.settings
+        config = {
+            **QUIET,
+            "objective": objective,
+            "max_steps": settings["updates"],
+            "num_samples": settings["samples"],
+            "per_device_train_batch_size": 1,
+            "buffer_size": 2 * settings["samples"],
+            "hard_penalty": settings["hard_penalty"],
+            **settings["gflownet"],
+            **settings[objective],
+        }
+        return train_gflownet(context, problem.posed(), config, seed, folder)
+
+    return train
 
 
-def sft(problem: Problem, budget: Budget, seed: int) -> Policy:
+def sft(context: Context, problem: Problem, seed: int, folder: Path) -> Trained:
     """On exact draws of the posterior, which only an oracle has: as many as the others draw completions."""
-    from amortlm.lab.baselines.sft import train_sft
-
-    truth = problem.truth
-    index = np.random.default_rng([seed, 3]).choice(len(truth.p), budget.passes, p=truth.p / truth.p.sum())
-    policy = problem.policy(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        return train_sft(
-            policy,
-            [ROW],
-            [[truth.completions[i] for i in index.tolist()]],
-            output_dir=folder,
-            max_steps=budget.updates,
-            learning_rate=LEARNING_RATE["sft"],
-            batch_size=budget.samples,
-            seed=seed,
-        )
+    settings, truth = context.settings, problem.truth
+    draws = settings["updates"] * settings["samples"]
+    index = np.random.default_rng([seed, 3]).choice(len(truth.p), draws, p=truth.p / truth.p.sum())
+    posed = problem.posed(gold=[[truth.completions[i] for i in index.tolist()]])
+    config = {"max_steps": settings["updates"], "batch_size": settings["samples"], **settings["sft"]}
+    return replace(train_supervised(context, posed, config, seed, folder), reward_evaluations=draws)
 
 
-def reward_of(problem: Problem) -> Callable[[Rollouts], Tensor]:
+def reward_of(problem: Problem, penalty: float = PENALTY) -> Callable[[Rollouts], Tensor]:
     """log R - log q_0 in the place of a reward: with a KL penalty of weight 1 its optimum is the posterior itself."""
     reference = Policy(problem.lm, problem.case.prompt, problem.case.support(), default_lora(1))
-    target = problem.training_target()
+    target = problem.training_target(penalty)
 
     def reward(rollouts: Rollouts) -> Tensor:
         log_q = reference.evaluate(rollouts).final(rollouts.lengths)
@@ -229,66 +225,21 @@ def reward_of(problem: Problem) -> Callable[[Rollouts], Tensor]:
     return reward
 
 
-def ppo(problem: Problem, budget: Budget, seed: int) -> Policy:
-    from amortlm.lab.baselines.ppo import PPOConfig, train_ppo
+def reinforced(method: str) -> Train:
+    """PPO: its optimum is the posterior. GRPO: as it is used, with advantages divided by their spread and a small KL
+    penalty; its optimum is not."""
 
-    policy = problem.policy(seed)
-    config = PPOConfig(
-        max_steps=budget.updates,
-        num_samples=budget.samples,
-        minibatches=2,
-        learning_rate=LEARNING_RATE["ppo"],
-        beta=1.0,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        return train_ppo(policy, [ROW], reward_of(problem), config=config, output_dir=folder, seed=seed)
-
-
-def grpo(problem: Problem, budget: Budget, seed: int) -> Policy:
-    """As it is used: advantages divided by their spread, and a small KL penalty; its optimum is not the posterior."""
-    from amortlm.lab.baselines.grpo import train_grpo
-
-    policy = problem.policy(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        return train_grpo(
-            policy,
-            [ROW],
-            BoundedReward(problem.training_target().score_final),
-            output_dir=folder,
-            num_samples=budget.samples,
-            max_steps=budget.updates,
-            learning_rate=LEARNING_RATE["grpo"],
-            beta=0.04,
-            seed=seed,
+    def train(context: Context, problem: Problem, seed: int, folder: Path) -> Trained:
+        settings = context.settings
+        penalty = settings["hard_penalty"]
+        reward = (
+            reward_of(problem, penalty) if method == "ppo" else problem.training_target(penalty).score_final
         )
+        sizes = {"max_steps": settings["updates"], "num_samples": settings["samples"]}
+        config = {**sizes, **settings[method]}
+        return train_reinforced(context, method, problem.posed(), config, seed, folder, reward=reward)
 
-
-def trained(train: Train, corrections: Sequence[str] = ("sir",)) -> Run:
-    """Train; then q itself, and what its corrections make of it at every budget."""
-
-    def run(problem: Problem, budget: Budget, seed: int) -> dict[str, Any]:
-        start = time.perf_counter()
-        policy = train(problem, budget, seed)
-        seconds = time.perf_counter() - start
-        log_q = policy_law(policy)
-        curves = {name: CURVES[name](problem, log_q, seed) for name in ("q", *corrections)}
-        accepted = float(np.exp(log_q)[np.isfinite(problem.truth.log_r)].sum())
-        return {
-            "training_seconds": seconds,
-            "training_passes": budget.passes,
-            "accepted": accepted,
-            "curves": curves,
-        }
-
-    return run
-
-
-def untrained(name: str) -> Run:
-    def run(problem: Problem, budget: Budget, seed: int) -> dict[str, Any]:
-        curve = CURVES[name](problem, problem.log_q, seed)
-        return {"training_seconds": 0.0, "training_passes": 0, "curves": {name: curve}}
-
-    return run
+    return train
 
 
 CURVES: dict[str, Callable[[Problem, Array, int], list[Point]]] = {
@@ -300,18 +251,18 @@ CURVES: dict[str, Callable[[Problem, Array, int], list[Point]]] = {
     "smc": smc,
 }
 MAIN = "gflownet-vargrad"  # judges finished text, too; the one that the claims are about
-TRAINED: dict[str, Run] = {
-    "sft": trained(sft),
-    "ppo": trained(ppo),
-    "grpo": trained(grpo),
-    "forward-kl": trained(partial(gflownet, objective="forward_kl")),
-    "gflownet-subtb": trained(partial(gflownet, objective="subtb")),
-    "gflownet-db": trained(partial(gflownet, objective="db")),
-    "gflownet-tb": trained(partial(gflownet, objective="tb")),
-    MAIN: trained(partial(gflownet, objective="vargrad"), ("sir", "smc", "mh")),
+UNTRAINED = {"prompted": "q"} | {
+    name: name for name in ("rejection", "best-of-n", "sir", "mh", "smc")
+}  # their curves
+TRAINED: dict[str, tuple[Train, tuple[str, ...]]] = {  # with what corrects them
+    "sft": (sft, ("sir",)),
+    "ppo": (reinforced("ppo"), ("sir",)),
+    "grpo": (reinforced("grpo"), ("sir",)),
+    "forward-kl": (gflownet("forward_kl"), ("sir",)),
+    "gflownet-subtb": (gflownet("subtb"), ("sir",)),
+    "gflownet-db": (gflownet("db"), ("sir",)),
+    "gflownet-tb": (gflownet("tb"), ("sir",)),
+    MAIN: (gflownet("vargrad"), ("sir", "smc", "mh")),
 }
-UNTRAINED: dict[str, Run] = {"prompted": untrained("q")} | {
-    name: untrained(name) for name in ("rejection", "best-of-n", "sir", "mh", "smc")
-}
-METHODS = UNTRAINED | TRAINED
+METHODS = [*UNTRAINED, *TRAINED]
 EVERY_PREFIX = ("gflownet-subtb", "gflownet-db")  # cannot train on a target that judges finished text only

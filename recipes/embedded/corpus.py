@@ -11,11 +11,8 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import arithmetic
-import integers
-import reviews
-import stories
-from grammar import Cast
+from . import arithmetic, integers, reviews, stories
+from .grammar import Cast
 
 # weight of each part in the mixture, in tokens
 SHARES: dict[str, float] = {

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM
 
-from tokenizer import wrap
+from .tokenizer import wrap
 
 
 def export(model: LlamaForCausalLM, tokenizer: Tokenizer, output: Path) -> None:

@@ -12,11 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import arithmetic
-import integers
-import reviews
-import stories
-from corpus import SHARES, Corpus, clean, read_jsonl_text, read_sst2
+from . import arithmetic, integers, reviews, stories
+from .corpus import SHARES, Corpus, clean, read_jsonl_text, read_sst2
 
 GENERATED = [part for part in SHARES if part not in ("tinystories", "sst2", "subj", "commongen")]
 HELD_OUT_SEED = 987654321

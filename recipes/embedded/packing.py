@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from corpus import SHARES, Corpus
+from .corpus import SHARES, Corpus
 
 PARTS = list(SHARES)
 

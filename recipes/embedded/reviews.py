@@ -10,8 +10,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grammar import articles, fill
-from review_words import OBJECTIVE_FORMS, OBJECTIVE_WORDS, PHRASES, SUBJECTIVE_FORMS, SUBJECTIVE_WORDS
+from .grammar import articles, fill
+from .review_words import OBJECTIVE_FORMS, OBJECTIVE_WORDS, PHRASES, SUBJECTIVE_FORMS, SUBJECTIVE_WORDS
 
 PROMPT = "Classify this movie review as objective or subjective:"
 LABELS = ("objective", "subjective")

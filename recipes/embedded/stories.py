@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-import lexicon
-from grammar import Cast
+from . import lexicon
+from .grammar import Cast
 
 PLOT_FILES = Path(__file__).parent / "plots"
 SHARED_ENDING = 0.18  # share of stories that end in a sentence common to all good or all bad branches

@@ -1,4 +1,4 @@
-"""Train the embedded model on a CPU and export it: ``python recipes/embedded/train.py --help``."""
+"""Train the embedded model on a CPU and export it: ``python -m recipes.embedded.train --help``."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import corpus as texts
-from export import export
-from packing import PARTS, Packer, mean_lengths
-from review_words import PHRASES
-from tokenizer import CONTEXT, train_tokenizer
+from . import corpus as texts
+from .export import export
+from .packing import PARTS, Packer, mean_lengths
+from .review_words import PHRASES
+from .tokenizer import CONTEXT, train_tokenizer
 
 log = logging.getLogger("train")
 VOCABULARY, HIDDEN, LAYERS, HEADS, INNER = 2560, 192, 6, 4, 512

@@ -111,6 +111,19 @@ def from_text(text: str, hint: Any) -> Any:
     )
 
 
+def named_texts(texts: Sequence[str], option: str) -> dict[str, str]:
+    """NAME=VALUE of a repeated option, each name once. Raises ConfigError."""
+    out: dict[str, str] = {}
+    for text in texts:
+        key, found, value = text.partition("=")
+        if not found:
+            raise ConfigError(f"{option} {text!r}: write {option} NAME=VALUE")
+        if key in out:
+            raise ConfigError(f"{option} {key}= is given twice")
+        out[key] = value
+    return out
+
+
 def _fits(value: Any, hint: Any) -> bool:
     try:
         _as(value, hint)

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from benchmarks.posteriors import __main__ as benchmark
-from benchmarks.posteriors import cases, laws, methods, report, report_data
+from benchmarks.posteriors import cases, digest, laws, methods
 from benchmarks.posteriors.cases import Case, model, policy_law, truth_of
+from benchmarks.posteriors.experiment import EXPERIMENT, methods_of
 from benchmarks.posteriors.smc_law import between, smc_law
 from reference import tiny_lm, tiny_tokenizer
 from stats import LEVEL, g_test
 
 from amortlm import Policy, default_lora
-from amortlm.errors import ConfigError
 from amortlm.inference.exact import distance, policy_log_probs
 from amortlm.inference.mcmc import metropolis_hastings
 from amortlm.inference.smc import smc
+from amortlm.lab import command, runner
 
 WORDS = "a the cat dog"
 CASE = Case("tiny", "the cat", [model("the cat", temperature=0.4)], WORDS, 2)
@@ -169,16 +170,17 @@ def test_bounds_of_a_simulated_distance_hold_the_truth():
 
 def test_passes_to_a_level():
     curve = [{"passes": n, "tv": 1 / n} for n in (1, 2, 8, 32)]
-    assert report_data.reach(curve, 0.25) == pytest.approx(4)
-    assert report_data.reach(curve, 0.01) is None
-    assert report_data.at(curve, 4, "tv") == pytest.approx((1 / 2 + 1 / 8) / 2)
+    assert digest.reach(curve, 0.25) == pytest.approx(4)
+    assert digest.reach(curve, 0.01) is None
+    assert digest.at(curve, 4, "tv") == pytest.approx((1 / 2 + 1 / 8) / 2)
 
 
-def test_the_benchmark_runs_reports_and_goes_on(lm, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark.LanguageModel, "from_pretrained", lambda name: lm)
-    monkeypatch.setattr(benchmark, "BY_NAME", {"tiny": CASE, "verified": VERIFIED})
-    monkeypatch.setattr(report, "CASES", [CASE, VERIFIED])
+def test_the_benchmark_runs_and_reports(lm, tmp_path, monkeypatch):
+    """Every table from the digest alone; the curves stay with the runs."""
+    monkeypatch.setattr(runner.LanguageModel, "from_pretrained", lambda name: lm)
     monkeypatch.setattr(methods, "TOTAL", 2**10)
+    cases = [CASE, VERIFIED]
+    small = replace(EXPERIMENT, methods=methods_of(cases), once=frozenset({"tiny sir", "verified sir"}))
     chosen = [
         "prompted",
         "best-of-n",
@@ -190,18 +192,19 @@ def test_the_benchmark_runs_reports_and_goes_on(lm, tmp_path, monkeypatch, capsy
         "gflownet-subtb",
         methods.MAIN,
     ]
-    argv = ["--updates", "2", "--samples", "8", "--output", str(tmp_path), "--methods", *chosen]
-    benchmark.main(argv)
+    argv = ["--set", "updates=2", "--set", "samples=8", "--output", str(tmp_path), "--seeds", "1"]
+    command.main(small, [*argv, "--methods", *(f"* {name}" for name in chosen)])
     runs = sorted(path.name for path in (tmp_path / "runs").glob("*.json"))
     assert len(runs) == 2 * len(chosen) - 1  # SubTB does not train on a verifier of finished text
     assert (tmp_path / "passes.png").stat().st_size > 10_000
-    assert methods.MAIN in (tmp_path / "README.md").read_text()
-    curve = json.loads((tmp_path / "runs" / "tiny-sir-seed0.json").read_text())["curves"]["sir"]
-    assert curve[-1]["tv"] < 0.01 < curve[0]["tv"]
-    capsys.readouterr()
-    (tmp_path / "runs" / "tiny-prompted-seed0.json").unlink()
-    benchmark.main(argv)
-    assert "prompted" in (said := capsys.readouterr().out)
-    assert "sir" not in said
-    with pytest.raises(ConfigError, match="other settings"):
-        benchmark.main([*argv, "--updates", "3"])
+    text = (tmp_path / "README.md").read_text()
+    assert all(name in text for name in (methods.MAIN, "tiny", "verified", "SIR, 16 passes"))
+    run = json.loads((tmp_path / "runs" / "tiny-sir-seed0.json").read_text())
+    assert run["records"]["curves"]["sir"][-1]["tv"] < 0.01 < run["records"]["curves"]["sir"][0]["tv"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert "curves" not in json.dumps(results)
+    assert results["runs"]["tiny ppo"][0]["reward_evaluations"] == 16
+
+
+def test_untrained_methods_have_one_seed():
+    assert EXPERIMENT.once == {n for n in EXPERIMENT.methods if n.split(" ", 1)[1] in methods.UNTRAINED}

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import random
 import re
-from pathlib import Path
 
 import pytest
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "embedded"
-
-import arithmetic  # noqa: E402
-import integers  # noqa: E402
-import reviews  # noqa: E402
-import stories  # noqa: E402
-from grammar import articles, choose  # noqa: E402
+from embedded import arithmetic, integers, reviews, stories
+from embedded.grammar import articles, choose
 
 KEYS = [f"test/{index}" for index in range(300)]
 MAKERS = [stories.loose_story, arithmetic.document, integers.document, reviews.document, reviews.plain]

@@ -14,58 +14,37 @@ import pytest
 import constrained
 import review_model
 import universal
-from _common import Results
 from amortlm import LanguageModel, Posterior, constraint
 from amortlm.errors import ConfigError, DataError
+from amortlm.lab import command
+from amortlm.lab.experiment import Context
+from amortlm.lab.training import Problem, untrained
 
-TINY = ["--steps", "1", "--seeds", "1", "--samples", "8"]
 RUNS = {
-    "constrained": ([*TINY, "--rows", "6", "--measured", "1"], 3),
-    "contrastive": ([*TINY, "--rows", "2"], 4),
-    "universal": ([*TINY, "--rows", "3", "--test-rows", "1"], 3),
-    "ablations": ([*TINY, "--short-steps", "1", "--stories", "2"], 8),
+    "constrained": ["gflownet.max_steps=1", "rows=6", "measured=1"],
+    "contrastive": ["steps=1", "rows=2"],
+    "universal": ["steps=1", "rows=3", "test_rows=1"],
+    "ablations": ["steps=1", "short_steps=1", "stories=2"],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_recipe_writes_its_results(name, embedded, tmp_path, capfd, monkeypatch):
-    arguments, methods = RUNS[name]
     recipe = importlib.import_module(name)
     if hasattr(recipe, "SHORT"):
         monkeypatch.setattr(recipe, "SHORT", replace(recipe.SHORT, max_tokens=2))  # few strings to enumerate
-    recipe.main([*arguments, "--output", str(tmp_path)])
+    argv = ["--seeds", "1", "--output", str(tmp_path)]
+    for setting in ("samples=8", *RUNS[name]):
+        argv += ["--set", setting]
+    command.main(recipe.EXPERIMENT, argv)
     out, err = capfd.readouterr()
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["runs"]) == methods
-    for run in results["runs"]:
-        assert run["metrics"]
-        assert run["method"] in out
-        assert run["method"] in (tmp_path / "README.md").read_text()
+    assert list(results["runs"]) == list(recipe.EXPERIMENT.methods)
+    for method in results["runs"]:
+        assert method in out
+        assert method in (tmp_path / "README.md").read_text()
     assert err == ""  # quiet in a pipe
-    recipe.main([*arguments, "--output", str(tmp_path)])
-    assert json.loads((tmp_path / "results.json").read_text())["runs"] == results["runs"]
-    with pytest.raises(ConfigError, match="other settings"):
-        recipe.main([*arguments, "--samples", "9", "--output", str(tmp_path)])
-
-
-def test_results_measure_each_method_and_seed_once(tmp_path):
-    calls = []
-    for _ in range(2):
-        results = Results(tmp_path, "title", {"a": (1, 2)})
-        for seed in (0, 1):
-            results.run("m", seed, lambda s=seed: calls.append(s) or {"f": 1.0 + s, "g": float("inf")})
-    assert calls == [0, 1]
-    assert "1.5 ± 0.71" in results.table()
-    assert json.loads((tmp_path / "results.json").read_text())["runs"][0]["metrics"] == {"f": 1.0, "g": None}
-
-
-def test_a_run_that_fails_keeps_what_was_measured_before(tmp_path):
-    results = Results(tmp_path, "title", {})
-    results.run("first", 0, lambda: {"f": 1.0})
-    with pytest.raises(ZeroDivisionError):
-        results.run("second", 0, lambda: {"f": 1 / 0})
-    assert [run["method"] for run in Results(tmp_path, "title", {}).runs] == ["first"]
 
 
 def test_words_are_whole_and_belong_to_the_row():
@@ -97,11 +76,11 @@ def test_concept_sets_lose_their_tags_and_bad_files_are_named(tmp_path):
         constrained.concepts(tmp_path, 1)
 
 
-def test_contrastive_refuses_powers_that_are_no_contrast(tmp_path):
+def test_contrastive_refuses_powers_that_are_no_contrast(embedded: LanguageModel):
     contrastive = importlib.import_module("contrastive")
-    for a, b in (("1", "0.5"), ("0.5", "-1")):
+    for a, b in ((1, 0.5), (0.5, -1)):
         with pytest.raises(ConfigError, match="b < 0"):
-            contrastive.main(["--a", a, "--b", b, "--output", str(tmp_path)])
+            contrastive.prepare({**contrastive.SETTINGS, "a": a, "b": b}, embedded, None)
 
 
 def test_the_universal_rows_hide_the_answer_of_a_sum(embedded: LanguageModel):
@@ -120,7 +99,8 @@ def test_the_joint_target_is_each_task_s_own(embedded: LanguageModel):
     x = row["prompt"].removeprefix("Question: ").removesuffix(" = ? Answer:")
     joint = embedded.log_prob(universal.OF, given=universal.GIVEN)
     own = embedded.log_prob(universal.arithmetic.OF, given=universal.arithmetic.PROMPT)
-    policy = universal.untrained(embedded, joint, universal.PROMPT, universal.SUPPORT).policy
+    problem = Problem(joint, universal.PROMPT, universal.SUPPORT)
+    policy = untrained(Context({}, embedded), problem).sampler.policy
     scores = []
     for target, data in ((joint, row), (own, {**row, "x": x})):
         assert isinstance(Posterior(policy, target).target, type(joint))

@@ -8,9 +8,6 @@ import sys
 from collections.abc import Sequence
 
 from amortlm import __version__
-from amortlm.cli.status import ending_on_signals, exit_status
-from amortlm.lab.reproduce import EXPERIMENTS, PRESETS
-from amortlm.lab.tasks import TASKS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,6 +27,8 @@ def _run(args: argparse.Namespace) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from amortlm.lab.tasks import TASKS
+
     parser = argparse.ArgumentParser(
         prog="amortlm",
         description="Make a language model sample from posteriors that it defines but cannot sample.",
@@ -102,32 +101,14 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_reproduce(parser: argparse.ArgumentParser) -> None:
+    from amortlm.lab.command import add_options
+    from amortlm.lab.experiments import EXPERIMENTS, PRESETS
+
     parser.add_argument("experiment", choices=EXPERIMENTS, help="see docs/reproduce.md")
-    parser.add_argument(
-        "--preset",
-        choices=PRESETS,
-        default="small",
-        help="smoke: seconds, checks that it runs; small: minutes on a CPU; paper: the paper's (default small)",
-    )
-    parser.add_argument("--model", help="hub name or local folder (default: the preset's)")
-    parser.add_argument("--data", help="file or folder that the experiment reads (default: the preset's)")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", help="only these (default: all)")
-    parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N-1 (default 3; smoke: 1)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="a setting of the preset, e.g. steps=50",
-    )
+    add_options(parser, PRESETS)
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="processes that share the runs (default 1)"
     )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="build every method up to its first step; write nothing"
-    )
-    parser.add_argument("--output", help="output folder (default: runs/EXPERIMENT-PRESET)")
-    parser.set_defaults(is_helper=False)  # a process that --jobs started
 
 
 def _add_trust(parser: argparse.ArgumentParser) -> None:

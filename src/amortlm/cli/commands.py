@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 import textwrap
-import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,13 +26,10 @@ from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Gold
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
 from amortlm.inference.correct import check_method
-from amortlm.lab.reproduce import load_experiment, runner
-from amortlm.lab.reproduce.report import table
-from amortlm.lab.tasks import load_task
 from amortlm.language_model import LanguageModel
 from amortlm.policy.laws import examine_policy
 from amortlm.posterior import Posterior, Samples
-from amortlm.settings import load_yaml
+from amortlm.settings import named_texts
 from amortlm.train.run import refuse_used
 from amortlm.train.spec import RunSpec, settings_from_text
 from amortlm.types import Row, finite
@@ -43,11 +39,13 @@ TEXT_WIDTH = 60
 
 
 def train(args: Namespace) -> None:
+    from amortlm.lab.tasks import load_task
+
     output = run_folder(args)
     _check_folder(output)
     is_file = args.spec.endswith((".yaml", ".yml"))
     spec: RunSpec = RunSpec.from_yaml(args.spec) if is_file else load_task(args.spec).SPEC
-    config = settings_from_text(_pairs(args.set, "--set"))
+    config = settings_from_text(named_texts(args.set, "--set"))
     spec = spec.with_overrides(model=args.model, data=args.data, config=config, trust=args.trust)
     if not (args.resume or args.overwrite):
         refuse_used(output)  # before a model is loaded
@@ -146,42 +144,14 @@ def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:
 
 
 def reproduce(args: Namespace) -> None:
-    experiment = load_experiment(args.experiment)
-    output = Path(args.output or f"runs/{args.experiment}-{args.preset}")
-    _check_counts(("--jobs", args.jobs), ("--seeds", args.seeds))
-    _check_folder(output)
-    plan = runner.make_plan(
-        experiment,
-        args.preset,
-        output,
-        model=args.model,
-        data=Path(args.data) if args.data else None,
-        methods=args.methods,
-        seeds=args.seeds,
-        overrides={key: load_yaml(text, f"--set {key}") for key, text in _pairs(args.set, "--set").items()},
-        command=args.command_line,
-    )
-    if not sys.stderr.isatty():
-        from datasets import disable_progress_bars  # slow to import, and of use here alone
+    from amortlm.lab import command
+    from amortlm.lab.experiments import load_experiment
 
-        disable_progress_bars()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # libraries that warn each other
-        if args.dry_run:
-            runner.dry_run(plan)
-            return
-        with processes(args, plan) as helpers:
-            results = runner.execute(plan, processes=args.jobs if sys.stdout.isatty() else 0)
-    if args.is_helper:
-        return
-    if helpers:
-        results = runner.report(plan)
-    print()
-    print(table(experiment, results))
-    missing = set(plan.runs()) - runner.finished_runs(plan).keys()
-    if missing:
-        print(f"{len(missing)} of {len(plan.runs())} runs are not finished: other processes are at them")
-    print(f"wrote {output / 'README.md'}")
+    experiment = load_experiment(args.experiment)
+    _check_counts(("--jobs", args.jobs), ("--seeds", args.seeds))
+    _check_folder(command.output_of(experiment, args))
+    helpers: list[SpawnProcess] = []
+    command.perform(experiment, args, args.command_line, lambda plan: processes(args, plan.left(), helpers))
     failed = [helper.exitcode for helper in helpers if helper.exitcode]
     if failed:
         raise AmortLMError(
@@ -190,26 +160,25 @@ def reproduce(args: Namespace) -> None:
 
 
 @contextmanager
-def processes(args: Namespace, plan: runner.Plan) -> Iterator[list[SpawnProcess]]:
-    """Helpers that make the same runs in the same folder (`runner.taken`), waited for at the end.
+def processes(args: Namespace, runs: int, helpers: list[SpawnProcess]) -> Iterator[int]:
+    """Helpers that make the same runs in the same folder (`Store.taken`), waited for at the end; how many.
 
     None without --jobs. An error here ends them, too; their checkpoints stay.
     """
-    todo = len(plan.runs()) - len(runner.finished_runs(plan).keys() & set(plan.runs()))
-    count = 0 if args.is_helper else min(args.jobs, todo) - 1
+    count = 0 if args.is_helper else min(args.jobs, runs) - 1
     if count < 1:
-        yield []
+        yield 0
         return
     threads = torch.get_num_threads()
     share = max(1, threads // args.jobs)
     helper = Namespace(**{**vars(args), "is_helper": True})
-    helpers = [get_context("spawn").Process(target=_help, args=(helper, share)) for _ in range(count)]
+    helpers += [get_context("spawn").Process(target=_help, args=(helper, share)) for _ in range(count)]
     torch.set_num_threads(share)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # helpers do not outlive us
     try:
         for each in helpers:
             each.start()
-        yield helpers
+        yield count
     except BaseException:
         for each in helpers:
             if each.pid is not None:
@@ -241,26 +210,13 @@ def _posterior(args: Namespace) -> Posterior:
 def _rows(args: Namespace) -> Sequence[Row]:
     """--column, --data, or the rows that the posterior was trained on."""
     if args.column:
-        return [_pairs(args.column, "--column")]
+        return [named_texts(args.column, "--column")]
     if args.data:
         return load_rows(args.data)
     saved = Path(args.folder) / "rows.jsonl"
     if not saved.exists():
         raise DataError("which row? give --column NAME=TEXT (once per column) or --data FILE")
     return load_rows(saved)
-
-
-def _pairs(texts: Sequence[str], option: str) -> dict[str, str]:
-    """NAME=VALUE, each name once."""
-    out: dict[str, str] = {}
-    for text in texts:
-        key, found, value = text.partition("=")
-        if not found:
-            raise ConfigError(f"{option} {text!r}: write {option} NAME=VALUE")
-        if key in out:
-            raise ConfigError(f"{option} {key}= is given twice")
-        out[key] = value
-    return out
 
 
 def _check_counts(*options: tuple[str, int | None]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from amortlm.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    from amortlm.lab.reproduce.experiment import Experiment
+    from amortlm.lab.experiment import Experiment
 
 EXPERIMENTS = ("numbers", "continuation", "infilling", "subjectivity", "arithmetic")
 PRESETS = ("smoke", "small", "paper")
@@ -18,4 +18,4 @@ def load_experiment(name: str) -> Experiment:
     """An experiment by name. Raises ConfigError for an unknown one."""
     if name not in EXPERIMENTS:
         raise ConfigError(f"unknown experiment {name!r}; {nearest(name, EXPERIMENTS)}")
-    return importlib.import_module(f"amortlm.lab.reproduce.{name}").EXPERIMENT
+    return importlib.import_module(f"amortlm.lab.experiments.{name}").EXPERIMENT

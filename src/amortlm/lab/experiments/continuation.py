@@ -11,30 +11,32 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from amortlm.errors import DataError
 from amortlm.lab.baselines.decoding import decode_counted
-from amortlm.lab.metrics.embedding import Encoder, encoder_folder, grouped_diversity, sentence_encoder
-from amortlm.lab.reproduce.experiment import (
+from amortlm.lab.experiment import (
     Context,
     Experiment,
+    Method,
     Metric,
     Outcome,
     Settings,
     Trained,
     read_presets,
 )
-from amortlm.lab.reproduce.frontier import figures, summary
-from amortlm.lab.reproduce.training import train_gflownet, untrained
+from amortlm.lab.experiments.frontier import figures, summary
+from amortlm.lab.metrics.embedding import Encoder, encoder_folder, grouped_diversity, sentence_encoder
+from amortlm.lab.tasks.infilling import STORIES
+from amortlm.lab.training import Problem, train_gflownet, untrained
 from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior
 from amortlm.support import Support
-from amortlm.targets.base import Target
+from amortlm.train import GFNConfig
 from amortlm.types import Rollouts, Row
 
 PROMPT = "{x}"
@@ -61,11 +63,10 @@ class Decoder:
     multiples: list[int]
 
 
-def prepare(settings: Settings, model: str | None, data: Path | None, dry_run: bool) -> Context:
-    """Model and prompts: sentences that open the stories of --data (divided by <|endoftext|>) or its lines; without
-    it the beginnings of our own stories. Raises DataError, ConfigError, MissingExtraError."""
+def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Prompts:
+    """Prompts: sentences that open the stories of --data (divided by <|endoftext|>) or its lines; without it the
+    beginnings of our own stories. Raises DataError, MissingExtraError."""
     encoder_folder(settings["encoder"])
-    lm = LanguageModel.from_pretrained(model or settings["model"])
     texts = _texts(data, settings["sentences"])
     kept = [x for x in dict.fromkeys(texts) if len(lm.encode_start(x)) <= settings["max_prompt_tokens"]]
     n = settings["test_prompts"]
@@ -76,13 +77,11 @@ def prepare(settings: Settings, model: str | None, data: Path | None, dry_run: b
             f"{data or 'our own stories'}: {len(kept)} prompts of at most {settings['max_prompt_tokens']} tokens, but "
             f"test_prompts={n} and train_prompts={settings['train_prompts']} are needed; lower these or give more data"
         )
-    return Context(settings, lm, Prompts([{"x": x} for x in train], [{"x": x} for x in kept[:n]]), dry_run)
+    return Prompts([{"x": x} for x in train], [{"x": x} for x in kept[:n]])
 
 
 def _texts(data: Path | None, sentences: int) -> list[str]:
     if data is None:
-        from amortlm.lab.tasks.infilling import STORIES
-
         return [str(row["x"]) for row in STORIES]
     file = next((data / name for name in FILES if (data / name).is_file()), data)
     try:
@@ -105,14 +104,14 @@ def opening(story: str, sentences: int) -> str | None:
     return " ".join(found[:sentences])
 
 
-def likelihood(context: Context) -> Target:
-    return context.lm.log_prob("{z}", given=PROMPT)
+def problem_of(context: Context) -> Problem:
+    target = context.lm.log_prob("{z}", given=PROMPT)
+    return Problem(target, PROMPT, Support(**context.settings["support"]), context.data.train)
 
 
-def decoder(method: str) -> Callable[[Context, int, Path], Trained]:
+def decoder(method: str) -> Method:
     def build(context: Context, seed: int, folder: Path) -> Trained:
-        support = Support(**context.settings["support"])
-        base = untrained(context, likelihood(context), PROMPT, support).sampler
+        base = untrained(context, problem_of(context)).sampler
         once = method in ("greedy", "best_of_n", "resampling")  # one result, or an n of their own
         multiples = [1] if once else [1, context.settings["compute"]]
         return Trained(Decoder(base, method, context.settings["grids"][method], multiples))
@@ -120,23 +119,13 @@ def decoder(method: str) -> Callable[[Context, int, Path], Trained]:
     return build
 
 
-def gflownet(temperature: float) -> Callable[[Context, int, Path], Trained]:
+def gflownet(temperature: float) -> Method:
     def train(context: Context, seed: int, folder: Path) -> Trained:
-        settings = context.settings
-        config = dict(settings["gflownet"])
-        if settings["anneal"]:  # p(z | x) at the first update, p(z | x)^(1/T) at the last
+        problem, config = problem_of(context), dict(context.settings["gflownet"])
+        if context.settings["anneal"]:  # p(z | x) at the first update, p(z | x)^(1/T) at the last
             config["reward_temperature"] = (1 / temperature, 1.0, config["max_steps"])
-        return train_gflownet(
-            context,
-            target=likelihood(context) / temperature,
-            prompt=PROMPT,
-            support=Support(**settings["support"]),
-            rows=context.data.train,
-            config=config,
-            folder=folder,
-            seed=seed,
-            lora=settings["lora"],
-        )
+        problem = replace(problem, target=problem.target / temperature)
+        return train_gflownet(context, problem, config, seed, folder)
 
     return train
 
@@ -190,7 +179,7 @@ def _points(
 def _measure(context: Context, posterior: Posterior, rollouts: Rollouts, passes: int) -> dict[str, float]:
     """Means over prompts. The log-likelihood is log p(z | x) of the frozen model, stop symbol included, in nats."""
     n = len(rollouts.rows)
-    log_p = likelihood(context).score_final(rollouts).view(n, -1)
+    log_p = problem_of(context).target.score_final(rollouts).view(n, -1)
     texts = posterior.texts(rollouts)
     k = len(texts) // n
     groups = [texts[i : i + k] for i in range(0, len(texts), k)]
@@ -214,7 +203,9 @@ EXPERIMENT = Experiment(
     question="On prompts never seen, are a GFlowNet's next sentences both likelier and more diverse than those of "
     "decoding strategies, at equal numbers of samples and against more compute?",
     presets=read_presets("continuation"),
+    groups={"gflownet": GFNConfig},
     prepare=prepare,
+    reads_data=True,
     methods={
         "temperature": decoder("temperature"),
         "nucleus": decoder("nucleus"),

@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from amortlm.lab.reproduce.storage import write_json
+from amortlm.lab.experiment import Results
+from amortlm.lab.store import write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 GFLOWNET = "gflownet"
 Point = dict[str, Any]
 MARKERS = "osD^vP*X"
 
 
-def held_out_points(results: dict[str, Any]) -> list[Point]:
+def held_out_points(results: Results) -> list[Point]:
     """Held-out points of every method, means over seeds: method, setting, compute, max_ll, diversity."""
     groups: dict[tuple[str, str, int], list[Point]] = defaultdict(list)
     for method, runs in results["runs"].items():
@@ -44,7 +48,7 @@ def dominates(a: Point, b: Point) -> bool:
     return at_least and (a["max_ll"] > b["max_ll"] or a["diversity"] > b["diversity"])
 
 
-def standing(results: dict[str, Any]) -> dict[str, Any]:
+def standing(results: Results) -> dict[str, Any]:
     """For each GFlowNet: the decoder points that dominate it and those it dominates, at its own compute ("same")
     and at up to `compute` times as much ("more"); and how much more diverse it is than the decoders at least as
     likely (None: there are none)."""
@@ -61,7 +65,7 @@ def standing(results: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def summary(results: dict[str, Any]) -> str:
+def summary(results: Results) -> str:
     """One line per GFlowNet: which decoders are both likelier and more diverse (means over seeds, held-out prompts)."""
     lines = []
     for method, found in standing(results).items():
@@ -88,20 +92,32 @@ def name_of(point: Point) -> str:
     return f"{point['method']}{setting} ({point['compute']}x)"
 
 
-def figures(results: dict[str, Any], folder: Path) -> list[str]:
+def figures(results: Results, folder: Path) -> list[str]:
     """The scatter, and `standing` as standing.json."""
-    from matplotlib.figure import Figure
-
-    from amortlm.lab.plots import AFTER, DPI, INK, SERIES_COLOURS, SMALL, TEXT, TITLE, style
+    from amortlm.lab.style import INK, SMALL, TEXT, TITLE, new_figure, save, style
 
     points = [p for p in held_out_points(results) if math.isfinite(p["diversity"])]
     found = standing(results)
     write_json(folder / "standing.json", found)
-    fig = Figure(figsize=(7.2, 4.8), dpi=DPI, layout="constrained", facecolor="white")
+    fig = new_figure(7.2, 4.8)
     ax = fig.subplots()
-    families = list(dict.fromkeys(p["method"] for p in points if not p["method"].startswith(GFLOWNET)))
+    _scatter_decoders(ax, [p for p in points if not p["method"].startswith(GFLOWNET)])
+    _line_of_gflownets(ax, [p for p in points if p["method"].startswith(GFLOWNET)])
+    ax.set_title(headline(found), loc="left", fontsize=TITLE, color=INK)
+    ax.set_xlabel("max log p(z | x), nats, mean over held-out prompts", fontsize=TEXT)
+    ax.set_ylabel("diversity, 1 - mean pairwise cosine", fontsize=TEXT)
+    style(ax)
+    ax.legend(frameon=False, fontsize=SMALL - 1, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK)
+    return save(fig, folder / "frontier.png")
+
+
+def _scatter_decoders(ax: Axes, points: list[Point]) -> None:
+    """A colour and a marker for each method; hollow at more compute."""
+    from amortlm.lab.style import SERIES_COLOURS
+
     colours = [*SERIES_COLOURS[1:], "#E69F00", "#56B4E9", "#7F7F7F"]
-    for i, family in enumerate(families):
+    for i, family in enumerate(dict.fromkeys(p["method"] for p in points)):
+        colour = colours[i % len(colours)]
         mine = [p for p in points if p["method"] == family]
         for compute in sorted({p["compute"] for p in mine}):
             some = [p for p in mine if p["compute"] == compute]
@@ -110,32 +126,23 @@ def figures(results: dict[str, Any], folder: Path) -> list[str]:
                 [p["diversity"] for p in some],
                 marker=MARKERS[i % len(MARKERS)],
                 s=42,
-                edgecolors=colours[i % len(colours)],
-                facecolors=colours[i % len(colours)] if compute == 1 else "none",
+                edgecolors=colour,
+                facecolors=colour if compute == 1 else "none",
                 label=f"{family}{'' if compute == 1 else f', {compute}x compute'}",
                 alpha=0.9,
             )
-    ours = [p for p in points if p["method"].startswith(GFLOWNET)]
-    if ours:
-        x, y = [p["max_ll"] for p in ours], [p["diversity"] for p in ours]
-        ax.plot(x, y, color=AFTER, marker="o", markersize=8, linewidth=1.8, label="GFlowNet", zorder=5)
-        for p in ours:
-            text = p["method"].removeprefix(f"{GFLOWNET}-")
-            ax.annotate(
-                text,
-                (p["max_ll"], p["diversity"]),
-                (5, 6),
-                textcoords="offset points",
-                fontsize=SMALL,
-                color=AFTER,
-            )
-    ax.set_title(headline(found), loc="left", fontsize=TITLE, color=INK)
-    ax.set_xlabel("max log p(z | x), nats, mean over held-out prompts", fontsize=TEXT)
-    ax.set_ylabel("diversity, 1 - mean pairwise cosine", fontsize=TEXT)
-    style(ax)
-    ax.legend(frameon=False, fontsize=SMALL - 1, loc="center left", bbox_to_anchor=(1.0, 0.5), labelcolor=INK)
-    fig.savefig(folder / "frontier.png", format="png", metadata={"Software": None})
-    return ["frontier.png"]
+
+
+def _line_of_gflownets(ax: Axes, points: list[Point]) -> None:
+    from amortlm.lab.style import AFTER, SMALL
+
+    if not points:
+        return
+    x, y = [p["max_ll"] for p in points], [p["diversity"] for p in points]
+    ax.plot(x, y, color=AFTER, marker="o", markersize=8, linewidth=1.8, label="GFlowNet", zorder=5)
+    text = {"xytext": (5, 6), "textcoords": "offset points", "fontsize": SMALL, "color": AFTER}
+    for p, at in zip(points, zip(x, y, strict=True), strict=True):
+        ax.annotate(p["method"].removeprefix(f"{GFLOWNET}-"), at, **text)
 
 
 def headline(found: dict[str, Any]) -> str:

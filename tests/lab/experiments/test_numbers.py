@@ -9,8 +9,10 @@ import pytest
 
 from amortlm.cli import main
 from amortlm.errors import ConfigError
-from amortlm.lab.reproduce import numbers, runner
-from amortlm.lab.reproduce.experiment import Context
+from amortlm.lab import runner
+from amortlm.lab.experiment import Context
+from amortlm.lab.experiments import numbers
+from amortlm.lab.overrides import flat
 from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior
 from amortlm.train import GFNTrainer
@@ -19,13 +21,13 @@ EXPERIMENT = numbers.EXPERIMENT
 STEPS, SAMPLES = 2, 4
 
 
-def context(lm: LanguageModel, dry_run: bool = False, **overrides: Any) -> Context:
-    tiny = {"steps": STEPS, "num_samples": SAMPLES, "lora": 2, **overrides}
-    return Context(runner.with_overrides(EXPERIMENT.presets["smoke"], tiny), lm, None, dry_run)
+def context(lm: LanguageModel, dry_run: bool = False) -> Context:
+    settings = {**EXPERIMENT.presets["smoke"], "steps": STEPS, "num_samples": SAMPLES, "lora": 2}
+    return Context(settings, lm, EXPERIMENT.prepare(settings, lm, None), dry_run)
 
 
 def test_presets_state_the_same_settings() -> None:
-    names = {preset: runner._names(settings) for preset, settings in EXPERIMENT.presets.items()}
+    names = {preset: set(dict(flat(settings))) for preset, settings in EXPERIMENT.presets.items()}
     assert names["smoke"] == names["small"] == names["paper"]
     assert EXPERIMENT.presets["paper"]["lora"] == 512
     assert EXPERIMENT.presets["paper"]["max_tokens"] == 5
@@ -57,7 +59,7 @@ def test_the_reward_of_reinforcement_learning(embedded: LanguageModel, tmp_path:
     posterior: Posterior = EXPERIMENT.methods["untrained"](context(embedded), 0, tmp_path).sampler
     texts = [" 0", " 42", " 100", " 101", " 07", "7", " cat"]
     rollouts = posterior.policy.rollouts([{}], [texts])
-    reward = numbers.validity(numbers.target_of(context(embedded)))
+    reward = numbers.validity(context(embedded).data.target)
     assert reward(rollouts).tolist() == [1, 1, 1, 0, 0, 0, 0]
 
 
@@ -82,9 +84,9 @@ def test_every_preset_builds_on_the_embedded_model(
     assert not out.exists()
 
 
-def test_data_are_refused(embedded: LanguageModel) -> None:
+def test_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="leave out --data"):
-        EXPERIMENT.prepare(EXPERIMENT.presets["smoke"], None, Path("rows.csv"), False)
+        runner.make_plan(EXPERIMENT, "smoke", tmp_path, data=Path("rows.csv"))
 
 
 def test_the_figure_is_the_same_bytes_for_the_same_results(tmp_path: Path) -> None:
@@ -105,7 +107,10 @@ def test_an_interrupted_gflownet_goes_on_from_its_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cut short in its third step, after the checkpoint of the second; ends where the uninterrupted run ends."""
-    options: dict[str, Any] = {"methods": ["gflownet-tb"], "overrides": {"num_samples": SAMPLES, "lora": 2}}
+    options: dict[str, Any] = {
+        "methods": ["gflownet-tb"],
+        "overrides": {"num_samples": str(SAMPLES), "lora": "2"},
+    }
     whole = runner.execute(runner.make_plan(EXPERIMENT, "smoke", tmp_path / "whole", **options), _silent)
     plan = runner.make_plan(EXPERIMENT, "smoke", tmp_path / "cut", **options)
     compute_loss, steps = GFNTrainer.compute_loss, []

@@ -7,39 +7,43 @@ steps; GFlowNet, PPO and GRPO start from that SFT and see questions with answers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from amortlm.errors import DataError, PromptTooLongError
-from amortlm.lab.reproduce.experiment import (
+from amortlm.lab.baselines.ppo import PPOConfig
+from amortlm.lab.compare import line_figure, paired_digest, paired_table
+from amortlm.lab.experiment import (
     Context,
     Experiment,
+    Method,
     Metric,
     Outcome,
+    Results,
+    Run,
     Settings,
     Trained,
     read_presets,
 )
-from amortlm.lab.reproduce.training import (
-    new_policy,
+from amortlm.lab.tasks.arithmetic import OF, PROMPT, questions, read_questions
+from amortlm.lab.training import (
+    Problem,
+    from_supervised,
     train_gflownet,
     train_reinforced,
     train_supervised,
     untrained,
 )
-from amortlm.lab.tasks.arithmetic import OF, PROMPT, questions, read_questions
 from amortlm.language_model import LanguageModel
-from amortlm.policy import Policy
 from amortlm.posterior import Posterior
 from amortlm.support import Support
-from amortlm.targets.base import Target
+from amortlm.train import GFNConfig
 from amortlm.types import Row
 
 OPERANDS = (3, 4, 5)
 SHOTS = (0, 3, 5, 10, 20)
-
+METRICS = {f"accuracy_{n}": f"{n} operands" for n in OPERANDS} | {"single_5": "5 operands, one sample"}
 FILES = {3: "1digit_3_op+-_test.json", 4: "1digit_4_op+-_test.json", 5: "1digit_5_op+-_test.json"}
 
 
@@ -52,9 +56,8 @@ class Questions:
     test: dict[int, list[Row]]
 
 
-def prepare(settings: Settings, model: str | None, data: Path | None, dry_run: bool) -> Context:
-    """Model and questions: the paper's from the folder --data, or generated ones. Raises DataError, ConfigError."""
-    lm = LanguageModel.from_pretrained(model or settings["model"])
+def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Questions:
+    """The paper's questions from the folder --data, or generated ones. Raises DataError."""
     counts = (settings["with_steps"], settings["questions"], settings["test_questions"])
     if data is None:
         test = {n: questions(counts[2], [n], ("test", n)) for n in OPERANDS}
@@ -72,18 +75,23 @@ def prepare(settings: Settings, model: str | None, data: Path | None, dry_run: b
         raise DataError(
             f"{data or 'generator'}: {found} questions with steps, without, and to test; asked for {counts}"
         )
-    return Context(settings, lm, Questions(shown, asked, test), dry_run)
+    return Questions(shown, asked, test)
 
 
-def target_of(context: Context, prompt: str = PROMPT) -> Target:
-    return context.lm.log_prob(OF, given=prompt)
+def problem_of(context: Context, prompt: str = PROMPT) -> Problem:
+    """Questions with their results; of the first ones the steps are known."""
+    rows = [{"x": row["x"], "y": row["y"]} for row in [*context.data.shown, *context.data.asked]]
+    gold = [[row["z"]] for row in context.data.shown] + [[] for _ in context.data.asked]
+    target = context.lm.log_prob(OF, given=prompt)
+    return Problem(target, prompt, Support(**context.settings["support"]), rows, gold)
 
 
-def support_of(context: Context) -> Support:
-    return Support(**context.settings["support"])
+def with_steps(context: Context) -> Problem:
+    shown = context.data.shown
+    return replace(problem_of(context), rows=shown, gold=[[row["z"]] for row in shown])
 
 
-def few_shot(k: int) -> Callable[[Context, int, Path], Trained]:
+def few_shot(k: int) -> Method:
     """The untrained model after k solved questions, other ones for every seed."""
 
     def build(context: Context, seed: int, folder: Path) -> Trained:
@@ -91,7 +99,7 @@ def few_shot(k: int) -> Callable[[Context, int, Path], Trained]:
         chosen = [shown[(seed * k + i) % len(shown)] for i in range(k)]
         solved = [PROMPT.format(**row) + OF.replace("{z}", "{z}.").format(**row) for row in chosen]
         prompt = context.settings["shots_separator"].join([*solved, PROMPT])
-        trained = untrained(context, target_of(context, prompt), prompt, support_of(context))
+        trained = untrained(context, problem_of(context, prompt))
         try:
             trained.sampler.policy.encode_rows(context.data.test[5])
         except PromptTooLongError:
@@ -101,90 +109,50 @@ def few_shot(k: int) -> Callable[[Context, int, Path], Trained]:
     return build
 
 
-def start(context: Context, seed: int) -> Policy:
-    return new_policy(context, PROMPT, support_of(context), lora=context.settings["lora"], seed=seed)
-
-
 def sft(context: Context, seed: int, folder: Path) -> Trained:
-    rows = context.data.shown
-    return train_supervised(
-        context,
-        start(context, seed),
-        target_of(context),
-        rows=rows,
-        gold=[[row["z"]] for row in rows],
-        folder=folder / "sft",
-        seed=seed,
-        **context.settings["sft"],
-    )
+    return train_supervised(context, with_steps(context), context.settings["sft"], seed, folder / "sft")
 
 
-def training_rows(context: Context) -> list[Row]:
-    return [{"x": row["x"], "y": row["y"]} for row in [*context.data.shown, *context.data.asked]]
-
-
-def reinforced(method: str) -> Callable[[Context, int, Path], Trained]:
+def reinforced(method: str) -> Method:
     """Reward: log p(z y | x), as for the GFlowNet; the KL penalty holds the policy near the SFT it starts from."""
 
     def train(context: Context, seed: int, folder: Path) -> Trained:
-        target = target_of(context)
-        return train_reinforced(
-            context,
-            sft(context, seed, folder).sampler.policy,
-            target,
-            method=method,
-            reward=target.score_final,
-            rows=training_rows(context),
-            folder=folder,
-            seed=seed,
-            **context.settings[method],
-        )
+        policy = sft(context, seed, folder).sampler.policy
+        settings = context.settings[method]
+        return train_reinforced(context, method, problem_of(context), settings, seed, folder, policy=policy)
 
     return train
 
 
 def gflownet(context: Context, seed: int, folder: Path) -> Trained:
     """From SFT, with the 50 written chains in the replay buffer."""
-    begin = folder / "start"
-    if not (begin / "posterior.json").exists():
-        sft(context, seed, folder).sampler.save_pretrained(begin)
-    shown, asked = context.data.shown, context.data.asked
-    return train_gflownet(
-        context,
-        target=target_of(context),
-        prompt=PROMPT,
-        support=support_of(context),
-        rows=training_rows(context),
-        config=context.settings["gflownet"],
-        folder=folder / "gflownet",
-        seed=seed,
-        adapter=begin,
-        gold=[[row["z"]] for row in shown] + [[] for _ in asked],
-    )
+    settings = context.settings
+    start = from_supervised(context, with_steps(context), settings["sft"], seed, folder)
+    problem = problem_of(context)
+    return train_gflownet(context, problem, settings["gflownet"], seed, folder / "gflownet", start=start)
 
 
 def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
     """Accuracy by number of operands; details: which questions were right."""
     settings, posterior = context.settings, trained.sampler
     if posterior is None:
-        nothing = dict.fromkeys([f"accuracy_{n}" for n in OPERANDS] + ["single_5"], math.nan)
-        return Outcome(nothing, {"note": "the examples do not fit the model's context"})
-    metrics, right = {}, {}
-    for n, rows in context.data.test.items():
-        votes = posterior.vote(
-            rows,
-            settings["votes"],
-            temperature=settings["vote_temperature"],
-            seed=("evaluate", seed),
-        )
-        right[f"accuracy_{n}"] = [float(v.best == row["y"]) for v, row in zip(votes, rows, strict=True)]
-    right["single_5"] = single(posterior, context.data.test[5], settings["votes"], seed)
+        note = "the examples do not fit the model's context"
+        return Outcome(dict.fromkeys(METRICS, math.nan), {"note": note})
+    n, heat = settings["votes"], settings["vote_temperature"]
+    right = {}
+    for operands, rows in context.data.test.items():
+        votes = posterior.vote(rows, n, temperature=heat, seed=("evaluate", seed))
+        right[f"accuracy_{operands}"] = [
+            float(v.best == row["y"]) for v, row in zip(votes, rows, strict=True)
+        ]
+    hardest = context.data.test[5]
+    right["single_5"] = single(posterior, hardest, n, seed)
     metrics = {name: sum(values) / len(values) for name, values in right.items()}
     examples = [
         {"x": row["x"], "y": row["y"], "samples": [s.text for s in posterior.sample(row, 3, seed=seed)]}
-        for row in context.data.test[5][:5]
+        for row in hardest[:5]
     ]
-    return Outcome(metrics, {"per_example": right, "examples": examples})
+    return Outcome(metrics, {"examples": examples}, right)
 
 
 def single(posterior: Posterior, rows: list[Row], n: int, seed: int) -> list[float]:
@@ -193,31 +161,27 @@ def single(posterior: Posterior, rows: list[Row], n: int, seed: int) -> list[flo
     return [v.counts.get(str(row["y"]), 0) / v.n for v, row in zip(votes, rows, strict=True)]
 
 
-def summary(results: dict[str, Any]) -> str:
-    """Paired tests on the test questions: each question's mean over seeds."""
-    from amortlm.lab.reproduce.compare import paired_table
+def digest(runs: dict[str, list[Run]]) -> Any:
+    return paired_digest(runs, [("gflownet", baseline) for baseline in ("sft", "ppo", "grpo")], METRICS)
 
-    metrics = {f"accuracy_{n}": f"{n} operands" for n in OPERANDS} | {"single_5": "5 operands, one sample"}
+
+def summary(results: Results) -> str:
+    """Paired tests on the test questions: each question's mean over seeds."""
     notes = [
         f"{method}: {runs[0]['details']['note']}."
         for method, runs in results["runs"].items()
         if "note" in runs[0]["details"]
     ]
-    pairs = [("gflownet", baseline) for baseline in ("sft", "ppo", "grpo")]
-    table = paired_table(results, pairs=pairs, metrics=metrics, unit="questions")
-    return "\n\n".join([*notes, table])
+    return "\n\n".join([*notes, paired_table(results["digest"], METRICS, "questions")])
 
 
-def figures(results: dict[str, Any], folder: Path) -> list[str]:
+def figures(results: Results, folder: Path) -> list[str]:
     """Accuracy against the number of operands."""
-    from amortlm.lab.reproduce.compare import line_figure
-
-    series: dict[str, dict[float, tuple[float, float]]] = {}
-    for method, found in results["summary"].items():
-        values = {n: found[f"accuracy_{n}"] for n in OPERANDS}
-        if all(v["mean"] is not None for v in values.values()):
-            series[method] = {float(n): (v["mean"], v["sd"] or 0.0) for n, v in values.items()}
-    return [line_figure(series, "operands (5: never trained on)", "accuracy", folder / "accuracy.png")]
+    names = {n: f"accuracy_{n}" for n in OPERANDS}
+    lines = {
+        method: {n: found[name] for n, name in names.items()} for method, found in results["summary"].items()
+    }
+    return line_figure(lines, "operands (5: never trained on)", "accuracy", folder / "accuracy.png")
 
 
 EXPERIMENT = Experiment(
@@ -225,7 +189,9 @@ EXPERIMENT = Experiment(
     question="From 50 worked sums and a thousand with the result alone, how well does each method solve sums of 3 and "
     "4 operands, and of 5, which it never saw?",
     presets=read_presets("arithmetic"),
+    groups={"gflownet": GFNConfig, "ppo": PPOConfig},
     prepare=prepare,
+    reads_data=True,
     methods={
         **{f"{k}-shot": few_shot(k) for k in SHOTS},
         "sft": sft,
@@ -243,6 +209,7 @@ EXPERIMENT = Experiment(
             "5, one sample", ".1%", "higher", "accuracy of single samples at temperature 1, 5 operands"
         ),
     },
+    digest=digest,
     figures=figures,
     summary=summary,
     paper={

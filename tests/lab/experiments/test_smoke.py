@@ -9,7 +9,7 @@ import pytest
 
 from amortlm.cli import main
 from amortlm.errors import ConfigError
-from amortlm.lab.reproduce import EXPERIMENTS, load_experiment
+from amortlm.lab.experiments import EXPERIMENTS, load_experiment
 
 
 def test_an_unknown_experiment() -> None:

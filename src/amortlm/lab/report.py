@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from amortlm.errors import ConfigError
 from amortlm.files import write_text
-from amortlm.lab.reproduce.experiment import Experiment, Metric
-from amortlm.lab.reproduce.storage import write_json
+from amortlm.lab.experiment import Experiment, Metric, Results, Run
+from amortlm.lab.store import finite, read_json, write_json
 
-Run = dict[str, Any]  # a finished run, as in its JSON file
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 MISSING = "–"
+LEFT_OUT = ("key", "method", "records")  # said already, or left in the run's own file
 
 
 def collect(
     experiment: Experiment, identity: dict[str, Any], command: str, done: dict[tuple[str, int], Run]
-) -> dict[str, Any]:
-    """results.json: what was asked, every finished run (methods in the order of the table, seeds ascending),
-    mean and standard deviation over seeds, and the paper's figures."""
+) -> Results:
+    """results.json: what was asked, every finished run (methods in the order of the table, seeds ascending) without its
+    records, mean and standard deviation over seeds, and the paper's figures."""
     runs = {
         method: [done[m, seed] for m, seed in sorted(done) if m == method]
         for method in experiment.methods
@@ -36,9 +37,10 @@ def collect(
             method: {name: spread([r["metrics"][name] for r in found]) for name in experiment.metrics}
             for method, found in runs.items()
         },
-        "paper": {"setting": experiment.paper_setting, "figures": experiment.paper},
+        "paper": {"setting": experiment.paper_setting, "figures": dict(experiment.paper)},
+        **({"digest": finite(experiment.digest(runs))} if experiment.digest and runs else {}),
         "runs": {
-            method: [{k: v for k, v in r.items() if k not in ("key", "method")} for r in found]
+            method: [{k: v for k, v in run.items() if k not in LEFT_OUT} for run in found]
             for method, found in runs.items()
         },
     }
@@ -55,60 +57,73 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": mean, "sd": math.sqrt(math.fsum((v - mean) ** 2 for v in known) / (len(known) - 1))}
 
 
-def write_report(experiment: Experiment, results: dict[str, Any], folder: Path) -> None:
+def write_report(experiment: Experiment, results: Results, folder: Path) -> None:
     """results.json, then the figures, then the README.md that shows them."""
     write_json(folder / "results.json", results)
-    names = experiment.figures(results, folder) if results["runs"] else []
-    write_text(folder / "README.md", readme(experiment, results, names))
+    figures = experiment.figures(results, folder) if results["runs"] else []
+    text = experiment.readme(results) if experiment.readme else readme(experiment, results, figures)
+    write_text(folder / "README.md", text)
 
 
-def readme(experiment: Experiment, results: dict[str, Any], figures: Sequence[str]) -> str:
+def report_again(experiment: Experiment, folder: Path) -> Results:
+    """README.md and figures from the results.json that a folder holds. Raises ConfigError where there is none."""
+    results = read_json(folder / "results.json")
+    if results is None or results.get("experiment") != experiment.name:
+        raise ConfigError(f"{folder} holds no results.json of {experiment.name}; give its folder as --output")
+    write_report(experiment, results, folder)
+    return results
+
+
+def readme(experiment: Experiment, results: Results, figures: Sequence[str]) -> str:
     seeds = max((len(found) for found in results["runs"].values()), default=0)
     parts = [
         f"# {experiment.name}, preset {results['preset']}",
         experiment.question,
-        "```bash\n" + "\n".join(commands(results)) + "\n```",
+        code(commands(results)),
         f"Model: {results['model']}. "
         + (f"Data: {results['data']}. " if results["data"] else "")
         + (f"Mean ± standard deviation over {seeds} seeds." if seeds > 1 else "One seed."),
         table(experiment, results, "github"),
-        *([experiment.summary(results)] if experiment.summary and results["runs"] else []),
-        f"The paper (Hu et al. 2024): {experiment.paper_setting}",
-        *([paper_table(experiment)] if experiment.paper else []),
+        experiment.summary(results) if experiment.summary and results["runs"] else "",
+        f"The paper (Hu et al. 2024): {experiment.paper_setting}" if experiment.paper_setting else "",
+        paper_table(experiment) if experiment.paper else "",
         *(f"![{name}]({name})" for name in figures),
-        "Columns (↑ higher is better, ↓ lower is better):",
+        "Columns (↑ higher is better, ↓ lower is better):" if experiment.rows == "methods" else "",
         "\n".join(columns(experiment)),
         "Made with:",
         "\n".join(f"- {line}" for line in environments(results)),
         "Every figure, all settings and all seeds: [results.json](results.json). The same command goes on where it "
         "was interrupted.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def table(experiment: Experiment, results: dict[str, Any], style: str = "simple") -> str:
-    """Methods by metrics, mean ± standard deviation over seeds, with times and reward evaluations."""
-    lines = []
-    for method, found in results["runs"].items():
-        summary = results["summary"][method]
-        lines.append(
-            [
-                method,
-                *(with_spread(summary[name], metric) for name, metric in experiment.metrics.items()),
-                *(_mean_seconds(found, part) for part in ("training", "evaluation")),
-                f"{max(run['reward_evaluations'] for run in found):,}",
-                len(found),
-            ]
-        )
-    headers = [
-        "method",
-        *_headings(experiment),
-        "training, s",
-        "evaluation, s",
-        "reward evaluations",
-        "seeds",
+def code(lines: Iterable[str]) -> str:
+    return "```bash\n" + "\n".join(lines) + "\n```"
+
+
+def table(experiment: Experiment, results: Results, style: str = "simple") -> str:
+    """Mean ± standard deviation over seeds of each metric: a row for each method, with times and reward evaluations, or
+    a row for each metric."""
+    summary, metrics = results["summary"], experiment.metrics
+    if experiment.rows == "metrics":
+        lines = [
+            [metric.label, *(with_spread(of[name], metric) for of in summary.values())]
+            for name, metric in metrics.items()
+        ]
+        return grid(["", *summary], lines, style)
+    lines = [
+        [
+            method,
+            *(with_spread(summary[method][name], metric) for name, metric in metrics.items()),
+            *(_mean_seconds(found, part) for part in ("training", "evaluation")),
+            f"{max(run['reward_evaluations'] for run in found):,}",
+            len(found),
+        ]
+        for method, found in results["runs"].items()
     ]
-    return _tabulate(lines, headers, style)
+    costs = ["training, s", "evaluation, s", "reward evaluations", "seeds"]
+    return grid(["method", *_headings(experiment), *costs], lines, style)
 
 
 def paper_table(experiment: Experiment) -> str:
@@ -116,10 +131,20 @@ def paper_table(experiment: Experiment) -> str:
         [method, *(number(values.get(name), metric) for name, metric in experiment.metrics.items())]
         for method, values in experiment.paper.items()
     ]
-    return _tabulate(lines, ["method", *_headings(experiment)], "github")
+    return grid(["method", *_headings(experiment)], lines)
 
 
-def commands(results: dict[str, Any]) -> list[str]:
+def grid(headers: Sequence[str], lines: Sequence[Sequence[Any]], style: str = "github", left: int = 1) -> str:
+    """A table, by default as Markdown. The first `left` columns hold words, the others figures."""
+    if style == "github":  # a bar would end a cell
+        headers, *lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (headers, *lines)]
+    align = ["left"] * left + ["right"] * (len(headers) - left)
+    return tabulate(
+        lines, headers=headers, tablefmt=style, colalign=align if lines else None, disable_numparse=True
+    )
+
+
+def commands(results: Results) -> list[str]:
     """Those that made the runs."""
     made = [run["command"] for found in results["runs"].values() for run in found]
     return list(dict.fromkeys(made)) or [results["command"]]
@@ -131,6 +156,8 @@ def columns(experiment: Experiment) -> list[str]:
         for metric in experiment.metrics.values()
         if metric.meaning
     ]
+    if experiment.rows == "metrics":
+        return described
     return [
         *described,
         "- training, evaluation: wall-clock seconds of one seed (*: went on from a checkpoint, the last part only)",
@@ -139,7 +166,7 @@ def columns(experiment: Experiment) -> list[str]:
     ]
 
 
-def environments(results: dict[str, Any]) -> list[str]:
+def environments(results: Results) -> list[str]:
     """One line for each place that runs were made in."""
     lines = []
     for found in results["runs"].values():
@@ -170,8 +197,8 @@ def number(value: float | None, metric: Metric) -> str:
 
 
 def with_spread(summary: dict[str, float | None], metric: Metric) -> str:
-    mean = number(summary["mean"], metric)
-    return mean if summary["sd"] is None else f"{mean} ± {number(summary['sd'], metric)}"
+    mean, sd = number(summary["mean"], metric), summary["sd"]
+    return mean if sd is None else f"{mean} ± {format(sd, metric.spread or metric.format)}"
 
 
 def _headings(experiment: Experiment) -> list[str]:
@@ -182,13 +209,6 @@ def _mean_seconds(found: Sequence[Run], part: str) -> str:
     mean = math.fsum(run["seconds"][part] for run in found) / len(found)
     cut = part == "training" and any(run["resumed"] for run in found)
     return f"{mean:.1f}" + ("*" if cut else "")
-
-
-def _tabulate(lines: list[list[Any]], headers: list[str], style: str) -> str:
-    align = ("left", *["right"] * (len(headers) - 1))
-    return tabulate(
-        lines, headers=headers, tablefmt=style, colalign=align if lines else None, disable_numparse=True
-    )
 
 
 def _duration(seconds: float) -> str:

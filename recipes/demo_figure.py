@@ -1,33 +1,40 @@
-"""Plots of what training changed. Logs are natural, in nats; before = the untrained policy.
+"""The picture of `make demo`: what training changed. Logs are natural, in nats; before = the untrained policy.
 
-Each panel function draws on a matplotlib `Axes` that the caller owns; `demo_figure` composes them into one
-PNG. Matplotlib is imported when a plot is drawn, and never through pyplot, so there is no global state.
+Each panel function draws on a matplotlib `Axes` that the caller owns; `demo_figure` composes them into one PNG.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from amortlm.errors import DataError
+from amortlm.lab.style import (
+    AFTER,
+    BEFORE,
+    DPI,
+    INK,
+    SERIES_COLOURS,
+    SMALL,
+    TEXT,
+    TITLE,
+    new_figure,
+    save,
+    style,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import SubFigure
 
-# Okabe-Ito colours: told apart with every common colour-vision deficiency, and in grey.
-BEFORE, AFTER = "#E69F00", "#0072B2"
-SERIES_COLOURS = (AFTER, "#D55E00", "#009E73", "#CC79A7")
-INK, MUTED, GRID = "#222222", "#666666", "#E3E3E3"
-DPI = 125  # text of 10 points stays legible when the page shows the picture at half its width
-TITLE, TEXT, SMALL = 11.5, 10, 9
 
-
-class NumbersData(TypedDict):
+@dataclass(frozen=True)
+class NumbersData:
     """The random-integer task: a posterior that is known exactly (uniform).
 
     before, after              [101] probability of each integer 0..100; the rest to 1 is invalid text
@@ -48,7 +55,8 @@ class NumbersData(TypedDict):
     curve_label: str
 
 
-class InfillingData(TypedDict):
+@dataclass(frozen=True)
+class InfillingData:
     """The infilling task: a posterior that is known up to log Z.
 
     log_w_before, log_w_after  log importance weights of samples of q, a list per prompt
@@ -70,12 +78,6 @@ def numbers_histogram(
     ax: Axes, before: Sequence[float], after: Sequence[float], uniform: bool = True
 ) -> None:
     """Probability of each integer 0, 1, ... before and after; `uniform` draws the exact posterior 1/n."""
-    _require("before", before)
-    _require("after", after)
-    if len(before) != len(after):
-        raise DataError(
-            f"before has {len(before)} probabilities and after {len(after)}: give the same integers"
-        )
     edges = np.arange(len(after) + 1) - 0.5
     ax.stairs(before, edges, fill=True, color=BEFORE, alpha=0.75, label="before training")
     ax.stairs(after, edges, fill=True, color=AFTER, alpha=0.2)
@@ -98,11 +100,7 @@ def curve(
     log: bool = False,
 ) -> None:
     """Values against optimizer steps. With `log` the axis is logarithmic and values <= 0 leave gaps."""
-    _require("steps", steps)
-    _require("series", series)
     for (name, values), colour in zip(series.items(), cycle(SERIES_COLOURS), strict=False):
-        if len(values) != len(steps):
-            raise DataError(f"{name!r} has {len(values)} values for {len(steps)} steps")
         shown = np.asarray(values, float)
         if log:
             shown = np.where(shown > 0, shown, np.nan)
@@ -140,7 +138,6 @@ def log_weight_histogram(
 
 def metric_bars(ax: Axes, metrics: Mapping[str, tuple[float, float]]) -> None:
     """Before and after bars of metrics with different units: each row has a scale of its own, from 0."""
-    _require("metrics", metrics)
     for row, (name, pair) in enumerate(metrics.items()):
         sizes = [value if np.isfinite(value) else 0.0 for value in pair]  # nan and inf: a number, no bar
         low, high = min(0.0, *sizes), max(0.0, *sizes)
@@ -156,11 +153,8 @@ def metric_bars(ax: Axes, metrics: Mapping[str, tuple[float, float]]) -> None:
 
 def centred(log_w: Sequence[Sequence[float]]) -> np.ndarray:
     """All log weights in one array, each minus the log-mean-exp of its own prompt's."""
-    _require("log_w", log_w)
     groups = []
     for values in log_w:
-        if np.ndim(values) != 1 or not len(values):
-            raise DataError("log weights: give a list of at least one number for every prompt")
         group = np.asarray(values, float)
         largest = group.max()
         if not np.isfinite(largest):
@@ -172,25 +166,16 @@ def centred(log_w: Sequence[Sequence[float]]) -> np.ndarray:
 
 
 def demo_figure(
-    numbers: NumbersData, infilling: InfillingData, path: str | Path, width: int = 1600, height: int = 960
-) -> Path:
-    """One PNG of width x height pixels with both tasks, before and after. Returns its path.
-
-    Raises DataError where data are missing, and names the field.
-    """
-    from matplotlib.figure import Figure
-
-    _require_fields("numbers", numbers, NumbersData)
-    _require_fields("infilling", infilling, InfillingData)
-    fig = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout="constrained", facecolor="white")
+    numbers: NumbersData, infilling: InfillingData, path: Path, width: int = 1600, height: int = 960
+) -> None:
+    """One PNG of width x height pixels with both tasks, before and after."""
+    fig = new_figure(width / DPI, height / DPI)
     fig.get_layout_engine().set(w_pad=0.12, h_pad=0.07)  # type: ignore[union-attr, call-arg]
     rows = fig.subfigures(2, 1, squeeze=False, hspace=0.04)
     _numbers_row(rows[0, 0], numbers)
     _infilling_row(rows[1, 0], infilling)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, format="png", metadata={"Software": None})  # same data, same bytes
-    return path
+    save(fig, path)
 
 
 def _numbers_row(fig: SubFigure, data: NumbersData) -> None:
@@ -198,49 +183,35 @@ def _numbers_row(fig: SubFigure, data: NumbersData) -> None:
         fig, "Random integers", "asked for a uniform integer from 0 to 100, trained to sample that posterior"
     )
     left, right = fig.subplots(1, 2, width_ratios=(2.1, 1))
-    numbers_histogram(left, data["before"], data["after"])
-    kl = f"KL to uniform {_number(data['kl_before'])} → {_number(data['kl_after'])} nats"
-    valid = f"valid integers {_percent(data['valid_before'])} → {_percent(data['valid_after'])}"
+    numbers_histogram(left, data.before, data.after)
+    kl = f"KL to uniform {_number(data.kl_before)} → {_number(data.kl_after)} nats"
+    valid = f"valid integers {_percent(data.valid_before)} → {_percent(data.valid_after)}"
     _title(left, f"{kl},  {valid}")
-    label, values = data["curve_label"], data["curve"]
-    curve(right, data["steps"], {label: values}, label, log=all(v > 0 for v in values))
+    label, values = data.curve_label, data.curve
+    curve(right, data.steps, {label: values}, label, log=all(v > 0 for v in values))
     name = label.split(" (")[0]
-    _title(right, f"{name} {_number(values[0])} → {_number(values[-1])}{_steps(data['steps'])}")
+    _title(right, f"{name} {_number(values[0])} → {_number(values[-1])}{_steps(data.steps)}")
 
 
 def _infilling_row(fig: SubFigure, data: InfillingData) -> None:
     _heading(fig, "Infilling", "the middle of a story, given its beginning and its ending")
     grid = fig.add_gridspec(2, 3, width_ratios=(1.05, 1, 1))
     weights = fig.add_subplot(grid[:, 0])
-    old, new = data["log_w_before"], data["log_w_after"]
+    old, new = data.log_w_before, data.log_w_after
     log_weight_histogram(weights, old, new)
     _title(weights, f"Spread of log weights {_number(_spread(old))} → {_number(_spread(new))} nats (std)")
 
     ess, variance = fig.add_subplot(grid[0, 1]), fig.add_subplot(grid[1, 1])
-    curve(ess, data["steps"], {"ESS": data["ess"]}, "ESS / samples")
+    curve(ess, data.steps, {"ESS": data.ess}, "ESS / samples")
     ess.set(ylim=(0, 1), yticks=(0, 0.5, 1), xlabel="")
     ess.tick_params(labelbottom=False)
-    change = f"{_percent(data['ess'][0])} → {_percent(data['ess'][-1])}"
-    _title(ess, f"ESS {change} of samples{_steps(data['steps'])}")
-    curve(variance, data["steps"], {"variance": data["log_w_variance"]}, "Var log w (nats²)", log=True)
+    change = f"{_percent(data.ess[0])} → {_percent(data.ess[-1])}"
+    _title(ess, f"ESS {change} of samples{_steps(data.steps)}")
+    curve(variance, data.steps, {"variance": data.log_w_variance}, "Var log w (nats²)", log=True)
 
     bars = fig.add_subplot(grid[:, 2])
-    metric_bars(bars, data["metrics"])
+    metric_bars(bars, data.metrics)
     _title(bars, "Before and after (each row on its own scale)")
-
-
-def _require_fields(what: str, data: Mapping[str, object], kind: type) -> None:
-    missing = [k for k in kind.__annotations__ if k not in data]
-    if missing:
-        raise DataError(f"{what}: {', '.join(missing)} missing; see {kind.__name__}")
-    for name, value in data.items():
-        if isinstance(value, Sequence | Mapping | np.ndarray):
-            _require(f"{what}: {name}", value)
-
-
-def _require(name: str, values: Sequence | Mapping | np.ndarray) -> None:
-    if not len(values):
-        raise DataError(f"{name} is empty: nothing to plot")
 
 
 def _range(old: np.ndarray, new: np.ndarray) -> tuple[float, float]:
@@ -256,17 +227,6 @@ def _spread(log_w: Sequence[Sequence[float]]) -> float:
     """Standard deviation of a prompt's finite log weights, median over prompts."""
     groups = [np.asarray(values, float) for values in log_w]
     return float(np.median([g[np.isfinite(g)].std() for g in groups]))
-
-
-def style(ax: Axes, frame: Sequence[str] = ("left", "bottom")) -> None:
-    for side, spine in ax.spines.items():
-        spine.set_visible(side in frame)
-        spine.set_color(MUTED)
-    ax.tick_params(colors=MUTED, labelcolor=INK, labelsize=SMALL, length=3)
-    ax.xaxis.label.set(color=INK, fontsize=TEXT)
-    ax.yaxis.label.set(color=INK, fontsize=TEXT)
-    ax.grid(axis="y", color=GRID, linewidth=0.8)
-    ax.set_axisbelow(True)
 
 
 def _plain_log_ticks(ax: Axes) -> None:

@@ -16,22 +16,32 @@ from typing import Any
 import torch
 
 from amortlm.errors import DataError
-from amortlm.lab.reproduce.drawn import Slow, draw
-from amortlm.lab.reproduce.experiment import (
+from amortlm.lab.compare import (
+    box_figure,
+    boxes_digest,
+    paired_digest,
+    paired_table,
+    shared_digest,
+    shared_table,
+)
+from amortlm.lab.experiment import (
     Context,
     Experiment,
     Metric,
     Outcome,
+    Results,
+    Run,
     Settings,
     Trained,
     read_presets,
 )
-from amortlm.lab.reproduce.training import new_policy, train_gflownet, train_supervised, untrained
+from amortlm.lab.experiments.drawn import Slow, draw
 from amortlm.lab.tasks.infilling import STORIES, read_stories
+from amortlm.lab.training import Problem, from_supervised, train_gflownet, train_supervised, untrained
 from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior
 from amortlm.support import Support
-from amortlm.targets.base import Target
+from amortlm.train import GFNConfig
 from amortlm.types import Rollouts, Row
 
 
@@ -43,83 +53,53 @@ class Stories:
     test: list[Row]
 
 
-def prepare(settings: Settings, model: str | None, data: Path | None, dry_run: bool) -> Context:
-    """Model and stories: those of --data, or our own. Raises DataError, ConfigError."""
-    lm = LanguageModel.from_pretrained(model or settings["model"])
-    if data is None:
-        rows: list[Row] = list(STORIES[20:])  # the first belong to the task
-    else:
-        rows = read_stories(data)
-    support = Support(**settings["support"])
-    policy = new_policy(Context(settings, lm, None), settings["prompt"], support)
-    rows = [row for row in rows if policy.support.contains(_tokens(lm, row["gold"]))]
+def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Stories:
+    """Stories of --data, or our own. Raises DataError, ConfigError."""
+    rows: Sequence[Row] = STORIES[20:] if data is None else read_stories(data)  # the first belong to the task
+    support = Support(**settings["support"]).bind(lm)
+    rows = [row for row in rows if support.contains(lm.encode_continuation(row["gold"].removesuffix(".")))]
     n, wanted = settings["test_stories"], settings["train_stories"]
     if len(rows) < n + wanted:
         raise DataError(
             f"{data or 'our own stories'}: {len(rows)} stories whose fourth sentence lies in the support, but "
             f"test_stories={n} and train_stories={wanted} are needed; lower these or give more data"
         )
-    return Context(settings, lm, Stories(rows[-wanted - n : -n], rows[-n:]), dry_run)
+    return Stories(rows[-wanted - n : -n], rows[-n:])
 
 
-def _tokens(lm: LanguageModel, gold: str) -> list[int]:
-    return lm.encode_continuation(gold.removesuffix("."))
-
-
-def target_of(context: Context) -> Target:
-    return context.lm.log_prob(context.settings["of"], given=context.settings["given"])
-
-
-def support_of(context: Context) -> Support:
-    return Support(**context.settings["support"])
+def problem_of(context: Context, with_gold: bool = True) -> Problem:
+    settings, rows = context.settings, context.data.train
+    return Problem(
+        context.lm.log_prob(settings["of"], given=settings["given"]),
+        settings["prompt"],
+        Support(**settings["support"]),
+        [{"x": row["x"], "y": row["y"]} for row in rows],
+        [[row["gold"]] for row in rows] if with_gold else None,
+    )
 
 
 def prompting(context: Context, seed: int, folder: Path) -> Trained:
-    return untrained(context, target_of(context), context.settings["prompt"], support_of(context))
+    return untrained(context, problem_of(context))
 
 
 def sft(context: Context, seed: int, folder: Path) -> Trained:
-    settings, rows = context.settings, context.data.train
-    policy = new_policy(context, settings["prompt"], support_of(context), lora=settings["lora"], seed=seed)
-    return train_supervised(
-        context,
-        policy,
-        target_of(context),
-        rows=rows,
-        gold=[[row["gold"]] for row in rows],
-        folder=folder / "sft",
-        seed=seed,
-        **settings["sft"],
-    )
+    return train_supervised(context, problem_of(context), context.settings["sft"], seed, folder / "sft")
 
 
-def gflownet(context: Context, seed: int, folder: Path, start: Path | None = None) -> Trained:
-    """From the model, without written middles; or from a saved SFT, with them in the replay buffer."""
-    settings, rows = context.settings, context.data.train
-    config = dict(settings["gflownet"])
-    if start:
-        config["behaviour"] = {"tempered": config["behaviour"].get("tempered", 0.0), "replay": 0.25}
-    return train_gflownet(
-        context,
-        target=target_of(context),
-        prompt=settings["prompt"],
-        support=support_of(context),
-        rows=[{"x": row["x"], "y": row["y"]} for row in rows],
-        config=config,
-        folder=folder,
-        seed=seed,
-        lora=settings["lora"],
-        adapter=start,
-        gold=[[row["gold"]] for row in rows] if start else None,
-    )
+def gflownet(context: Context, seed: int, folder: Path) -> Trained:
+    """From the model, without written middles."""
+    problem = problem_of(context, with_gold=False)
+    return train_gflownet(context, problem, context.settings["gflownet"], seed, folder)
 
 
 def sft_then_gflownet(context: Context, seed: int, folder: Path) -> Trained:
-    """The GFlowNet started from SFT, for where written middles are at hand."""
-    start = folder / "start"
-    if not (start / "posterior.json").exists():
-        sft(context, seed, folder).sampler.save_pretrained(start)
-    return gflownet(context, seed, folder / "gflownet", start)
+    """The GFlowNet started from SFT and with written middles in the replay buffer, for where they are at hand."""
+    problem, settings = problem_of(context), context.settings
+    start = from_supervised(context, problem, settings["sft"], seed, folder)
+    mix = {**settings["gflownet"]["behaviour"], "replay": 0.25}
+    mix.pop("policy", None)  # takes the rest
+    config = {**settings["gflownet"], "behaviour": mix}
+    return train_gflownet(context, problem, config, seed, folder / "gflownet", start=start)
 
 
 def mcmc(context: Context, seed: int, folder: Path) -> Trained:
@@ -166,7 +146,7 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
         {"x": row["x"], "y": row["y"], "gold": row["gold"], "samples": texts[:4]}
         for row, texts in zip(rows[:5], drawn.texts, strict=False)
     ]
-    return Outcome(metrics, {"per_example": per_story, "examples": examples})
+    return Outcome(metrics, {"examples": examples}, per_story)
 
 
 def text_metrics(
@@ -218,26 +198,30 @@ def judged(context: Context, texts: Sequence[Sequence[str]], rows: Sequence[Row]
     return preferences(contexts, [ts[0] for ts in texts], [ts[0] for ts in base.texts], judge)
 
 
-# A plain bar would end a cell of a Markdown table.
-LABELS = {"log_reward": "log p(zy∣x), nats", "bleu": "BLEU-4", "gleu": "GLEU-4"}
+LABELS = {"log_reward": "log p(zy|x), nats", "bleu": "BLEU-4", "gleu": "GLEU-4"}
+PANELS = {"log_reward": "mean log p(zy|x) of a story, nats", "bleu": "mean BLEU-4 of a story"}
 
 
-def summary(results: dict[str, Any]) -> str:
-    """Paired tests on the held-out stories: each story's mean over seeds, GFlowNet methods against the others; and
-    every method on the stories that the slow ones saw."""
-    from amortlm.lab.reproduce.compare import paired_table, shared_table
-
+def digest(runs: dict[str, list[Run]]) -> Any:
+    """Of the held-out stories, each with its mean over seeds."""
     pairs = [(a, b) for a in ("gflownet", "sft-gflownet") for b in ("prompting", "sft")]
-    paired = paired_table(results, pairs=pairs, metrics=LABELS, unit="stories")
-    return "\n\n".join(t for t in (paired, shared_table(results, LABELS, "stories")) if t)
+    return {
+        "paired": paired_digest(runs, pairs, LABELS),
+        "shared": shared_digest(runs, LABELS),
+        "boxes": boxes_digest(runs, PANELS),
+    }
 
 
-def figures(results: dict[str, Any], folder: Path) -> list[str]:
+def summary(results: Results) -> str:
+    """Paired tests, GFlowNet methods against the others; and every method on the stories that the slow ones saw."""
+    found = results["digest"]
+    paired = paired_table(found["paired"], LABELS, "stories")
+    return "\n\n".join(filter(None, (paired, shared_table(found["shared"], LABELS, "stories"))))
+
+
+def figures(results: Results, folder: Path) -> list[str]:
     """Distribution over stories of each method's mean log p(zy|x), and BLEU-4."""
-    from amortlm.lab.reproduce.compare import box_figure
-
-    panels = {"log_reward": "mean log p(zy|x) of a story, nats", "bleu": "mean BLEU-4 of a story"}
-    return [box_figure(results, panels, folder / "stories.png")]
+    return box_figure(results["digest"]["boxes"], PANELS, folder / "stories.png")
 
 
 EXPERIMENT = Experiment(
@@ -245,7 +229,9 @@ EXPERIMENT = Experiment(
     question="Given the beginning and the ending of a story that training did not see, how likely and how near to the "
     "written sentence are the middles that each method samples?",
     presets=read_presets("infilling"),
+    groups={"gflownet": GFNConfig},
     prepare=prepare,
+    reads_data=True,
     methods={
         "prompting": prompting,
         "sft": sft,
@@ -255,6 +241,7 @@ EXPERIMENT = Experiment(
         "mcmc": mcmc,
     },
     evaluate=evaluate,
+    digest=digest,
     metrics={
         "log_reward": Metric(LABELS["log_reward"], ".2f", "higher", "mean over held-out stories and samples"),
         "bleu": Metric(

@@ -7,7 +7,7 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,11 @@ import pytest
 
 from amortlm.cli import commands, main
 from amortlm.errors import ConfigError, MissingExtraError
-from amortlm.lab.reproduce import EXPERIMENTS, load_experiment, report, runner, storage
-from amortlm.lab.reproduce.experiment import Context, Experiment, Metric, Outcome, Trained
+from amortlm.lab import command, experiments, report, runner, store
+from amortlm.lab.experiment import Context, Experiment, Metric, Outcome, Trained
+from amortlm.lab.experiments import EXPERIMENTS, load_experiment
+from amortlm.lab.overrides import with_overrides
+from amortlm.train import GFNConfig
 
 
 class Toy:
@@ -56,7 +59,8 @@ class Toy:
             name="toy",
             question="Which is larger?",
             presets={"smoke": {**settings, "steps": 1}, "small": settings, "paper": settings},
-            prepare=lambda settings, model, data, dry: Context(settings, SimpleNamespace(), data, dry),  # type: ignore[arg-type]
+            prepare=lambda settings, lm, data: data,
+            reads_data=True,
             methods={"one": self.method("one", 1.0), "two": self.method("two", 2.0)},
             evaluate=self.evaluate,
             metrics={
@@ -70,7 +74,8 @@ class Toy:
 
 
 @pytest.fixture
-def toy() -> Toy:
+def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
+    monkeypatch.setattr(runner, "LanguageModel", SimpleNamespace(from_pretrained=lambda name: name))
     return Toy()
 
 
@@ -119,63 +124,80 @@ def test_a_damaged_run_is_made_again(toy: Toy, tmp_path: Path) -> None:
     assert toy.calls[1:] == [("two", 0), ("two", 0)]
 
 
-def test_a_report_without_its_runs_goes_on(toy: Toy, tmp_path: Path) -> None:
-    """results.json holds all that runs/ does: what was committed or handed on is not made again."""
-    run(toy, tmp_path, seeds=1)
-    before = {p.name: p.read_text() for p in (tmp_path / "runs").iterdir()}
-    shutil.rmtree(tmp_path / "runs")
-    results, said = run(toy, tmp_path, seeds=2)
-    assert said[0] == f"2 of 4 runs are finished in {tmp_path}"
-    assert toy.calls == [("one", 0), ("two", 0), ("one", 1), ("two", 1)]
-    assert [r["seed"] for r in results["runs"]["two"]] == [0, 1]
-    assert before.items() <= {p.name: p.read_text() for p in (tmp_path / "runs").iterdir()}.items()
-
-
-@pytest.mark.parametrize("note", [True, False])
-def test_a_report_of_other_settings_is_kept(toy: Toy, tmp_path: Path, note: bool) -> None:
+def test_a_report_without_its_runs_is_kept(toy: Toy, tmp_path: Path) -> None:
+    """results.json does not hold the records of its runs: new runs would put a poorer one in its place."""
     run(toy, tmp_path, seeds=1)
     shutil.rmtree(tmp_path / "runs")
-    if not note:
-        (tmp_path / "settings.json").unlink()
-    with pytest.raises(
-        ConfigError, match=r"results.json holds other results \(settings.steps: 5 there, 9 now"
-    ):
-        run(toy, tmp_path, seeds=1, overrides={"steps": 9})
-    assert list(json.loads((tmp_path / "results.json").read_text())["runs"]) == ["one", "two"]
+    before = {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)}
+    with pytest.raises(ConfigError, match="a report without its runs"):
+        run(toy, tmp_path, seeds=2)
+    assert {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)} == before
+
+
+def test_a_report_is_written_again_from_its_results(
+    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(toy, tmp_path, seeds=1)
+    before = {name: (tmp_path / name).read_bytes() for name in ("results.json", "README.md", "plot.png")}
+    for name in ("README.md", "plot.png", "settings.json"):
+        (tmp_path / name).unlink()
+    shutil.rmtree(tmp_path / "runs")
+    calls = len(toy.calls)
+    monkeypatch.chdir(tmp_path)
+    command.main(toy.experiment(), ["--report-only", "--output", "."])
+    assert {name: (tmp_path / name).read_bytes() for name in tree(tmp_path)} == before
+    assert len(toy.calls) == calls
+    with pytest.raises(ConfigError, match="no results.json of toy"):
+        command.main(toy.experiment(), ["--report-only", "--output", "elsewhere"])
+
+
+def test_records_stay_with_their_runs(toy: Toy, tmp_path: Path) -> None:
+    """results.json has what the digest makes of them."""
+
+    def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+        return Outcome({"score": 1.0}, {"note": "x"}, {"score": [float(seed), 2.0]})
+
+    def digest(runs: dict[str, Any]) -> Any:
+        return {m: [r["records"]["score"][0] for r in of] for m, of in runs.items()}
+
+    experiment = replace(toy.experiment(), evaluate=evaluate, digest=digest, metrics={"score": Metric("s")})
+    results = runner.execute(runner.make_plan(experiment, "small", tmp_path, seeds=2), lambda _: None)
+    assert results["digest"] == {"one": [0.0, 1.0], "two": [0.0, 1.0]}
+    assert [r["details"] for r in results["runs"]["one"]] == [{"note": "x"}] * 2
+    assert "records" not in results["runs"]["one"][0]
+    kept = json.loads((tmp_path / "runs" / "one-seed1.json").read_text())
+    assert kept["records"] == {"score": [1.0, 2.0]}
+
+
+def test_of_what_is_not_random_one_seed_is_enough(toy: Toy, tmp_path: Path) -> None:
+    experiment = replace(toy.experiment(), once=frozenset({"one"}))
+    plan = runner.make_plan(experiment, "small", tmp_path, seeds=2)
+    assert plan.runs() == [("one", 0), ("two", 0), ("two", 1)]
+
+
+def test_methods_are_chosen_by_patterns(toy: Toy, tmp_path: Path) -> None:
+    chosen = runner.make_plan(toy.experiment(), "small", tmp_path, methods=["t*"]).methods
+    assert chosen == ["two"]
+
+
+def test_a_table_with_a_row_for_each_metric(toy: Toy, tmp_path: Path) -> None:
+    metrics = {"score": Metric("score|s", ".2f", spread=".1f"), "odd": Metric("odd")}
+    experiment = replace(toy.experiment(), rows="metrics", metrics=metrics)
+    runner.execute(runner.make_plan(experiment, "small", tmp_path), lambda _: None)
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    cells = [[c.strip() for c in line.split(" | ")] for line in lines if line.startswith("| score")]
+    assert cells == [["| score\\|s", "2.00 ± 1.0", "3.00 ± 1.0 |"]]
 
 
 def test_results_of_something_else_are_kept(toy: Toy, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text('{"settings": {"model": "m"}, "runs": [{"method": "GFlowNet"}]}')
-    with pytest.raises(ConfigError, match="holds other results"):
+    with pytest.raises(ConfigError, match="a report without its runs"):
         run(toy, tmp_path)
 
 
-def test_a_report_is_taken_over_whole_or_not_at_all(
-    toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run(toy, tmp_path, seeds=1)
-    shutil.rmtree(tmp_path / "runs")
-    write, written = runner.write_json, []
-
-    def full_disk(path: Path, value: Any) -> None:
-        written.append(path.name)
-        if path.name.startswith("two-"):
-            raise OSError(28, "No space left on device")
-        write(path, value)
-
-    monkeypatch.setattr(runner, "write_json", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        run(toy, tmp_path, seeds=1)
-    assert written == ["one-seed0.json", "two-seed0.json"]
-    monkeypatch.undo()
-    results, _ = run(toy, tmp_path, seeds=1)
-    assert list(results["runs"]) == ["one", "two"]
-    assert len(toy.calls) == 2
-
-
 def test_commands_are_those_of_the_runs(toy: Toy, tmp_path: Path) -> None:
-    for command, methods in (("first", ["one"]), ("second", ["two"]), ("third", None)):
-        plan = runner.make_plan(toy.experiment(), "smoke", tmp_path, methods=methods, command=command)
+    for said, methods in (("first", ["one"]), ("second", ["two"]), ("third", None)):
+        plan = runner.make_plan(toy.experiment(), "smoke", tmp_path, methods=methods, command=said)
         runner.execute(plan, lambda _: None)
     assert "```bash\nfirst\nsecond\n```" in (tmp_path / "README.md").read_text()
 
@@ -187,11 +209,16 @@ def test_a_run_that_another_process_is_at_is_left_to_it(toy: Toy, tmp_path: Path
     """The other one finishes "one" while we are at "two"."""
     plan = runner.make_plan(toy.experiment(), "smoke", tmp_path)
     theirs = {"metrics": {"score": 9.0, "odd": None}, "method": "one", "seed": 0}
-    theirs |= {"key": plan.key, "seconds": {"training": 0, "evaluation": 0}, "resumed": False, "details": {}}
-    theirs |= {"reward_evaluations": 0, "command": "x", "environment": storage.environment()}
-    toy.before = lambda method, folder: storage.write_json(tmp_path / "runs" / "one-seed0.json", theirs)
-    runner.claim_folder(plan)
-    with runner.taken(plan, "one", 0) as ours:
+    theirs |= {
+        "key": plan.store.key,
+        "seconds": {"training": 0, "evaluation": 0},
+        "resumed": False,
+        "details": {},
+    }
+    theirs |= {"reward_evaluations": 0, "command": "x", "environment": store.environment()}
+    toy.before = lambda method, folder: store.write_json(tmp_path / "runs" / "one-seed0.json", theirs)
+    plan.store.claim()
+    with plan.store.taken("one", 0) as ours:
         assert ours
         results, _ = run(toy, tmp_path, "smoke")
     assert toy.calls == [("two", 0)]
@@ -202,32 +229,32 @@ def test_a_run_that_another_process_is_at_is_left_to_it(toy: Toy, tmp_path: Path
 def test_a_run_that_was_cut_short_is_free(toy: Toy, tmp_path: Path) -> None:
     plan = runner.make_plan(toy.experiment(), "smoke", tmp_path)
     for method in ("one", "two"):
-        with pytest.raises(KeyboardInterrupt), runner.taken(plan, method, 0):
+        with pytest.raises(KeyboardInterrupt), plan.store.taken(method, 0):
             raise KeyboardInterrupt
     run(toy, tmp_path, "smoke")
     assert toy.calls == [("one", 0), ("two", 0)]
-    with runner.taken(plan, "one", 0) as ours:
+    with plan.store.taken("one", 0) as ours:
         assert not ours, "it is finished"
 
 
 def test_who_begins_first_decides_the_settings(toy: Toy, tmp_path: Path) -> None:
     """Two commands saw an empty folder; the second one claims it while the first one is at a run."""
     ours, theirs = (
-        runner.make_plan(toy.experiment(), "smoke", tmp_path, overrides={"scale": k}) for k in (1.0, 2.0)
+        runner.make_plan(toy.experiment(), "smoke", tmp_path, overrides={"scale": k}) for k in ("1.0", "2.0")
     )
-    runner.claim_folder(theirs)
-    with runner.taken(theirs, "one", 0):
+    theirs.store.claim()
+    with theirs.store.taken("one", 0):
         with pytest.raises(ConfigError, match="settings.scale: 2.0 there, 1.0 now"):
-            runner.claim_folder(ours)
-        with runner.taken(theirs, "one", 0) as again:
+            ours.store.claim()
+        with theirs.store.taken("one", 0) as again:
             assert not again, "the lock is still there"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_run_has_a_lock_and_files_of_its_own(name: str, tmp_path: Path) -> None:
     plan = runner.make_plan(load_experiment(name), "small", tmp_path)
-    for place in (runner._lock, runner._work, runner._file):
-        assert len({place(plan, method, seed) for method, seed in plan.runs()}) == len(plan.runs())
+    for place in (plan.store.lock, plan.store.work, plan.store.file):
+        assert len({place(method, seed) for method, seed in plan.runs()}) == len(plan.runs())
 
 
 ARGV = ["reproduce", "numbers", "--preset", "smoke", "--methods", "untrained", "gflownet-tb", "--seeds", "2"]
@@ -281,7 +308,7 @@ def test_a_helper_that_fails_is_told(
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"overrides": {"adam.lr": 0.2}}, "settings.adam.lr: 0.1 there, 0.2 now"),
+        ({"overrides": {"adam.lr": "0.2"}}, "settings.adam.lr: 0.1 there, 0.2 now"),
         ({"model": "other"}, "model: 'tiny' there, 'other' now"),
         ({"data": Path(__file__)}, "data: None there"),
         ({"preset": "smoke"}, "preset: 'small' there, 'smoke' now"),
@@ -308,11 +335,11 @@ def test_checkpoints_of_other_settings_are_not_picked_up(toy: Toy, tmp_path: Pat
     with pytest.raises(KeyboardInterrupt):
         run(toy, tmp_path, seeds=1)
     with pytest.raises(ConfigError, match=r"settings.steps: 5 there, 9 now"):
-        run(toy, tmp_path, seeds=1, overrides={"steps": 9})
+        run(toy, tmp_path, seeds=1, overrides={"steps": "9"})
     (tmp_path / "settings.json").unlink()
     seen: list[bool] = []
     toy.before, toy.fail = lambda method, folder: seen.append(any(folder.iterdir())), {}
-    run(toy, tmp_path, seeds=1, overrides={"steps": 9})
+    run(toy, tmp_path, seeds=1, overrides={"steps": "9"})
     assert seen == [False, False]
 
 
@@ -321,7 +348,7 @@ def test_a_folder_whose_first_try_made_nothing_is_free(toy: Toy, tmp_path: Path)
     with pytest.raises(ConfigError):
         run(toy, tmp_path, seeds=1)
     toy.fail = {}
-    run(toy, tmp_path, seeds=1, overrides={"steps": 9})
+    run(toy, tmp_path, seeds=1, overrides={"steps": "9"})
     assert len(toy.calls) == 3
 
 
@@ -377,7 +404,7 @@ def test_a_dry_run_writes_nothing(toy: Toy, tmp_path: Path) -> None:
 
 def test_the_commit_is_that_of_the_start(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = iter(["first", "second"])
-    monkeypatch.setattr(storage, "_commit", lambda: next(commits))
+    monkeypatch.setattr(store, "_commit", lambda: next(commits))
     results, _ = run(toy, tmp_path, seeds=1)
     assert [r[0]["environment"]["commit"] for r in results["runs"].values()] == ["first", "first"]
 
@@ -428,21 +455,51 @@ def test_time_left_comes_from_other_seeds_of_the_same_method(toy: Toy) -> None:
 # Settings
 
 
-def test_overrides_keep_the_kind_of_the_setting(toy: Toy) -> None:
-    settings = {"steps": 5, "rate": 0.1, "group": {"a": 1, "name": "x"}}
-    changed = runner.with_overrides(settings, {"rate": "1e-3", "steps": 7.0, "group.name": "y"})
-    assert changed == {"steps": 7, "rate": 0.001, "group": {"a": 1, "name": "y"}}
+def test_overrides_keep_the_kind_of_the_setting() -> None:
+    settings = {"steps": 5, "rate": 0.1, "group": {"a": 1, "name": "x"}, "list": [1]}
+    changed = with_overrides(settings, {"rate": "1e-3", "steps": "7.0", "group.name": "y", "list": "[2, 3]"})
+    assert changed == {"steps": 7, "rate": 0.001, "group": {"a": 1, "name": "y"}, "list": [2, 3]}
     assert isinstance(changed["steps"], int)
     assert settings["group"]["name"] == "x"  # type: ignore[index]
+
+
+def test_a_group_takes_any_field_of_its_class() -> None:
+    """As the class declares it, whether or not the preset lists it."""
+    settings = {"steps": 5, "gflownet": {"max_steps": 3}}
+    given = {"gflownet.epsilon": "1e-1", "gflownet.max_steps": "4", "gflownet.temperature_range": "[1, 2]"}
+    changed = with_overrides(settings, given, {"gflownet": GFNConfig, "absent": GFNConfig})
+    assert changed["gflownet"] == {"max_steps": 4, "epsilon": 0.1, "temperature_range": [1.0, 2.0]}
+    for key, text, message in (
+        ("gflownet.epsilom", "0", "did you mean 'gflownet.epsilon'"),
+        ("gflownet.epsilon", "much", "--set gflownet.epsilon must be a number, got 'much'"),
+        ("gflownet.seed", "1", "no such setting"),  # --seeds says it
+        ("absent.epsilon", "0", "no such setting"),
+        ("epsilon", "0", "no such setting"),
+    ):
+        with pytest.raises(ConfigError) as e:
+            with_overrides(settings, {key: text}, {"gflownet": GFNConfig, "absent": GFNConfig})
+        assert message in str(e.value)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("preset", experiments.PRESETS)
+def test_every_preset_of_every_experiment_takes_every_field(name: str, preset: str) -> None:
+    experiment = load_experiment(name)
+    for group, kind in experiment.groups.items():
+        given = {f"{group}.{f.name}": "1" for f in fields(kind) if f.type in ("int", "float")}
+        given = {k: v for k, v in given.items() if not k.endswith("seed")}
+        found = with_overrides(experiment.presets[preset], given, experiment.groups)
+        assert len(given) > 3
+        assert all(found[group][key.split(".")[1]] == 1 for key in given)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"overrides": {"step": 3}}, "did you mean 'steps'?"),
-        ({"overrides": {"adam.rl": 3}}, "did you mean 'adam.lr'?"),
-        ({"overrides": {"steps.lr": 3}}, "no such setting"),
-        ({"overrides": {"adam": 3}}, "set one of adam.lr, adam.name"),
+        ({"overrides": {"step": "3"}}, "did you mean 'steps'?"),
+        ({"overrides": {"adam.rl": "3"}}, "did you mean 'adam.lr'?"),
+        ({"overrides": {"steps.lr": "3"}}, "no such setting"),
+        ({"overrides": {"adam": "3"}}, "set one of adam.lr, adam.name"),
         ({"overrides": {"steps": "few"}}, "expected a number like 5, got 'few'"),
         ({"methods": ["tow"]}, "did you mean 'two'?"),
         ({"seeds": 0}, "--seeds must be at least 1"),
@@ -467,7 +524,7 @@ def test_metrics_must_be_those_that_were_announced(toy: Toy, tmp_path: Path) -> 
 
 @pytest.fixture
 def toy_command(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> Toy:
-    monkeypatch.setattr(commands, "load_experiment", lambda name: toy.experiment())
+    monkeypatch.setattr(experiments, "load_experiment", lambda name: toy.experiment())
     return toy
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from amortlm.errors import DataError
-from amortlm.lab.reproduce import continuation, frontier
-from amortlm.lab.reproduce.continuation import EXPERIMENT, opening
+from amortlm.lab.experiment import Context
+from amortlm.lab.experiments import continuation, frontier
+from amortlm.lab.experiments.continuation import EXPERIMENT, opening
 from amortlm.language_model import LanguageModel
 
 SMOKE = EXPERIMENT.presets["smoke"]
@@ -41,22 +42,24 @@ def test_prompts_of_a_file(light: None, embedded: LanguageModel, tmp_path: Path)
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join([*lines, lines[0], "", "long " * 200]))
     for data in (file, tmp_path):
-        found = EXPERIMENT.prepare(SMOKE, None, data, True).data
+        found = EXPERIMENT.prepare(SMOKE, embedded, data)
         assert [row["x"] for row in found.test + found.train] == [line.strip() for line in lines]
     stories = tmp_path / "stories.txt"
     stories.write_text("<|endoftext|>".join(f"It was {c}. She ran. He sat. They left." for c in "abcd"))
-    found = EXPERIMENT.prepare(SMOKE, None, stories, True).data
+    found = EXPERIMENT.prepare(SMOKE, embedded, stories)
     assert [row["x"] for row in found.test] == ["It was a. She ran.", "It was b. She ran."]
     with pytest.raises(DataError, match="lower these"):
-        EXPERIMENT.prepare({**SMOKE, "train_prompts": 9}, None, stories, True)
+        EXPERIMENT.prepare({**SMOKE, "train_prompts": 9}, embedded, stories)
     with pytest.raises(DataError, match="cannot read"):
-        EXPERIMENT.prepare(SMOKE, None, tmp_path / "none.txt", True)
+        EXPERIMENT.prepare(SMOKE, embedded, tmp_path / "none.txt")
 
 
 @pytest.mark.parametrize("method", ["temperature", "greedy", "best-of-n", "gflownet-0.8"])
 def test_figures_of_a_method(light: None, embedded: LanguageModel, tmp_path: Path, method: str) -> None:
     grid = {**SMOKE["grids"], "temperature": [{"temperature": t} for t in (3.0, 0.3)]}
-    context = EXPERIMENT.prepare({**SMOKE, "grids": grid}, None, None, method.startswith("gflownet"))
+    settings = {**SMOKE, "grids": grid}
+    data = EXPERIMENT.prepare(settings, embedded, None)
+    context = Context(settings, embedded, data, dry_run=method.startswith("gflownet"))
     outcome = EXPERIMENT.evaluate(context, EXPERIMENT.methods[method](context, 0, tmp_path), 0)
     assert set(outcome.metrics) == set(EXPERIMENT.metrics)
     points = outcome.details["points"]

@@ -1,0 +1,212 @@
+"""Runs in a folder: a file each, so that an interruption loses only the last, and any number of processes share them.
+
+DIR/settings.json               what the runs in DIR share; other settings need another DIR
+DIR/runs/METHOD-seedK.json      a finished run, with all its records
+DIR/work/METHOD-seedK/          of a run that is not finished, locked by the process that is at it
+DIR/results.json, README.md     a summary of everything finished (`amortlm.lab.report`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from amortlm.errors import ConfigError
+from amortlm.files import write_text
+from amortlm.lab.experiment import Run
+from amortlm.lab.overrides import flat
+
+NUMBER = r"(?:-?\d[^\s,]*|null|true|false)"
+# A list or a mapping of numbers alone. Strings hold no raw line break, so only structure begins with one.
+FLAT = re.compile(rf'\[(?:\n *{NUMBER},?)+\n *\]|\{{(?:\n *"[^"\\\n]*": {NUMBER},?)+\n *\}}')
+PACKAGES = ("amortlm", "torch", "transformers", "peft", "trl", "numpy")
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of runs. identity: JSON that all of them share, and that a run must agree with to be kept."""
+
+    folder: Path
+    identity: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    def file(self, method: str, seed: int) -> Path:
+        return self.folder / "runs" / f"{_name(method, seed)}.json"
+
+    def work(self, method: str, seed: int) -> Path:
+        return self.folder / "work" / _name(method, seed)
+
+    def lock(self, method: str, seed: int) -> Path:
+        return self.folder / "work" / f"{_name(method, seed)}.lock"
+
+    def finished(self) -> dict[tuple[str, int], Run]:
+        """The runs that the folder holds. Raises ConfigError where they, or a report without its runs, are others."""
+        remedy = f"give another --output, or delete {self.folder}"
+        found, summary = read_json(self.folder / "settings.json"), read_json(self.folder / "results.json")
+        begun = any(p.is_file() for part in ("runs", "work") for p in (self.folder / part).rglob("*"))
+        if begun and found is not None and found != self.identity:
+            difference = _difference(found, self.identity)
+            raise ConfigError(f"{self.folder} holds runs of other settings ({difference}); {remedy}")
+        if summary and summary.get("runs") and not (self.folder / "runs").exists():
+            raise ConfigError(
+                f"{self.folder}/results.json is a report without its runs, which new runs would replace; {remedy}"
+            )
+        done = {}
+        for file in sorted((self.folder / "runs").glob("*-seed*.json")):
+            run = read_json(file)
+            if run is None:
+                continue
+            if run.get("key") != self.key:
+                raise ConfigError(f"{file} was made with other settings; {remedy}")
+            done[run["method"], run["seed"]] = run
+        return done
+
+    def claim(self) -> None:
+        """Note what the runs share, before the first one.
+
+        Raises ConfigError where another process has just begun with other settings.
+        """
+        with self.alone():
+            self.finished()
+            if read_json(self.folder / "settings.json") != self.identity:
+                # Checkpoints of settings that nobody knows.
+                shutil.rmtree(self.folder / "work", ignore_errors=True)
+                write_json(self.folder / "settings.json", self.identity)
+
+    def save(self, run: Run) -> None:
+        """A finished run, whole or not at all; what it worked with goes away."""
+        method, seed = run["method"], run["seed"]
+        write_json(self.file(method, seed), {"key": self.key, **run})
+        shutil.rmtree(self.work(method, seed), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def taken(self, method: str, seed: int) -> Iterator[bool]:
+        """Whether this run is ours to make. A lock dies with its process, so what was cut short is free again."""
+        lock = FileLock(self.lock(method, seed))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield read_json(self.file(method, seed)) is None
+        finally:
+            _drop(lock)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """One process at a time writes what all share."""
+        lock = FileLock(self.folder / ".lock")
+        lock.acquire()
+        try:
+            yield
+        finally:
+            _drop(lock)
+
+
+def _name(method: str, seed: int) -> str:
+    return re.sub(r"[^\w.-]+", "-", method) + f"-seed{seed}"
+
+
+def _drop(lock: FileLock) -> None:
+    """Give a lock back and take its file away. Who waited for it finds that the file is gone, and makes a new one."""
+    with contextlib.suppress(OSError):  # Windows keeps a file that is open
+        Path(lock.lock_file).unlink()
+    lock.release()
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The first setting that differs: "settings.steps: 3 there, 250 now"."""
+    there, now = dict(flat(old)), dict(flat(new))
+    for name in sorted(there | now):
+        if there.get(name) != now.get(name):
+            return f"{name}: {there.get(name)!r} there, {now.get(name)!r} now"
+    return "another layout"
+
+
+def read_json(file: Path) -> dict[str, Any] | None:
+    """A JSON object; None for a file that is absent or damaged, so that a damaged run is made again."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: None stands for both."""
+    if isinstance(value, dict):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented, with numbers that stand together on one line."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, FLAT.sub(lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Where a run was made: package versions, Python, processor, threads, commit."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "packages": versions,
+        "python": platform.python_version(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "commit": _commit(),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the source tree ("+" where files differ from it), or None if it is no checkout of ours."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(root)]
+        out = [
+            subprocess.run(
+                [*git, *args], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return out[0][:12] + ("+" if out[1] else "")

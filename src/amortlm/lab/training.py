@@ -1,0 +1,140 @@
+"""What the experiments share: making a policy, and training it by each method under a dry run and after a stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from amortlm.engine.adapter import default_lora
+from amortlm.lab.experiment import Context, Settings, Trained
+from amortlm.policy import Policy
+from amortlm.posterior import Posterior
+from amortlm.support import Support
+from amortlm.targets.base import Target
+from amortlm.text.template import Messages
+from amortlm.train import GFNConfig, GFNTrainer
+from amortlm.train.run import can_resume
+from amortlm.types import Rollouts, Row
+
+Gold = Sequence[Sequence[str | list[int]]]  # gold completions: a list per row
+QUIET = {"diagnose_steps": 0}  # an experiment measures for itself
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A posterior to be sampled. rows: those to train on; gold: their gold completions, where some are at hand."""
+
+    target: Target
+    prompt: str | Messages
+    support: Support
+    rows: Sequence[Row] = ()
+    gold: Gold | None = None
+
+    def policy(self, context: Context, seed: int = 0, lora: int | None = None) -> Policy:
+        """The model itself under the prompt and on the support, with an adapter that has learned nothing yet."""
+        from transformers import set_seed
+
+        set_seed(seed)  # an adapter starts at random
+        return Policy(context.lm, self.prompt, self.support, default_lora(lora or context.settings["lora"]))
+
+    def posterior(self, context: Context, policy: Policy) -> Posterior:
+        return Posterior(policy, self.target.bind(context.lm))
+
+
+def untrained(context: Context, problem: Problem) -> Trained:
+    return Trained(problem.posterior(context, problem.policy(context, lora=1)))
+
+
+def config_of(settings: Settings, seed: int, folder: Path) -> GFNConfig:
+    """settings: fields of GFNConfig."""
+    return GFNConfig(**{**QUIET, **settings, "output_dir": str(folder), "seed": seed})
+
+
+def train_gflownet(
+    context: Context,
+    problem: Problem,
+    settings: Settings,
+    seed: int,
+    folder: Path,
+    *,
+    lora: int | None = None,
+    start: Path | None = None,
+) -> Trained:
+    """A posterior trained by `GFNTrainer`, from its last complete checkpoint in `folder` if there is one.
+
+    settings: fields of GFNConfig; lora: the rank, by default the setting `lora`; start: a saved adapter to start from.
+    """
+    args = config_of(settings, seed, folder)
+    trainer = GFNTrainer(
+        context.lm,
+        target=problem.target,
+        prompt=problem.prompt,
+        support=problem.support,
+        train_dataset=problem.rows,
+        args=args,
+        adapter=start or lora or context.settings["lora"],
+        gold=problem.gold,
+    )
+    if context.dry_run:
+        return Trained(trainer.posterior)
+    found = can_resume(folder)
+    trainer.train(resume_from_checkpoint=found, overwrite_output_dir=not found)
+    per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_samples
+    return Trained(trainer.posterior, args.max_steps * per_update)
+
+
+def train_supervised(
+    context: Context, problem: Problem, settings: Settings, seed: int, folder: Path
+) -> Trained:
+    """Maximum likelihood of gold completions; settings: those of `train_sft`."""
+    from amortlm.lab.baselines.sft import train_sft
+
+    policy = problem.policy(context, seed)
+    if not context.dry_run:
+        assert problem.gold is not None
+        train_sft(policy, problem.rows, problem.gold, output_dir=folder, seed=seed, **settings)
+    return Trained(problem.posterior(context, policy))
+
+
+def from_supervised(context: Context, problem: Problem, settings: Settings, seed: int, folder: Path) -> Path:
+    """A folder with the adapter of `train_supervised`, for another method to start from; made once."""
+    start = folder / "start"
+    if not (start / "posterior.json").exists():
+        trained = train_supervised(context, problem, settings, seed, folder / "sft")
+        trained.sampler.save_pretrained(start)
+    return start
+
+
+def train_reinforced(
+    context: Context,
+    method: str,
+    problem: Problem,
+    settings: Settings,
+    seed: int,
+    folder: Path,
+    *,
+    reward: Callable[[Rollouts], Tensor] | None = None,
+    policy: Policy | None = None,
+) -> Trained:
+    """Reward maximised under a KL penalty, by "ppo" or TRL's "grpo"; settings: those of PPOConfig or `train_grpo`.
+
+    reward: log R of the target by default; policy: what to start from, a new one by default.
+    """
+    from amortlm.lab.baselines.finetune import BoundedReward, trl
+    from amortlm.lab.baselines.grpo import train_grpo
+    from amortlm.lab.baselines.ppo import PPOConfig, train_ppo
+
+    bounded = BoundedReward(reward or problem.target.score_final)
+    policy = policy or problem.policy(context, seed)
+    if method == "ppo":
+        config = PPOConfig(**settings)
+        if not context.dry_run:
+            train_ppo(policy, problem.rows, bounded, config=config, output_dir=folder, seed=seed)
+    else:
+        trl("GRPOTrainer")  # a dry run, too, says that the extra is missing
+        if not context.dry_run:
+            train_grpo(policy, problem.rows, bounded, output_dir=folder, seed=seed, method=method, **settings)
+    return Trained(problem.posterior(context, policy), bounded.evaluations)
