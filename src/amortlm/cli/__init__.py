@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from amortlm import __version__
+from amortlm.cli.status import ending_on_signals, exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +28,6 @@ def _run(args: argparse.Namespace) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from amortlm.lab.tasks import TASKS
-
     parser = argparse.ArgumentParser(
         prog="amortlm",
         description="Make a language model sample from posteriors that it defines but cannot sample.",
@@ -47,6 +46,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
+    from amortlm.lab.tasks import TASKS
+
     parser.add_argument("spec", help=f"a task ({', '.join(TASKS)}) or a YAML file; see docs/yaml.md")
     parser.add_argument("--model", help="hub name or local folder (default: the spec's)")
     parser.add_argument("--data", help="rows as .jsonl, .json, .csv or .tsv (default: the spec's)")
