@@ -26,7 +26,7 @@ class RewardMemory(Target):
     """`target`, asked about each (row, prefix) once: a reward does not change while q is trained.
 
     A sharp policy that comes back to a prompt writes the same beginnings again. Prefixes are numbered, and the number
-    of (prefix, token) is looked up, so that each token costs one look-up. Beyond `MAX_PREFIXES` everything is forgotten.
+    of (prefix, token) is looked up, so that each token costs one look-up. Beyond `MAX_PREFIXES` all is forgotten.
     """
 
     def __init__(self, target: Target):
