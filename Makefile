@@ -17,7 +17,8 @@ PYTEST_WORKERS ?= 2
 
 # What test-lowest and test-newest run: laws, exactness, training.
 VERSION_TESTS := tests/policy tests/targets/test_target_laws.py tests/targets/test_targets.py tests/support \
-  tests/engine tests/objectives tests/train/test_trainer.py tests/train/test_arguments.py tests/text tests/exact
+  tests/engine tests/objectives tests/train/test_trainer.py tests/train/test_arguments.py tests/text tests/exact \
+  tests/test_versions.py
 
 .PHONY: help setup demo smoke test test-slow test-lowest test-newest lint format types clean
 

@@ -126,6 +126,19 @@ def test_resume_takes_only_its_own(
     assert torch.equal(weights(again), weights(finished))
 
 
+def test_a_run_of_an_earlier_version_is_another(
+    one_lm: LanguageModel, tmp_path: Path, finished: GFNTrainer
+) -> None:
+    """Its settings had other names: refused in a sentence, and not taken for defaults."""
+    file = tmp_path / "run" / run.FILE
+    stated = json.loads(file.read_text())
+    mix = stated["identity"]["settings"].pop("behaviour")
+    stated["identity"]["settings"] |= {"replay_ratio": mix["replay"], "tempered_ratio": 0.5}
+    file.write_text(json.dumps(stated))
+    with pytest.raises(CheckpointError, match="of another run: .*behaviour was None, is .*'replay': 0.5"):
+        make_trainer(one_lm, tmp_path / "run", **STEPS).train(resume_from_checkpoint=True)
+
+
 def test_a_models_name_is_where_it_lies_its_weights_what_it_is(one_lm: LanguageModel, tmp_path: Path) -> None:
     def identity(lm: LanguageModel) -> dict[str, Any]:
         t = make_trainer(lm, tmp_path)

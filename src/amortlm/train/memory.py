@@ -25,8 +25,9 @@ MAX_PREFIXES = 2**20  # about 200 MB
 class RewardMemory(Target):
     """`target`, asked about each (row, prefix) once: a reward does not change while q is trained.
 
-    A sharp policy that comes back to a prompt writes the same beginnings again. Prefixes are numbered, and the number of
-    (prefix, token) is looked up, so that each token costs one look-up. Beyond `MAX_PREFIXES` everything is forgotten.
+    A sharp policy that comes back to a prompt writes the same beginnings again. Prefixes are numbered, and the number
+    of (prefix, token) is looked up, so that each token costs one look-up. Beyond `MAX_PREFIXES` everything is
+    forgotten.
     """
 
     def __init__(self, target: Target):

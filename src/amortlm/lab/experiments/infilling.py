@@ -96,8 +96,9 @@ def sft_then_gflownet(context: Context, seed: int, folder: Path) -> Trained:
     """The GFlowNet started from SFT and with written middles in the replay buffer, for where they are at hand."""
     problem, settings = problem_of(context), context.settings
     start = from_supervised(context, problem, settings["sft"], seed, folder)
-    tempered = settings["gflownet"]["behaviour"].get("tempered", 0.0)
-    config = {**settings["gflownet"], "behaviour": {"tempered": tempered, "replay": 0.25}}
+    mix = {**settings["gflownet"]["behaviour"], "replay": 0.25}
+    mix.pop("policy", None)  # takes the rest
+    config = {**settings["gflownet"], "behaviour": mix}
     return train_gflownet(context, problem, config, seed, folder / "gflownet", start=start)
 
 
