@@ -102,7 +102,7 @@ def box_figure(boxes: dict[str, Any], labels: Mapping[str, str], path: Path) -> 
 
 
 def line_figure(
-    series: Mapping[str, Mapping[float, Mapping[str, float | None]]], xlabel: str, ylabel: str, path: Path
+    series: Mapping[str, Mapping[int, Mapping[str, float | None]]], xlabel: str, ylabel: str, path: Path
 ) -> list[str]:
     """Methods as lines: series[method][x] = {"mean", "sd"}. A method without all its means has no line."""
     from amortlm.lab.style import INK, SMALL, TEXT, new_figure, save, style

@@ -118,7 +118,7 @@ def table(experiment: Experiment, results: Results, style: str = "simple") -> st
             *(with_spread(summary[method][name], metric) for name, metric in metrics.items()),
             *(_mean_seconds(found, part) for part in ("training", "evaluation")),
             f"{max(run['reward_evaluations'] for run in found):,}",
-            len(found),
+            str(len(found)),
         ]
         for method, found in results["runs"].items()
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,8 +26,8 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
-def panels(count: int, columns: int, size: tuple[float, float], **shared: bool) -> tuple[Figure, list[Axes]]:
-    """A figure of so many axes of a size, in rows of at most `columns`. shared: sharex, sharey."""
+def panels(count: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes of a size, in rows of at most `columns`. shared: sharex, sharey."""
     columns = min(columns, count)
     rows = -(-count // columns)
     fig = new_figure(size[0] * columns, size[1] * rows)
