@@ -29,9 +29,8 @@ from amortlm.targets.lists import check_statements
 from amortlm.types import Rollouts, Row
 
 Rows = Sequence[Row]
-SAMPLES = (
-    256  # that estimates are made of: a probability is then known to 3 points, and k-hat has a tail to fit
-)
+Data = Row | Rows
+N = 256  # samples that estimates are made of (class docstring)
 
 
 @dataclass(frozen=True)
@@ -112,13 +111,7 @@ class Posterior:
         self, rows: Rows, n: int = ..., *, correct: str = ..., budget: int | None = ..., seed: object = ...
     ) -> list[Samples]: ...
     def sample(
-        self,
-        rows: Row | Rows,
-        n: int = 1,
-        *,
-        correct: str = "none",
-        budget: int | None = None,
-        seed: object = 0,
+        self, rows: Data, n: int = 1, *, correct: str = "none", budget: int | None = None, seed: object = 0
     ) -> Samples | list[Samples]:
         """n completions of a row, or of each row.
 
@@ -204,7 +197,7 @@ class Posterior:
     @overload
     def estimate(self, rows: Rows, n: int = ..., *, seed: object = ...) -> list[ImportanceEstimate]: ...
     def estimate(
-        self, rows: Row | Rows, n: int = SAMPLES, *, seed: object = 0
+        self, rows: Data, n: int = N, *, seed: object = 0
     ) -> ImportanceEstimate | list[ImportanceEstimate]:
         """Importance diagnostics from n fresh samples of each row. With a small n a bad sampler looks better than it
         is. Raises ConfigError without a target, DataError for a missing column."""
@@ -237,8 +230,8 @@ class Posterior:
     ) -> Diagnosis: ...
     def diagnose(
         self,
-        rows: Row | Rows,
-        n: int = SAMPLES,
+        rows: Data,
+        n: int = N,
         *,
         seed: object = 0,
         limit: int = LIMIT,
@@ -275,13 +268,7 @@ class Posterior:
         seed: object = ...,
     ) -> list[Prediction]: ...
     def predict(
-        self,
-        rows: Row | Rows,
-        answers: Sequence[str],
-        n: int = SAMPLES,
-        *,
-        temperature: float = 1.0,
-        seed: object = 0,
+        self, rows: Data, answers: Sequence[str], n: int = N, *, temperature: float = 1.0, seed: object = 0
     ) -> Prediction | list[Prediction]:
         """p(y | x) for each of the answers: the mean over n samples z of p(y | x z), with its standard error.
 
@@ -302,23 +289,15 @@ class Posterior:
         self, rows: Rows, n: int = ..., *, temperature: float = ..., max_tokens: int = ..., seed: object = ...
     ) -> list[Votes]: ...
     def vote(
-        self,
-        rows: Row | Rows,
-        n: int = SAMPLES,
-        *,
-        temperature: float = 1.0,
-        max_tokens: int = 8,
-        seed: object = 0,
+        self, rows: Data, n: int = N, *, temperature: float = 1.0, max_tokens: int = 8, seed: object = 0
     ) -> Votes | list[Votes]:
         """The frozen model's greedy answers after each of n samples z, of at most `max_tokens` tokens, counted. Target
         and prompt are as for `predict`, and so are the errors."""
-        known = rows_or_row(rows)
-        found = vote(
-            self.policy, self.target, known, n, temperature=temperature, max_tokens=max_tokens, seed=seed
-        )
+        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+        found = vote(self.policy, self.target, rows_or_row(rows), n, **options)
         return found[0] if is_row(rows) else found
 
-    def _checked(self, rows: Row | Rows) -> list[Row]:
+    def _checked(self, rows: Data) -> list[Row]:
         """These rows, or this row, as dicts that have the columns of prompt and target."""
         checked: list[Row] = [*rows_or_row(rows)]
         columns = set(self.policy.prompt.columns) | (set(self.target.columns) if self.target else set())

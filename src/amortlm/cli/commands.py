@@ -161,9 +161,9 @@ def reproduce(args: Namespace) -> None:
 
 @contextmanager
 def processes(args: Namespace, runs: int, helpers: list[SpawnProcess]) -> Iterator[int]:
-    """Helpers that make the same runs in the same folder (`Store.taken`), waited for at the end; how many.
+    """Start helper processes for the same runs in the same folder (`Store.taken`); yields how many.
 
-    None without --jobs. An error here ends them, too; their checkpoints stay.
+    Without --jobs there are none. At the end they are waited for; an error here ends them, and their checkpoints stay.
     """
     count = 0 if args.is_helper else min(args.jobs, runs) - 1
     if count < 1:

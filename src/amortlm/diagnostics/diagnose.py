@@ -28,7 +28,7 @@ from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.errors import DataError, nearest
 from amortlm.inference.correct import weigh
 from amortlm.inference.exact import LIMIT, Distance
-from amortlm.inference.truth import Truth, posterior_draws
+from amortlm.inference.truth import posterior_draws
 from amortlm.policy.policy import Policy
 from amortlm.targets.base import Target
 from amortlm.types import Row
@@ -59,11 +59,6 @@ class Evidence:
     rhat: float
     pool_khat: float
     pool_ess: float
-
-    @classmethod
-    def of(cls, truth: Truth) -> Evidence:
-        draws = len(truth.log_w) if truth.trusted else 0
-        return cls(truth.label, draws, truth.rhat, truth.khat, truth.ess)
 
 
 @dataclass(frozen=True)
@@ -202,11 +197,12 @@ def diagnose_row(
     pool = weigh(policy, target, row, n, seed=seed)
     truth = posterior_draws(policy, target, row, n, seed=seed, limit=limit, gold=gold)
     log_w_true = truth.log_w if truth.trusted else None
+    draws = len(truth.log_w) if truth.trusted else 0
     return RowDiagnosis(
         importance=estimate(pool.log_weights, pool.log_reward),
         diversity=diversity(pool.rollouts.completions()),
         bounds=bounds(pool.log_weights, log_w_true, level, truth.margin),
-        truth=Evidence.of(truth),
+        truth=Evidence(truth.label, draws, truth.rhat, truth.khat, truth.ess),
         exact_log_z=None if truth.exact is None else truth.exact.log_z,
         distance=truth.distance,
     )
