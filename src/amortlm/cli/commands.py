@@ -24,7 +24,7 @@ from amortlm.cli.status import exit_status, run_folder
 from amortlm.data import check_rows, load_rows
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Gold
-from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
+from amortlm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from amortlm.inference.correct import check_method
 from amortlm.language_model import LanguageModel
 from amortlm.policy.laws import examine_policy
@@ -154,7 +154,7 @@ def reproduce(args: Namespace) -> None:
     command.perform(experiment, args, args.command_line, lambda plan: processes(args, plan.left(), helpers))
     failed = [helper.exitcode for helper in helpers if helper.exitcode]
     if failed:
-        raise AmortLMError(
+        raise TrainingError(
             f"a process of --jobs ended with exit status {failed[0]}; the same command makes what is missing"
         )
 
