@@ -44,6 +44,7 @@ from .speed_case import (
     Update,
     build,
     clock,
+    drawn,
     full_rollouts,
     generate,
     new_trainer,
@@ -82,7 +83,7 @@ def measure_update(case: Case, repeats: int, yardstick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = build(case, folder)
         update = Update(trainer)
-        rollouts = trainer.source.collect(update.rows, (0, 0)).rollouts
+        rollouts = trainer.source.thin(drawn(trainer, update.rows, (0, 0)), (0, 0))
         bare, batch = BarePasses(trainer, rollouts), paper_batch(trainer, rollouts)
         parts: dict[str, Callable[[], Any]] = {"update": update, **bare.parts()}
         parts["sample"] = lambda: trainer.policy.sample(update.rows, case.samples, seed=0)

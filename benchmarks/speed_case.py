@@ -194,7 +194,13 @@ class Training(TrainerCallback):
         """What is trained on for a batch of prompts, at the end of the run."""
         size = self.trainer.args.per_device_train_batch_size
         rows = random.Random(seed).sample(self.trainer.train_dataset, size)
-        return paper_batch(self.trainer, self.trainer.source.collect(rows, (-1, seed)).rollouts)
+        return paper_batch(self.trainer, drawn(self.trainer, rows, (-1, seed)))
+
+
+def drawn(trainer: GFNTrainer, rows: list[dict[str, str]], step: tuple[int, int]) -> Rollouts:
+    """The completions of an update, not scored yet."""
+    source = trainer.source
+    return source.draw(rows, step, source.corrected(rows, step))[0]
 
 
 def apply_gradient(trainer: GFNTrainer) -> None:

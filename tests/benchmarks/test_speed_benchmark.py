@@ -31,11 +31,11 @@ def tiny(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_paper_loop_has_the_loss_and_gradient_of_the_trainer(tiny, tmp_path, task, full_length):
     trainer = speed_case.build(speed_case.Case(task=task, full_length=full_length, **SMALL), str(tmp_path))
     rows = list(trainer.train_dataset)
-    rollouts = trainer.source.collect(rows, (0, 0))
-    batch = speed_case.paper_batch(trainer, rollouts)
+    experience = trainer.source.collect(rows, (0, 0))
+    batch = speed_case.paper_batch(trainer, experience.rollouts)
     parameters = [p for p in trainer.policy.parameters() if p.requires_grad]
 
-    ours = trainer.compute_loss(trainer.policy, {"rows": rows})
+    ours = trainer.compute_loss(trainer.policy, experience)
     ours_gradient = torch.autograd.grad(ours, parameters)
     for pass_per_prefix in (True,) if task == "infilling" else (True, False):
         theirs = paper_loop.loss(trainer.policy.model, trainer.lm.model, batch, pass_per_prefix)
