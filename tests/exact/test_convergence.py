@@ -48,7 +48,7 @@ def targets(lm: LanguageModel) -> dict[str, Target]:
 def train(lm: LanguageModel, target: Target, objective: str, folder: Path, **settings: object) -> GFNTrainer:
     config = {
         "objective": objective,
-        "max_steps": 150,
+        "max_steps": 200,
         "num_samples": 32,
         "per_device_train_batch_size": 1,
         "learning_rate": 1e-3,

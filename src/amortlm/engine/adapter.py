@@ -71,6 +71,8 @@ def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) 
     folder that cannot be read."""
     if adapter == FULL:
         return copy.deepcopy(lm.model).requires_grad_(True)
+    if isinstance(adapter, int) and (isinstance(adapter, bool) or adapter < 1):
+        raise ConfigError(f"{adapter!r} is no rank of an adapter: give a number of at least 1")
     if isinstance(adapter, int):
         adapter = default_lora(adapter)
     folder = Path(adapter) if isinstance(adapter, str | Path) else None
@@ -225,7 +227,7 @@ def _check(config: Any) -> None:
     kind = getattr(config, "peft_type", None)
     if kind is None:
         raise ConfigError(
-            f"{config!r} is no adapter: give a LoraConfig, a folder with a saved adapter, or 'full'"
+            f"{config!r} is no adapter: give a LoraConfig, a rank, a folder with a saved adapter, or 'full'"
         )
     if kind.value not in KINDS:
         raise ConfigError(
