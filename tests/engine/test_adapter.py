@@ -172,7 +172,8 @@ def test_adapters_that_are_not_exact_are_refused(name: str) -> None:
 
 def test_what_is_no_adapter_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match="6.4 is no adapter: give a LoraConfig, a rank, a folder with a saved adapter, or 'full'"
+        ConfigError,
+        match="6.4 is no adapter: give a LoraConfig, a rank, a folder with a saved adapter, or 'full'",
     ):
         Policy(fresh(), "{x}", SUPPORT, 6.4)  # type: ignore[arg-type]
     for rank in (0, -1, True):

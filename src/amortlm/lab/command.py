@@ -11,8 +11,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from amortlm.settings import named_texts
-
 if TYPE_CHECKING:
     from amortlm.lab.experiment import Experiment
     from amortlm.lab.runner import Plan
@@ -61,6 +59,7 @@ def perform(
     many they are. Raises AmortLMError."""
     from amortlm.lab import runner
     from amortlm.lab.report import report_again, table
+    from amortlm.settings import named_texts
 
     output = output_of(experiment, args)
     if args.report_only:

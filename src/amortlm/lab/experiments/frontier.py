@@ -140,7 +140,12 @@ def _line_of_gflownets(ax: Axes, points: list[Point]) -> None:
         return
     x, y = [p["max_ll"] for p in points], [p["diversity"] for p in points]
     ax.plot(x, y, color=AFTER, marker="o", markersize=8, linewidth=1.8, label="GFlowNet", zorder=5)
-    text: dict[str, Any] = {"xytext": (5, 6), "textcoords": "offset points", "fontsize": SMALL, "color": AFTER}
+    text: dict[str, Any] = {
+        "xytext": (5, 6),
+        "textcoords": "offset points",
+        "fontsize": SMALL,
+        "color": AFTER,
+    }
     for p, at in zip(points, zip(x, y, strict=True), strict=True):
         ax.annotate(p["method"].removeprefix(f"{GFLOWNET}-"), at, **text)
 
