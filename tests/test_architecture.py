@@ -100,3 +100,40 @@ def test_a_circle_is_found() -> None:
     graph = {"amortlm.a.x": {"amortlm.b"}, "amortlm.b": {"amortlm.a.y"}, "amortlm.a.y": set()}
     assert circles(graph) == []
     assert circles(by_room(graph)) == [["amortlm.a", "amortlm.b"]]
+
+
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def depth(node: ast.AST) -> int:
+    """How deep blocks are nested in a node; `elif` is no deeper than its `if`, inner functions count for themselves."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (*FUNCTIONS, ast.ClassDef)):
+            continue
+        is_elif = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        deepest = max(deepest, depth(child) + (isinstance(child, BLOCKS) and not is_elif))
+    return deepest
+
+
+def too_much(source: str) -> list[str]:
+    """The functions of more than 50 lines, or nested deeper than 4."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, FUNCTIONS)]
+    return [f.name for f in functions if (f.end_lineno or 0) - f.lineno >= 50 or depth(f) > 4]
+
+
+def test_functions_are_short_and_flat() -> None:
+    found = {file: names for file in ROOT.rglob("*.py") if (names := too_much(file.read_text("utf-8")))}
+    assert found == {}
+
+
+def test_a_long_and_a_deep_function_are_found() -> None:
+    long = "def long():\n" + "    pass\n" * 50
+    deep = "def deep():\n" + "".join("    " * (i + 1) + "if x:\n" for i in range(5)) + "    " * 6 + "pass\n"
+    flat = deep.replace(
+        "                    if x:\n                        pass\n", "                    pass\n"
+    )
+    assert too_much(long) == ["long"]
+    assert too_much(deep) == ["deep"]
+    assert too_much(flat) == too_much(long.replace("    pass\n", "", 1)) == []

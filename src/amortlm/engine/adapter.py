@@ -53,7 +53,9 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")  # leave th
 
 def default_lora(rank: int = DEFAULT_RANK) -> LoraConfig:
     """LoRA on every linear layer but the output head. Dropout 0: with dropout, the policy that samples and
-    the policy that is trained are not the same."""
+    the policy that is trained are not the same. Raises ConfigError for a rank below 1."""
+    if isinstance(rank, bool) or rank < 1:
+        raise ConfigError(f"{rank!r} is no rank of an adapter: give a number of at least 1")
     from peft import LoraConfig
 
     return LoraConfig(
@@ -71,8 +73,6 @@ def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) 
     folder that cannot be read."""
     if adapter == FULL:
         return copy.deepcopy(lm.model).requires_grad_(True)
-    if isinstance(adapter, int) and (isinstance(adapter, bool) or adapter < 1):
-        raise ConfigError(f"{adapter!r} is no rank of an adapter: give a number of at least 1")
     if isinstance(adapter, int):
         adapter = default_lora(adapter)
     folder = Path(adapter) if isinstance(adapter, str | Path) else None

@@ -1,4 +1,19 @@
-"""GRPO and RLOO by TRL's public trainers, on a policy's support and with any reward on rollouts."""
+"""GRPO and RLOO by TRL's public trainers, on a policy's support and with any reward on rollouts.
+
+Completions are drawn on the support: for GRPO by `policy.sample`, through TRL's `rollout_func` (which TRL calls
+experimental); for RLOO, which has no such argument, by `generate` with the support as generation settings. The
+sure stop after max_tokens and tokens that a tool wrote (GRPO) are no actions and leave the loss.
+
+What differs from our q: TRL's log-probabilities are over the whole vocabulary, not renormalised on the support,
+and a stop is the symbol that was drawn, not any of them. The gradient of log p is that of log q plus that of the
+log mass of the support. So the surrogate also moves that mass, which q does not see, and the KL penalty also
+holds it where it was. This matters only where a support cuts off much of the model's mass (few allowed tokens, a
+likely stop below min_tokens): there the penalty is not the KL of q. On `numbers`, whose support leaves out special
+tokens only, there is no difference. Reference: a frozen copy of the adapter as given.
+
+A step costs about three of our trainer at the same number of completions: TRL repeats the prompt for each
+completion in three passes (reference, forward, backward), and off a GPU projects its tokens on the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -56,28 +71,11 @@ def train_grpo(
     one step    rows_per_step rows with num_samples completions each, all judged once
     settings    further fields of `trl.GRPOConfig` or `trl.RLOOConfig`
 
-    Completions are drawn on the support: for GRPO by `policy.sample`, through TRL's `rollout_func` (which TRL calls
-    experimental); for RLOO, which has no such argument, by `generate` with the support as generation settings. The
-    sure stop after max_tokens and tokens that a tool wrote (GRPO) are no actions and leave the loss.
-
-    What differs from our q: TRL's log-probabilities are over the whole vocabulary, not renormalised on the support,
-    and a stop is the symbol that was drawn, not any of them. The gradient of log p is that of log q plus that of the
-    log mass of the support. So the surrogate also moves that mass, which q does not see, and the KL penalty also
-    holds it where it was. This matters only where a support cuts off much of the model's mass (few allowed tokens, a
-    likely stop below min_tokens): there the penalty is not the KL of q. It is none on `numbers`, whose support
-    leaves out special tokens only. Reference: a frozen copy of the adapter as given.
-
     Writes grpo.jsonl or rloo.jsonl into output_dir. Raises ConfigError for settings that TRL cannot honour,
     RewardError for a reward that is NaN or +inf.
-
-    A step costs about three of our trainer at the same number of completions: TRL repeats the prompt for each
-    completion in three passes (reference, forward, backward), and off a GPU projects its tokens on the vocabulary.
     """
     rows = as_rows(rows, "rows")
     _check(policy, rows, method, num_samples, rows_per_step, beta)
-    config_class, trainer_class = trl(f"{method.upper()}Config", f"{method.upper()}Trainer")
-    from datasets import Dataset
-
     trained, bounded = working_copy(policy), BoundedReward.of(reward, floor)
     given = trl_settings(policy, output_dir, seed) | {
         **NEUTRAL,
@@ -89,29 +87,37 @@ def train_grpo(
         "max_completion_length": policy.support.max_tokens,
         "logging_steps": 10,
     }
-    arguments: dict[str, Any] = {}
-    if method == "grpo":
-        tokenizer = padded_tokenizer(policy)
-        arguments["rollout_func"] = rollout_function(trained, rows, bounded, seed)
-    else:
-        tokenizer = prompt_tokenizer(policy, rows)
-        given["generation_kwargs"] = generation_settings(policy)
-        # TRL cuts completions at the end symbols of the model, and generate() takes a setting that is at its default
-        # (temperature 1) from the checkpoint's own settings if it has some.
-        network: Any = trained.model if policy.is_full else trained.model.get_base_model()
-        network.generation_config = GenerationConfig(eos_token_id=list(policy.support.stop_ids))
     with quiet():
-        trainer = trainer_class(
-            model=trained.model,
-            reward_funcs=carried_reward if method == "grpo" else reward_function(policy, rows, bounded),
-            args=config_class(**(given | settings)),
-            # TRL hands prompts back to our functions, which know the rows by number.
-            train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(len(rows))]}),
-            processing_class=tokenizer,
-            **arguments,
-        )
+        trainer = _trainer(method, trained, rows, bounded, seed, given | settings)
         run_trl(trainer, Path(output_dir) / f"{method}.jsonl")
     return adopt_weights(policy, trained)
+
+
+def _trainer(
+    method: str, policy: Policy, rows: Sequence[Row], reward: BoundedReward, seed: int, given: dict[str, Any]
+) -> Any:
+    """TRL's trainer of the policy. given: fields of its config."""
+    config_class, trainer_class = trl(f"{method.upper()}Config", f"{method.upper()}Trainer")
+    from datasets import Dataset
+
+    arguments: dict[str, Any] = {}
+    if method == "grpo":
+        arguments["rollout_func"] = rollout_function(policy, rows, reward, seed)
+    else:
+        given = {"generation_kwargs": generation_settings(policy)} | given
+        # TRL cuts completions at the end symbols of the model, and generate() takes a setting that is at its default
+        # (temperature 1) from the checkpoint's own settings if it has some.
+        network: Any = policy.model if policy.is_full else policy.model.get_base_model()
+        network.generation_config = GenerationConfig(eos_token_id=list(policy.support.stop_ids))
+    return trainer_class(
+        model=policy.model,
+        reward_funcs=carried_reward if method == "grpo" else reward_function(policy, rows, reward),
+        args=config_class(**given),
+        # TRL hands prompts back to our functions, which know the rows by number.
+        train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(len(rows))]}),
+        processing_class=padded_tokenizer(policy) if method == "grpo" else prompt_tokenizer(policy, rows),
+        **arguments,
+    )
 
 
 def _check(
