@@ -53,6 +53,7 @@ def z_scores(posterior: Posterior, truth: list[float]) -> tuple[float, float]:
     return ((probs.mean() - truth[0]) / (spread / RUNS**0.5)).item(), (errors.mean() / spread).item()
 
 
+@pytest.mark.slow
 def test_predictive_agrees_with_enumeration(one_lm: LanguageModel) -> None:
     posterior = posterior_of(one_lm)
     truth = exact(posterior, ROWS[0])

@@ -133,6 +133,7 @@ def test_metropolis_hastings_law_is_that_of_the_library(case, lm):
     np.testing.assert_allclose(end, truth.p, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASE, HARD, TOLD, VERIFIED], ids=lambda c: c.name)
 def test_smc_law_is_that_of_the_library(case, lm):
     policy, target, truth, log_q = make(case, lm)
@@ -175,6 +176,7 @@ def test_passes_to_a_level():
     assert digest.at(curve, 4, "tv") == pytest.approx((1 / 2 + 1 / 8) / 2)
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_reports(lm, tmp_path, monkeypatch):
     """Every table from the digest alone; the curves stay with the runs."""
     monkeypatch.setattr(runner.LanguageModel, "from_pretrained", lambda name: lm)

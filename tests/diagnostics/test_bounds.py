@@ -28,6 +28,7 @@ def draws(weights: Tensor, log_w: Tensor, run: int, n: int = DRAWS) -> Tensor:
     return log_w[torch.multinomial(weights, n, replacement=True, generator=generator)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 3.0])
 def test_covers_at_its_level(scale: float) -> None:
     p, q, log_w = proposal(scale)

@@ -21,6 +21,7 @@ from amortlm.errors import ConfigError, DataError
 from amortlm.inference import truth
 
 T = TypeVar("T")
+SLOW = pytest.mark.slow
 
 ENDS = ("log_z", "kl_qp", "kl_pq")
 
@@ -40,7 +41,9 @@ def misses(posterior: Posterior, runs: int, n: int, limit: int, shift: float = 0
     return out
 
 
-@pytest.mark.parametrize("source", ["enumeration", "sir", "mcmc"])
+@pytest.mark.parametrize(
+    "source", ["enumeration", pytest.param("sir", marks=SLOW), pytest.param("mcmc", marks=SLOW)]
+)
 def test_intervals_hold_at_their_level(
     one_lm: LanguageModel, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,7 +129,8 @@ def test_the_gap_bounds_total_variation(one_lm: LanguageModel) -> None:
         sampled = off(one_lm, strength).diagnose(ROW, limit=0)
         assert exact.distance is not None
         assert exact.tv_high == exact.distance.total_variation <= sampled.tv_high < 1
-        assert sampled.gap_low <= exact.gap == min(exact.distance.kl_qp, exact.distance.kl_pq) <= sampled.gap
+        assert exact.gap == min(exact.distance.kl_qp, exact.distance.kl_pq)
+        assert sampled.gap_low - 1e-6 <= exact.gap <= sampled.gap  # rounding: q is the posterior at first
         assert exact.gap_low == exact.gap
 
 

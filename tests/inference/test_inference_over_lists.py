@@ -82,6 +82,7 @@ def trained(lm: LanguageModel, target: Target, support: Support, folder: Path) -
     return trainer
 
 
+@pytest.mark.slow
 def test_training_reaches_the_posterior_over_sets(one_lm: LanguageModel, tmp_path: Path) -> None:
     support = Support(stop=".", max_tokens=5, allowed_tokens=TWO, separator=",", min_statements=2)
     likes_a_first = constraint.matches("a.*", penalty=3.0)

@@ -201,6 +201,7 @@ def test_logs_and_sample_table(one_lm: LanguageModel, tmp_path: Path) -> None:
     assert (tmp_path / "samples.jsonl").read_text().count('"step": 4') == 4 * 4
 
 
+@pytest.mark.slow
 def test_hard_constraints_train(one_lm: LanguageModel, tmp_path: Path) -> None:
     """R = 0 almost everywhere: the share of accepted samples rises, with and without a language-model term."""
     for target in (one_lm.log_prob("{z}", given="{x}") + c.contains("a"), c.contains("a")):
