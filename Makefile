@@ -20,11 +20,12 @@ VERSION_TESTS := tests/policy tests/targets/test_target_laws.py tests/targets/te
   tests/engine tests/objectives tests/train/test_trainer.py tests/train/test_arguments.py tests/text tests/exact \
   tests/test_versions.py
 
-.PHONY: help setup demo smoke test test-slow test-lowest test-newest lint format types clean
+.PHONY: help setup demo smoke test test-slow test-long test-lowest test-newest lint format types clean
 
 help:
 	@echo "make demo    train, measure and plot two posteriors into runs/demo"
 	@echo "make test    the tests              make test-slow  those that train a model or start processes"
+	@echo "                                    make test-long  those that take minutes each; CI runs the other two"
 	@echo "make test-lowest, make test-newest"
 	@echo "             laws, exactness and training with the oldest and the newest libraries that pyproject.toml allows,"
 	@echo "             in .venv-lowest and .venv-newest"
@@ -54,9 +55,12 @@ smoke: $(STAMP)
 test: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
-# One test at a time and worker: most of a file's may take minutes.
+# Not file by file: those of one file may take minutes.
 test-slow: $(STAMP)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m slow $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m "slow and not long" $(PYTEST_ARGS)
+
+test-long: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist worksteal -m long $(PYTEST_ARGS)
 
 test-lowest test-newest: test-%: .venv-%/.installed
 	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS) $(VERSION_TESTS)

@@ -33,6 +33,7 @@ WORDS = [
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=3, allowed_tokens=WORDS)
 ROW = {"x": "Tom had a dog. One day the dog was lost.", "y": "Tom was happy to have his dog again."}
 FAR, NEAR = 0.5, 0.1
+LONG = pytest.mark.long
 
 
 def targets(lm: LanguageModel) -> dict[str, Target]:
@@ -74,7 +75,10 @@ def total_variation(trainer: GFNTrainer, truth: exact.ExactPosterior) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["subtb", "vargrad"])
-@pytest.mark.parametrize("name", ["infilling", "tempered", "contrastive", "constrained"])
+@pytest.mark.parametrize(
+    "name",
+    ["infilling", *(pytest.param(name, marks=LONG) for name in ("tempered", "contrastive", "constrained"))],
+)
 def test_training_reaches_the_posterior(
     embedded: LanguageModel, tmp_path: Path, name: str, objective: str
 ) -> None:
