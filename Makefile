@@ -69,7 +69,8 @@ test-lowest test-newest: test-%: .venv-%/.installed
 .venv-lowest/constraints.txt: pyproject.toml
 	@mkdir -p $(@D)
 	@$(PYTHON) -c 'import re, tomllib; project = tomllib.load(open("$<", "rb"))["project"]; \
-	  needed = project["dependencies"] + project["optional-dependencies"]["baselines"]; \
+	  extras = project["optional-dependencies"]; \
+	  needed = project["dependencies"] + extras["baselines"] + extras["gguf"]; \
 	  print(*(re.sub(">=([^,]+).*", r"==\1", one) for one in needed), sep="\n")' > $@
 
 .venv-newest/constraints.txt: pyproject.toml

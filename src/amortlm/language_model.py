@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from amortlm import versions
+from amortlm.engine import gguf
 from amortlm.engine.model import CausalLM
-from amortlm.errors import ConfigError
+from amortlm.errors import ConfigError, ModelError
 from amortlm.targets.lm import LogProb
 from amortlm.text.template import Messages
 
@@ -42,19 +44,26 @@ class LanguageModel(CausalLM):
     ) -> LanguageModel:
         """Load by hub name or local path through `transformers`; "embedded" is the model that ships.
 
+        A name that ends in .gguf is a file, or one of a repository (`user/name/file.gguf`), and is dequantised.
         Keyword arguments (`dtype`, `revision`, `attn_implementation`, ...) go to
         `AutoModelForCausalLM.from_pretrained`. On a CPU the default dtype is float32.
+        Raises ConfigError for what cannot be loaded, ModelError where a part of the weights is missing or not read.
         """
         path = EMBEDDED_PATH if str(name_or_path) == EMBEDDED else name_or_path
+        place, file = gguf.locate(path)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             kwargs.setdefault("dtype", torch.float32)
         kwargs.setdefault("trust_remote_code", False)  # not asked for on the terminal
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"])
-            model: Any = AutoModelForCausalLM.from_pretrained(path, **kwargs)
-            model = model.to(device)
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, **file, trust_remote_code=kwargs["trust_remote_code"]
+            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place, **(versions.dequantise() if file else {}), **file, **kwargs, output_loading_info=True
+            )
+            model, missing = loaded[0].to(device), sorted(loaded[1]["missing_keys"])
         except Exception as e:  # libraries raise whatever they meet in a damaged or hostile file
             if "trust_remote_code" in str(e):
                 raise ConfigError(
@@ -63,8 +72,17 @@ class LanguageModel(CausalLM):
                 ) from e
             raise ConfigError(
                 f"cannot load a causal LM from {str(name_or_path)!r}: {e}\nGive a hub name, a local folder with "
-                f"config.json, weights and tokenizer files, or {EMBEDDED!r}."
+                f"config.json, weights and tokenizer files, a {gguf.SUFFIX} file, or {EMBEDDED!r}."
             ) from e
+        if missing:
+            raise ModelError(
+                f"{name_or_path}: {len(missing)} of the model's weights are not in its files "
+                f"({', '.join(missing[:3])}) and would be random numbers. Give the folder of a whole causal LM"
+            )
+        if file:
+            versions.unmark_quantised(model)
+            if Path(path).is_file():
+                gguf.check_complete(path, model)
         return cls(model, tokenizer, str(name_or_path), score_memory_mb, self_check, chat_template_kwargs)
 
     def log_prob(self, of: str, given: str | Messages = "") -> LogProb:

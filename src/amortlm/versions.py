@@ -54,3 +54,18 @@ def reading_marked() -> dict[str, bool]:
             f"transformers {transformers.__version__} reads it as a control token; 5.23 does not"
         )
     return {"sanitize_control_tokens": True}
+
+
+# Until transformers >= 5.23, which else would keep GGUF weights packed.
+def dequantise() -> dict[str, Any]:
+    """Settings of `from_pretrained` by which the weights of a GGUF file become plain tensors."""
+    if not hasattr(transformers, "GgufConfig"):
+        return {}
+    return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+# As long as transformers takes a model that it has dequantised for a quantised one, which it does not train or save.
+def unmark_quantised(model: Any) -> None:
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
