@@ -23,9 +23,10 @@ EMBEDDED_PATH = Path(__file__).parent / "models" / "embedded"
 class LanguageModel(CausalLM):
     """A causal LM and its tokenizer. Its weights are frozen: policies are trained on copies.
 
-    `score_memory_mb` bounds the logits and masks that scoring holds at once, in MiB. `self_check`: at first use, find
-    out which ways through the model are exact (`amortlm.engine.exactness`; a second or two); without it, it is taken
-    for a decoder with full attention, for which all are. Raises ModelError at first use for a model that is not causal.
+    `memory_mb`: what a pass without gradient may hold at once, in MiB, of p and of the policies made of it: logits,
+    caches, masks, activations (default: 256 on a CPU, an eighth of a GPU). `self_check`: at first use, find out which
+    ways through the model are exact (`amortlm.engine.exactness`; a second or two); without it, it is taken for a
+    decoder with full attention, for which all are. Raises ModelError at first use for a model that is not causal.
     `chat_template_kwargs` go to the chat template of prompts that are messages: `{"enable_thinking": False}`,
     `{"tools": [..]}`. Among them `{"sanitize_control_tokens": False}` lets special tokens in the data of messages act
     as such: by default they are read as text, so that no row can forge a turn.
@@ -36,7 +37,7 @@ class LanguageModel(CausalLM):
         cls,
         name_or_path: str | Path,
         *,
-        score_memory_mb: int = 256,
+        memory_mb: float | None = None,
         self_check: bool = True,
         device: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -83,7 +84,7 @@ class LanguageModel(CausalLM):
             versions.unmark_quantised(model)
             if Path(path).is_file():
                 gguf.check_complete(path, model)
-        return cls(model, tokenizer, str(name_or_path), score_memory_mb, self_check, chat_template_kwargs)
+        return cls(model, tokenizer, str(name_or_path), memory_mb, self_check, chat_template_kwargs)
 
     def log_prob(self, of: str, given: str | Messages = "") -> LogProb:
         """The target log p(of | given): templates over data columns and the latent `{z}`.

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from amortlm.engine.decoding import Exploration, decode
+from amortlm.engine.model import CausalLM
+from amortlm.engine.passes import Prefix
 from amortlm.errors import ConfigError, DataError
 from amortlm.inference.correct import check_n
 from amortlm.policy.policy import Policy
@@ -128,16 +130,29 @@ def vote(
 @torch.no_grad()
 def _continued(term: LogProb, rows: Sequence[Row], texts: list[Text], support: SupportLaw) -> dict[Text, str]:
     """What the model writes greedily after each text. The prompt of a row is encoded once for all its texts."""
-    lm = term.lm
-    asked = lm.passes.encode([_asked(term, row) for row in rows])
-    row_of = torch.tensor([row for row, _ in texts], device=lm.device)
-    prefix = lm.passes.extend(asked, row_of, [text for _, text in texts])
+    prompts, passes, out = [_asked(term, row) for row in rows], term.lm.passes, {}
+    for block in passes.blocks(prompts):
+        mine = [text for text in texts if block.start <= text[0] < block.stop]
+        asked = passes.encode(prompts[block])
+        tokens = max((len(text) for _, text in mine), default=0) + support.max_tokens
+        size = passes.fit(passes.written_bytes(asked.longest, tokens, kept=True), asked.held)
+        for start in range(0, len(mine), size):
+            part = mine[start : start + size]
+            out |= zip(part, _written(term.lm, asked, block.start, part, support), strict=True)
+        del asked  # before the next are encoded
+    return out
+
+
+def _written(lm: CausalLM, asked: Prefix, first: int, texts: list[Text], support: SupportLaw) -> list[str]:
+    """Greedy answers after each text; the prompt of row `first` is the first of `asked`."""
     index = torch.arange(len(texts), device=lm.device)
+    row = torch.tensor([row - first for row, _ in texts], device=lm.device)
+    prefix = lm.passes.extend(asked, row, [text for _, text in texts])
     uniforms = torch.full((len(texts), support.max_tokens + 1), 0.5, device=lm.device)
     greedy = Exploration(torch.zeros(len(texts), device=lm.device))
     drawn = decode(lm.passes, support, prefix, index, uniforms, greedy)
-    written = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
-    return {text: lm.decode(z[:k]).strip() for text, (z, k) in zip(texts, written, strict=True)}
+    pairs = zip(drawn.tokens.tolist(), drawn.lengths.tolist(), strict=True)
+    return [lm.decode(z[:k]).strip() for z, k in pairs]
 
 
 def _answer(policy: Policy, target: Target | None) -> tuple[LogProb, tuple[str, str, str]]:
@@ -191,12 +206,11 @@ def _score(likelihood: LogProb, rollouts: Rollouts, column: str, answers: Sequen
     ]
     first = {key: b for b, key in reversed(list(enumerate(keys)))}
     unique = sorted(first.values())
+    final = rollouts.final_only()
+    size = likelihood.at_once(Scoring(_answered(final, column, max(answers, key=len))))
+    parts = torch.tensor(unique).split(size)
     found = torch.cat(
-        [
-            _score_chunk(likelihood, rollouts.final_only().select(part), column, answers)
-            for part in torch.tensor(unique).split(max(1, likelihood.rows_per_chunk(rollouts)))
-        ],
-        dim=1,
+        [_score_chunk(likelihood, final.select(part), column, answers) for part in parts], dim=1
     )
     place = {b: k for k, b in enumerate(unique)}
     return found[:, [place[first[key]] for key in keys]]
@@ -206,10 +220,15 @@ def _score(likelihood: LogProb, rollouts: Rollouts, column: str, answers: Sequen
 def _score_chunk(likelihood: LogProb, rollouts: Rollouts, column: str, answers: Sequence[str]) -> Tensor:
     scoring, out = Scoring(rollouts), []
     for answer in answers:
-        asked = replace(rollouts, rows=[{**row, column: answer} for row in rollouts.rows])
+        asked = _answered(rollouts, column, answer)
         log_p = likelihood.score_batch(scoring.sharing(asked))
         out.append(log_p.gather(1, asked.lengths[:, None].to(log_p.device)).squeeze(1).double().cpu())
     return torch.stack(out)
+
+
+def _answered(rollouts: Rollouts, column: str, answer: str) -> Rollouts:
+    """The same with an answer in each row."""
+    return replace(rollouts, rows=[{**row, column: answer} for row in rollouts.rows])
 
 
 def _by_length(policy: Policy, rows: Sequence[Row]) -> list[list[int]]:

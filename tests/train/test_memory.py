@@ -193,7 +193,7 @@ def test_a_reward_that_is_no_number_is_refused(one_lm: LanguageModel) -> None:
 def test_work_is_cut_to_the_memory_budget(one_lm: LanguageModel) -> None:
     target = infilling(one_lm)
     sizes = []
-    target.rows_per_chunk = lambda rollouts: sizes.append(len(rollouts)) or 1  # type: ignore[method-assign,func-returns-value]
+    target.memory_share = lambda scoring: sizes.append(len(scoring.rollouts)) or 1.0  # type: ignore[method-assign,func-returns-value]
     (batch,) = batches(one_lm, 1)
     expected = target.target.score(batch)
     torch.testing.assert_close(RewardMemory(target).score(batch), expected, atol=1e-5, rtol=0)

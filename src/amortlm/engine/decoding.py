@@ -17,6 +17,7 @@ from torch import Tensor
 from amortlm.engine.passes import Passes, Prefix, pad_right
 from amortlm.errors import ConfigError
 from amortlm.support.law import Step, SupportLaw
+from amortlm.support.log_probs import at_once
 from amortlm.support.tools import ToolRun
 from amortlm.types import PolicyLogProbs
 
@@ -38,10 +39,14 @@ class Exploration:
         if not 0 <= self.epsilon <= 1:
             raise ConfigError(f"epsilon is a share of uniform choices, between 0 and 1, not {self.epsilon}")
 
+    def select(self, index: Tensor) -> Exploration:
+        """That of the completions at `index`."""
+        return self if self.temperature is None else replace(self, temperature=self.temperature[index])
+
     def probabilities(self, step: Step, text: Tensor, completion: Tensor) -> Tensor:
         """[b, V] of completions [b], each at one of the step's texts [b]."""
         if self.temperature is None and self.epsilon == 0:
-            return step.log_q.exp()[text]
+            return step.log_q[text].exp_()
         log_p = (
             step.log_q[text] if self.temperature is None else self._tempered(step.logits[text], completion)
         )
@@ -128,6 +133,11 @@ class Draws:
             log_pterm=self.log_pterm[:, : width + 1],
         )
 
+    @staticmethod
+    def cat(parts: Sequence[Draws]) -> Draws:
+        """One after the other; of one width and version."""
+        return parts[0]._map(lambda *x: torch.cat(x), *parts[1:])
+
     def _map(self, change: Callable[..., Tensor], *others: Draws) -> Draws:
         names = [name for name, x in vars(self).items() if isinstance(x, Tensor)]
         changed: dict[str, Any] = {
@@ -192,9 +202,44 @@ def decode(
     """Draw one completion for each entry of `index` [B], its prompt in `prefix`. uniforms [B, max_tokens + 1].
 
     kept, keep [B]: completion b begins with the first keep[b] tokens of `kept`, whose log q stays. Exploration
-    changes what is drawn, not the log q. Draws come at the full width, max_tokens.
+    changes what is drawn, not the log q. Draws come at the full width, max_tokens. They are made in packs that fit the
+    memory setting, those of a prompt together.
     """
-    exploration, width = exploration or Exploration(), law.max_tokens
+    exploration = exploration or Exploration()
+    each = passes.written_bytes(prefix.longest, law.max_tokens, kept is not None)
+    size = passes.fit(each, prefix.held)
+    if len(index) <= size:
+        return _decode(passes, law, prefix, index, uniforms, exploration, kept, keep)
+    order = index.argsort(stable=True)
+    packs = order.tensor_split(-(-len(order) // size))  # of even size
+    parts = [
+        _decode(
+            passes,
+            law,
+            prefix,
+            index[pack],
+            uniforms[pack],
+            exploration.select(pack),
+            None if kept is None else kept.select(pack),
+            None if keep is None else keep[pack],
+        )
+        for pack in packs
+    ]
+    return Draws.cat(parts).select(order.argsort())
+
+
+def _decode(
+    passes: Passes,
+    law: SupportLaw,
+    prefix: Prefix,
+    index: Tensor,
+    uniforms: Tensor,
+    exploration: Exploration,
+    kept: Draws | None,
+    keep: Tensor | None,
+) -> Draws:
+    """`decode` of one pack."""
+    width = law.max_tokens
     if kept is None or keep is None:
         out, frontier = Draws.blank(len(index), law, index.device), Frontier(passes, law, prefix, index)
     else:
@@ -210,8 +255,9 @@ def decode(
     text = frontier.text[alive]
     while len(alive) > 0:
         step, t = frontier.step(), frontier.t[text]
-        token = _inverse_cdf(exploration.probabilities(step, text, alive), uniforms[alive, t])
+        token = _drawn(exploration, step, text, alive, uniforms[alive, t])
         log_p, log_stop = step.log_q[text, token], step.log_stop[text]
+        del step  # before the next one is made
         stops = torch.isin(token, symbols)
         if tools is not None:
             written = tools.forced(alive).masked_fill(t >= width, -1)
@@ -231,8 +277,16 @@ def decode(
     return out
 
 
+def _drawn(exploration: Exploration, step: Step, text: Tensor, completion: Tensor, u: Tensor) -> Tensor:
+    """[b] the next tokens of completions [b] at the step's texts [b]; a few at a time, since each has copies of its
+    own of what is as wide as the vocabulary."""
+    size = at_once(u.device, step.log_q.shape[1])
+    parts = zip(text.split(size), completion.split(size), u.split(size), strict=True)
+    return torch.cat([_inverse_cdf(exploration.probabilities(step, x, c), v) for x, c, v in parts])
+
+
 def _inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
     """[b] the first token whose cumulative probability exceeds u [b]: never one of probability 0."""
-    cdf = probabilities.double().cumsum(-1)
+    cdf = probabilities.double().cumsum_(-1)
     token = torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True).squeeze(1)
     return token.clamp(max=probabilities.shape[-1] - 1)

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from amortlm.engine.exactness import Exactness, examine, rotary_limit, rotary_switch
+from amortlm.engine.memory import Memory, default_mb
 from amortlm.engine.passes import Passes, Sharing
 from amortlm.errors import PromptTooLongError
 from amortlm.text.codec import Codec
@@ -24,7 +25,7 @@ class CausalLM(Codec):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         name: str | None = None,
-        score_memory_mb: int = 256,
+        memory_mb: float | None = None,
         self_check: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
@@ -37,7 +38,8 @@ class CausalLM(Codec):
             chat_template_kwargs=chat_template_kwargs,
         )
         self.model = model.eval().requires_grad_(False)
-        self.score_memory_mb, self.self_check = score_memory_mb, self_check
+        self.memory = Memory(default_mb(model.device) if memory_mb is None else memory_mb)
+        self.self_check = self_check
 
     @cached_property
     def codec(self) -> Codec:
@@ -58,8 +60,18 @@ class CausalLM(Codec):
     def with_model(self, model: Any) -> Self:
         """The same with a copy of the model that has weights of its own; what is exact for one is for the other."""
         other = copy.copy(self)
+        other.memory = copy.copy(self.memory)
         other.model = model.eval().requires_grad_(False)
         return other
+
+    @property
+    def memory_mb(self) -> float:
+        """MiB that a pass without gradient may hold at once, of p and of the policies made of it."""
+        return self.memory.mb
+
+    @memory_mb.setter
+    def memory_mb(self, mb: float) -> None:
+        self.memory.mb = mb
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +92,7 @@ class CausalLM(Codec):
     @property
     def passes(self) -> Passes:
         """The forward passes of p."""
-        return Passes(self.model, self.sharing)
+        return Passes(self.model, self.sharing, self.memory)
 
     def check_context(self, prompt: int, total: int, what: str) -> None:
         """Raise PromptTooLongError when `total` tokens, the first `prompt` of which are given, do not fit the model."""

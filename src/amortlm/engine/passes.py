@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from transformers.cache_utils import (
 )
 
 from amortlm import versions
+from amortlm.engine.memory import MASK, Memory, Sizes
+from amortlm.support.log_probs import at_once
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,16 @@ class Prefix:
     last: Tensor
     prompts: Sequence[Sequence[int]]
     shared: bool = True
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.mask.shape[1] + 1
+
+    @property
+    def held(self) -> int:
+        """Bytes of the cache."""
+        return cache_bytes(self.cache)
 
     def select(self, index: Tensor) -> Prefix:
         """The prompts at `index` (repeats allowed); gradients flow back to these."""
@@ -115,10 +128,23 @@ def select_cache(cache: Cache | None, index: Tensor) -> Cache | None:
     return None if cache is None else _map_cache(cache, lambda x: x[index])
 
 
-def _map_cache(cache: Cache, change: Any) -> Cache:
-    """A copy of a cache with each of its tensors changed."""
-    out = copy.copy(cache)
-    out.layers = [copy.copy(layer) for layer in cache.layers]
+def cache_bytes(cache: Cache | None) -> int:
+    """Bytes of the tensors in a cache."""
+    layers = [] if cache is None else cache.layers
+    kept = [
+        y
+        for layer in layers
+        for x in vars(layer).values()
+        for y in (x.values() if isinstance(x, dict) else [x])
+    ]
+    return sum(x.nbytes for x in kept if isinstance(x, Tensor))
+
+
+def _map_cache(cache: Cache, change: Any, own: bool = False) -> Cache:
+    """A copy of a cache with each of its tensors changed; own: the cache itself, so that one layer is held twice."""
+    out = cache if own else copy.copy(cache)
+    if not own:
+        out.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in out.layers:
         for name, value in vars(layer).items():
             if isinstance(value, Tensor) and value.dim() > 1:  # one number is a setting, not a state
@@ -129,10 +155,81 @@ def _map_cache(cache: Cache, change: Any) -> Cache:
 
 
 class Passes:
-    """The forward passes of one model (also one that peft has wrapped)."""
+    """The forward passes of one model (also one that peft has wrapped).
 
-    def __init__(self, model: Any, sharing: Sharing):
-        self.model, self.sharing = model, sharing
+    What goes through at once is up to the caller, who asks `blocks`, `groups` and `fit`; the methods below cut nothing.
+    """
+
+    def __init__(self, model: Any, sharing: Sharing, memory: Memory | None = None):
+        self.model, self.sharing, self.memory = model, sharing, memory or Memory()
+
+    # How much goes at once
+
+    def fit(self, each: float, held: float = 0) -> int:
+        """How many texts of `each` bytes fit into the memory setting beside what is held; one always goes."""
+        return max(1, int((self.memory.mb * 2**20 - held) // each))
+
+    def share(self, each: float, held: float = 0) -> float:
+        """What share `each` bytes are of the memory setting, less what is held; infinite where nothing is left."""
+        left = self.memory.mb * 2**20 - held
+        return each / left if left > 0 else math.inf
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        return Sizes.of(self.model)
+
+    def scored_bytes(self, prompt: int, states: int) -> int:
+        """Bytes of a completion in the pass that gives the logits of `states` states, behind `prompt` tokens."""
+        if self.sharing.spans and self._shares([prompt + states]):
+            return self.sizes.text(states, past=prompt)
+        return self._whole_bytes(prompt + states, states)
+
+    def written_bytes(self, prompt: int, tokens: int, kept: bool = False) -> int:
+        """Bytes of a completion of up to `tokens` tokens while it is written. kept: its beginning is given."""
+        beside = 4 * 2 + 2  # of a logit: those that are legal and log q in float32, and what is legal
+        if not (self.sharing.steps and self._shares([prompt + tokens])):
+            return self._whole_bytes(prompt + tokens, 1, beside)
+        # What is given is encoded into a cache, of which the writer makes its own.
+        twice = (prompt + tokens) * self.sizes.cache if kept else 0
+        return twice + self.sizes.text(1, past=prompt + tokens, extra=beside)
+
+    def _whole_bytes(self, tokens: int, logits: int, beside: int = 0) -> int:
+        """Of a whole text. The logits that are asked for are copied out of those that the model gives."""
+        given = logits if "logits_to_keep" in self._accepts else tokens
+        copied = logits * self.sizes.vocabulary * (self.sizes.logit + beside)
+        return copied + self.sizes.text(tokens, logits=given)
+
+    def branch_bytes(self, past: int, width: int) -> int:
+        """Bytes of `width` tokens of branches behind a cache over `past` tokens, their mask among them."""
+        return self.sizes.text(width, past=past) + 2 * MASK * width * (past + width)
+
+    def encoded_bytes(self, prompt: int) -> int:
+        """Bytes of a prompt while it is encoded."""
+        return self.sizes.text(prompt, logits=1 if "logits_to_keep" in self._accepts else prompt)
+
+    def blocks(self, prompts: Sequence[Sequence[int]]) -> list[slice]:
+        """Consecutive prompts to encode at once; all of them where gradients flow. A quarter of the memory holds their
+        cache, so that the rest is for completions."""
+        out, first, width = [], 0, 0
+        for i, prompt in enumerate(prompts):
+            width = max(width, len(prompt))
+            each = max(self.encoded_bytes(width), 4 * width * self.sizes.cache)
+            if i > first and i - first >= self.fit(each) and not torch.is_grad_enabled():
+                out.append(slice(first, i))
+                first, width = i, len(prompt)
+        return [*out, slice(first, len(prompts))]
+
+    def groups(self, prefix: Prefix, lengths: Tensor) -> Iterator[Tensor]:
+        """The completions of lengths [B] behind these prompts, in groups of similar length for a pass over their
+        states; where gradients flow they are not cut for memory."""
+        for group in length_groups(lengths):
+            while len(group) > 0:
+                each = self.scored_bytes(prefix.longest, int(lengths[group[0]]) + 1)
+                size = len(group) if torch.is_grad_enabled() else self.fit(each, prefix.held)
+                yield group[:size]
+                group = group[size:]
+
+    # What goes
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> Prefix:
         """N prompts (token lists of at least one token), cached in one left-padded pass."""
@@ -241,6 +338,14 @@ class Passes:
         ids, lengths = pad_right(texts, self.model.device)
         logits = self.whole(texts, [0] * len(texts), max(1, int(lengths.max()) - 1))
         return gather_log_probs(logits[:, : ids.shape[1] - 1], ids[:, 1:])
+
+    def last_log_probs(self, text: Sequence[int], count: int) -> Tensor:
+        """[count] log p of the last tokens of a whole text (not its first), given those before them; nats."""
+        count = min(count, len(text) - 1)
+        if count == 0:
+            return torch.zeros(0, device=self.model.device)
+        logits = self.whole([text], [len(text) - 1 - count], count)
+        return gather_log_probs(logits, torch.tensor([list(text[-count:])], device=logits.device))[0]
 
     @property
     def hidden_size(self) -> int:
@@ -357,7 +462,7 @@ class Writer:
         start = prefix.select(index)
         self._ids, self._mask = start.last, start.mask
         self._shared = start.shared and passes.sharing.steps
-        self._cache = (start.cache or passes._new_cache()) if self._shared else None
+        self._cache = (start.cache or passes._new_cache()) if self._shared else None  # its own
         self._texts = [] if self._shared else [list(p) for p in start.prompts]
 
     def logits(self) -> Tensor:
@@ -374,7 +479,8 @@ class Writer:
             self._texts = [[*self._texts[i], token] for i, token in pairs]
             return
         if not torch.equal(parents, torch.arange(len(self._mask), device=parents.device)):
-            self._cache, self._mask = select_cache(self._cache, parents), self._mask[parents]
+            self._cache = _map_cache(self._cache, lambda x: x[parents], own=True)
+            self._mask = self._mask[parents]
         self._ids = ids
 
 
@@ -386,7 +492,13 @@ def _left_aligned(x: Tensor, mask: Tensor) -> Tensor:
     return x.gather(-2, order.view(len(order), *[1] * (x.dim() - 3), -1, 1).expand_as(x))
 
 
+def log_norms(logits: Tensor) -> Tensor:
+    """[.., S] float32 logsumexp of logits [.., S, V], without a copy of them all."""
+    rows = logits.flatten(0, -2) if logits.is_contiguous() else logits
+    size = at_once(logits.device, rows.shape[1:].numel())
+    return torch.cat([part.float().logsumexp(-1) for part in rows.split(size)]).view(logits.shape[:-1])
+
+
 def gather_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[..., token] in float32 without keeping the whole log-softmax: [..., T]."""
-    picked = logits.gather(-1, tokens[..., None]).squeeze(-1).float()
-    return picked - logits.float().logsumexp(-1)
+    return logits.gather(-1, tokens[..., None]).squeeze(-1).float() - log_norms(logits)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from amortlm.engine.decoding import Draws, Exploration, decode
+from amortlm.engine.memory import Memory
 from amortlm.engine.passes import Passes, Sharing, pad_right
 from amortlm.errors import ConfigError
 from amortlm.support.law import SupportLaw
@@ -61,17 +62,33 @@ class LocalSampler:
 
     reproducible = True
 
-    def __init__(self, model: Any, sharing: Sharing):
-        self.model, self.sharing, self.version = model, sharing, 0
+    def __init__(self, model: Any, sharing: Sharing, memory: Memory | None = None):
+        self.model, self.sharing, self.memory, self.version = model, sharing, memory, 0
 
     @torch.no_grad()
     def sample(self, request: Request) -> Draws:
-        passes, width = Passes(self.model, self.sharing), request.law.max_tokens
-        streams = uniform_streams(request.seeds, request.counts, width + 1).to(self.model.device)
-        index, prefix = request.index.to(self.model.device), passes.encode(request.prompts)
-        kept, keep = _given(request, self.model.device)
-        drawn = decode(passes, request.law, prefix, index, streams, request.exploration, kept, keep)
-        return replace(drawn, version=self.version).trimmed()
+        passes, device = Passes(self.model, self.sharing, self.memory), self.model.device
+        # All drawn before the work is cut, so that no stream depends on how.
+        streams = uniform_streams(request.seeds, request.counts, request.law.max_tokens + 1).to(device)
+        kept, keep = _given(request, device)
+        index = request.index.to(device)
+        parts = []
+        for block in passes.blocks(request.prompts):
+            mine = ((index >= block.start) & (index < block.stop)).nonzero().squeeze(1)
+            if len(mine) == 0:
+                continue
+            drawn = decode(
+                passes,
+                request.law,
+                passes.encode(request.prompts[block]),
+                index[mine] - block.start,
+                streams[mine],
+                None if request.exploration is None else request.exploration.select(mine),
+                None if kept is None else kept.select(mine),
+                None if keep is None else keep[mine],
+            )
+            parts.append(drawn)
+        return replace(Draws.cat(parts), version=self.version).trimmed()
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:

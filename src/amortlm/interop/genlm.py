@@ -231,12 +231,16 @@ class PolicyPotential(CompletionPotential):
         """[B, V+1] after each completion, EOS last."""
         passes = self.policy.passes
         prefix = passes.encode(self.policy.encode_rows(rollouts.rows))
-        logits = passes.state_logits(prefix, rollouts.row_index, rollouts.tokens)
-        batch = torch.arange(len(rollouts), device=logits.device)
-        node = self.support.nodes(rollouts.tokens)[batch, rollouts.lengths]
-        step = self.support.step(logits[batch, rollouts.lengths], rollouts.lengths, node)
-        tokens = step.log_q[:, [t.token_id for t in self.vocab]]
-        return torch.cat([tokens, step.log_stop[:, None]], dim=1).double().cpu().numpy()
+        ids = [t.token_id for t in self.vocab]
+        out = torch.empty(len(rollouts), len(ids) + 1, dtype=torch.float64)
+        for group in passes.groups(prefix, rollouts.lengths):
+            t, tokens = rollouts.lengths[group], rollouts.tokens[group, : int(rollouts.lengths[group].max())]
+            batch = torch.arange(len(group), device=group.device)
+            logits = passes.state_logits(prefix, rollouts.row_index[group], tokens)[batch, t]
+            step = self.support.step(logits, t, self.support.nodes(tokens)[batch, t])
+            found = torch.cat([step.log_q[:, ids], step.log_stop[:, None]], dim=1)
+            out[group.cpu()] = found.double().cpu()
+        return out.numpy()
 
     def __repr__(self) -> str:
         return "proposal(q)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from amortlm import versions
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
 from amortlm.engine.decoding import Exploration
-from amortlm.engine.passes import Passes, length_groups, pad_right
+from amortlm.engine.passes import Passes, pad_right
 from amortlm.engine.sampler import LocalSampler, Request, Sampler
 from amortlm.errors import DataError, ModelError, TemplateError
 from amortlm.seeds import seed_of
@@ -58,7 +58,7 @@ class Policy(nn.Module):
             self.load_adapter(adapter)
         _zero_dropout(self.model)
         self.sharing = lm.sharing
-        self.sampler: Sampler = LocalSampler(self.model, self.sharing)
+        self.sampler: Sampler = LocalSampler(self.model, self.sharing, lm.memory)
         self.train()
 
     @property
@@ -68,7 +68,7 @@ class Policy(nn.Module):
     @property
     def passes(self) -> Passes:
         """The forward passes of q, which shares prompts as p does."""
-        return Passes(self.model, self.sharing)
+        return Passes(self.model, self.sharing, self.lm.memory)
 
     def train(self, mode: bool = True) -> Policy:
         """As for any module, but the model always computes as in evaluation, with gradients: what samples and what is
@@ -110,21 +110,19 @@ class Policy(nn.Module):
 
     def evaluate(self, rollouts: Rollouts) -> PolicyLogProbs:
         """log q of any rollouts, on the support: a teacher-forced pass, differentiable (on a CPU, one for each
-        group of completions of similar length)."""
+        group of completions of similar length). Without gradient, in packs that fit the memory setting."""
         rollouts = rollouts.to(self.device)
-        passes = self.passes
-        prefix = passes.encode(self.encode_rows(rollouts.rows))
-        groups = length_groups(rollouts.lengths)
-        parts = []
-        for group in groups:
-            tokens = rollouts.tokens[group, : max(1, int(rollouts.lengths[group].max()))]
-            # The stop at max_tokens is sure: what follows the last token need not be computed.
-            seen = tokens[:, : self.support.max_tokens - 1]
-            logits = passes.state_logits(prefix, rollouts.row_index[group], seen)
-            parts.append(self.support.log_probs(logits, tokens))
+        prompts = self.encode_rows(rollouts.rows)
+        places, parts = [], []
+        for block in self.passes.blocks(prompts):
+            index = rollouts.row_index
+            mine = ((index >= block.start) & (index < block.stop)).nonzero().squeeze(1)
+            for rows, found in self._evaluated(rollouts, mine, prompts, block):
+                places.append(rows)
+                parts.append(found)
         width = rollouts.tokens.shape[1]
-        log_pf = _joined([x for x, _ in parts], groups, width)
-        log_pterm = _joined([x for _, x in parts], groups, width + 1)
+        log_pf = _joined([x for x, _ in parts], places, width)
+        log_pterm = _joined([x for _, x in parts], places, width + 1)
         if (
             torch.is_grad_enabled()
             and not log_pterm.requires_grad
@@ -134,6 +132,21 @@ class Policy(nn.Module):
                 f"{self.lm.name}: no gradient flows through it in evaluation mode; it cannot be trained"
             )
         return PolicyLogProbs(torch.where(rollouts.action_mask, log_pf, 0.0), log_pterm)
+
+    def _evaluated(
+        self, rollouts: Rollouts, mine: Tensor, prompts: Sequence[Sequence[int]], block: slice
+    ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        """(log_pf, log_pterm) of the trajectories at `mine`, those of a block of prompts, pack by pack."""
+        passes = self.passes
+        prefix = passes.encode(prompts[block])
+        for group in passes.groups(prefix, rollouts.lengths[mine]):
+            rows = mine[group]
+            tokens = rollouts.tokens[rows, : max(1, int(rollouts.lengths[rows].max()))]
+            # The stop at max_tokens is sure: what follows the last token need not be computed.
+            seen = tokens[:, : self.support.max_tokens - 1]
+            at = rollouts.row_index[rows] - block.start
+            # No name for the logits: a generator that waits would hold them.
+            yield rows, self.support.log_probs(passes.state_logits(prefix, at, seen), tokens)
 
     def forward(self, rollouts: Rollouts) -> PolicyLogProbs:
         return self.evaluate(rollouts)

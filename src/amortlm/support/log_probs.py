@@ -87,10 +87,15 @@ class SupportLogProbs(torch.autograd.Function):
         return out, None, None
 
 
+def at_once(device: torch.device, width: int) -> int:
+    """How many rows of `width` numbers to work on at a time where copies are made of them; at least one."""
+    return max(1, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // max(1, width))
+
+
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """The logits as float32 [n, V], a few states at a time, and which states these are."""
     flat = logits.view(-1, logits.shape[-1]) if logits.is_contiguous() else logits.flatten(0, 1)
-    size = max(1, (CPU_CHUNK if flat.device.type == "cpu" else GPU_CHUNK) // flat.shape[1])
+    size = at_once(flat.device, flat.shape[1])
     for start in range(0, len(flat), size):
         rows = slice(start, start + size)
         yield rows, flat[rows].float()

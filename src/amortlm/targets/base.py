@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 
 class Scoring:
-    """One batch that is being scored. Terms share passes and texts through `memo`."""
+    """One batch that is being scored. Terms share passes and texts through `memo`; `lasting` is shared by the chunks
+    of one `Target.score`, too."""
 
     def __init__(self, rollouts: Rollouts):
         self.rollouts = rollouts
         self._memo: dict[Any, Any] = {}
+        self.lasting: dict[Any, Any] = {}
 
     def memo(self, key: Any, make: Callable[[], Any]) -> Any:
         if key not in self._memo:
@@ -34,7 +36,13 @@ class Scoring:
     def sharing(self, rollouts: Rollouts) -> Scoring:
         """The scoring of rollouts that differ from these in data columns alone; it reuses what is in the memo."""
         other = Scoring(rollouts)
-        other._memo = self._memo
+        other._memo, other.lasting = self._memo, self.lasting
+        return other
+
+    def chunk(self, index: Tensor) -> Scoring:
+        """The scoring of the trajectories at `index` alone."""
+        other = Scoring(self.rollouts.select(index))
+        other.lasting = self.lasting
         return other
 
 
@@ -74,9 +82,14 @@ class Target(ABC):
     def terms(self) -> list[tuple[float, Target]]:
         return [(1.0, self)]
 
-    def rows_per_chunk(self, rollouts: Rollouts) -> int:
-        """How many trajectories may be scored at once within the memory budget."""
-        return len(rollouts)
+    def memory_share(self, scoring: Scoring) -> float:
+        """The share of the model's memory setting that scoring one of the trajectories takes; 0 where no model runs."""
+        return 0.0
+
+    def at_once(self, scoring: Scoring) -> int:
+        """How many trajectories may be scored at once; at least one."""
+        share = self.memory_share(scoring)
+        return max(1, int(1 / share)) if share > 0 else len(scoring.rollouts)
 
     def score(self, rollouts: Rollouts) -> Tensor:
         """log R of every stopping state: [B, T+1] float32, nats, 0 outside `stop_mask`, -inf where R = 0.
@@ -85,13 +98,14 @@ class Target(ABC):
         Raises RewardError for NaN or +inf.
         """
         with torch.inference_mode(False), torch.no_grad():
-            chunk = max(1, self.rows_per_chunk(rollouts))
-            index = torch.arange(len(rollouts), device=rollouts.tokens.device)
+            scoring = Scoring(rollouts)
+            chunk = self.at_once(scoring)
+            order = rollouts.row_index.argsort(stable=True)
             out = torch.zeros(rollouts.stop_mask.shape, device=rollouts.tokens.device)
-            for part in index.split(chunk):
-                piece = rollouts if len(part) == len(index) else rollouts.select(part)
-                log_r = self.score_batch(Scoring(piece)).float().to(out.device)
-                out[part, : log_r.shape[1]] = log_r.masked_fill(~piece.stop_mask, 0.0)
+            for part in order.split(chunk):
+                piece, where = (scoring, slice(None)) if chunk >= len(order) else (scoring.chunk(part), part)
+                log_r = self.score_batch(piece).float().to(out.device)
+                out[where, : log_r.shape[1]] = log_r.masked_fill(~piece.rollouts.stop_mask, 0.0)
         if torch.isnan(out).any() or torch.isposinf(out).any():
             bad = (torch.isnan(out) | torch.isposinf(out)).any(1).nonzero()[0].item()
             raise RewardError(
@@ -148,8 +162,10 @@ class LinearCombination(Target):
     def terms(self) -> list[tuple[float, Target]]:
         return self._terms
 
-    def rows_per_chunk(self, rollouts: Rollouts) -> int:
-        return min(t.rows_per_chunk(rollouts) for _, t in self._terms)
+    def memory_share(self, scoring: Scoring) -> float:
+        return sum(
+            t.memory_share(scoring) for _, t in self._terms
+        )  # what terms share stays until the chunk is done
 
     def score_batch(self, scoring: Scoring) -> Tensor:
         total = torch.zeros(scoring.rollouts.stop_mask.shape, device=scoring.rollouts.tokens.device)
@@ -177,8 +193,9 @@ class Softened(Target):
         self.every_prefix, self.columns = target.every_prefix, target.columns
         self._needs_prior = not any(t.normalised for _, t in target.terms)
 
-    def rows_per_chunk(self, rollouts: Rollouts) -> int:
-        return min(self.target.rows_per_chunk(rollouts), self.prior.rows_per_chunk(rollouts))
+    def memory_share(self, scoring: Scoring) -> float:
+        prior = self.prior.memory_share(scoring) if self._needs_prior else 0.0
+        return self.target.memory_share(scoring) + prior
 
     def score_batch(self, scoring: Scoring) -> Tensor:
         mask = scoring.rollouts.stop_mask

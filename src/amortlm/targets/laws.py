@@ -21,7 +21,7 @@ def check_target(target: Target, rollouts: Rollouts, atol: float = 1e-4) -> None
     1. Values: finite or -inf at stopping states, 0 outside `stop_mask`.
     2. Prefixes: the score of state t of a trajectory is the score of z_1:t as a finished completion. Asked of
        the last state only when `target.every_prefix` is False.
-    3. Layout: padding, order of rows and trajectories, chunks and the models' memory budgets change nothing.
+    3. Layout: padding, order of rows and trajectories, chunks and the models' memory settings change nothing.
 
     Scores may differ by `atol` nats; -inf must stay -inf. AssertionError names trajectory and state.
     """
@@ -38,7 +38,7 @@ def check_target(target: Target, rollouts: Rollouts, atol: float = 1e-4) -> None
     same("the order of the batch", _unreverse(target.score(_reverse(rollouts))))
     same("scoring each trajectory alone", _one_by_one(target, rollouts))
     with _smallest_memory(target):
-        same("the memory budget", target.score(rollouts))
+        same("the memory setting", target.score(rollouts))
 
 
 def _check_values(target: Target, rollouts: Rollouts, scores: Tensor) -> None:
@@ -111,16 +111,16 @@ def _one_by_one(target: Target, rollouts: Rollouts) -> Tensor:
 
 @contextmanager
 def _smallest_memory(target: Target) -> Iterator[None]:
-    """Every model of the target on a budget of nothing: one trajectory, one branch at a time."""
+    """Every model of the target on a setting of nothing: one trajectory, one branch at a time."""
     models = [term.lm for _, term in target.terms if isinstance(term.lm, CausalLM)]
-    budgets = [lm.score_memory_mb for lm in models]
+    budgets = [lm.memory_mb for lm in models]
     try:
         for lm in models:
-            lm.score_memory_mb = 0
+            lm.memory_mb = 0
         yield
     finally:
         for lm, budget in zip(models, budgets, strict=True):
-            lm.score_memory_mb = budget
+            lm.memory_mb = budget
 
 
 def _assert_same(

@@ -2,7 +2,7 @@
 
 One pass over the completions gives log p of every prefix and of the stop symbol after it. When text follows
 `{z}`, each stopping state needs that text scored after it: these branches are packed side by side behind the
-shared keys and values of prompt and completion, under a 4-D mask, in chunks that fit the memory budget.
+shared keys and values of prompt and completion, under a 4-D mask, in chunks that fit the memory setting.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from amortlm.engine.exactness import branch_mask
-from amortlm.engine.passes import Prefix, gather_log_probs, length_groups, pad_right, select_cache
+from amortlm.engine.passes import (
+    Prefix,
+    cache_bytes,
+    gather_log_probs,
+    length_groups,
+    log_norms,
+    pad_right,
+    select_cache,
+)
 from amortlm.errors import TemplateError
 from amortlm.targets.base import Scoring, Target
 from amortlm.text.template import Messages, PromptTemplate, Template
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
     from amortlm.engine.model import CausalLM
 
 MAX_WIDTH = 64  # branch tokens per trajectory in one pass
+Prompts = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -89,23 +98,40 @@ class LogProb(Target):
         of_before, of_after = (lm.encode_continuation(text) for text in self.of.split(row))
         return Context(given + of_before, len(of_before), of_after, len(of_after))
 
-    def rows_per_chunk(self, rollouts: Rollouts) -> int:
-        # Logits, their float32 log-softmax and the activations around them: about three copies.
-        bytes_per_row = 3 * 4 * rollouts.stop_mask.shape[1] * self.lm.vocab_size
-        return int(self.lm.score_memory_mb * 2**20 // bytes_per_row)
+    def contexts(self, scoring: Scoring) -> list[Context]:
+        """`context` of each row, tokenised once for all chunks."""
+        known = scoring.lasting.setdefault(
+            ("contexts", id(self)), {}
+        )  # by the row itself, which must not be copied
+        for row in scoring.rollouts.rows:
+            if id(row) not in known:
+                known[id(row)] = (row, self.context(row))
+        return [known[id(row)][1] for row in scoring.rollouts.rows]
+
+    def memory_share(self, scoring: Scoring) -> float:
+        rollouts, passes, contexts = scoring.rollouts, self.lm.passes, self.contexts(scoring)
+        prompt, states = max(len(c.before) for c in contexts), rollouts.stop_mask.shape[1]
+        prompts = len(contexts) / len(rollouts)  # of a trajectory
+        cached = prompts * prompt * passes.sizes.cache
+        each = cached + passes.scored_bytes(prompt, states)
+        if any(c.after for c in contexts):  # half is for the branches
+            each = max(each, 2 * (cached + (prompt + states) * passes.sizes.cache))
+        each = max(each, prompts * passes.encoded_bytes(prompt))
+        return passes.share(each, held=prompt * passes.sizes.cache)
 
     def score_batch(self, scoring: Scoring) -> Tensor:
         rollouts = scoring.rollouts.to(self.lm.device)
-        contexts = [self.context(row) for row in rollouts.rows]
+        contexts = self.contexts(scoring)
         self._check_lengths(contexts, rollouts)
         prompts = tuple(tuple(c.before) for c in contexts)
         shared = scoring.memo(
-            ("pass", id(self.lm), prompts), lambda: completion_pass(self.lm, prompts, rollouts)
+            ("pass", id(self.lm), prompts),
+            lambda: completion_pass(self.lm, self._prefix(scoring, prompts), rollouts),
         )
         log_r = torch.zeros(rollouts.stop_mask.shape, device=self.lm.device)
         if not self._z_in_given:
             log_r[:, 1:] = torch.where(rollouts.action_mask, shared.log_tok, 0.0).cumsum(1)
-            log_r += self._log_before(contexts)[rollouts.row_index, None]
+            log_r += self._log_before(scoring, contexts)[rollouts.row_index, None]
         if not any(c.after for c in contexts):
             return log_r + (0.0 if self._z_in_given else shared.log_stop.logsumexp(1))
         after = score_branches(self.lm, shared, contexts, rollouts)
@@ -120,20 +146,27 @@ class LogProb(Target):
             total = before + rollouts.tokens.shape[1] + 1 + after
             self.lm.check_context(before, total, f"{self!r} with its completion")
 
-    def _log_before(self, contexts: list[Context]) -> Tensor:
+    def _prefix(self, scoring: Scoring, prompts: Prompts) -> Prefix:
+        """The encoded prompts. Chunk after chunk may have the same: then they are those of the last one."""
+        key = ("prefix", id(self))
+        if scoring.lasting.get(key, (None,))[0] != prompts:
+            scoring.lasting.pop(key, None)  # before the next is made
+            scoring.lasting[key] = (prompts, self.lm.passes.encode(prompts))
+        return scoring.lasting[key][1]
+
+    def _log_before(self, scoring: Scoring, contexts: list[Context]) -> Tensor:
         """[N] log-probability of the part of `of` that stands before z: constant, but part of log Z."""
-        out = torch.zeros(len(contexts), device=self.lm.device)
-        for i, c in enumerate(contexts):
-            if c.before_scored:
-                out[i] = self.lm.passes.log_probs([c.before])[0, -c.before_scored :].sum()
-        return out
+        known = scoring.lasting.setdefault(("before", id(self)), {})
+        for c in contexts:
+            key = (*c.before, c.before_scored)
+            if key not in known:
+                known[key] = self.lm.passes.last_log_probs(c.before, c.before_scored).sum()
+        return torch.stack([known[(*c.before, c.before_scored)] for c in contexts])
 
 
-def completion_pass(lm: CausalLM, prompts: tuple[tuple[int, ...], ...], rollouts: Rollouts) -> CompletionPass:
-    passes = lm.passes
-    prefix = passes.encode(prompts)
-    logits, cache = passes.states(prefix, rollouts.row_index, rollouts.tokens)
-    norm = logits.float().logsumexp(-1)
+def completion_pass(lm: CausalLM, prefix: Prefix, rollouts: Rollouts) -> CompletionPass:
+    logits, cache = lm.passes.states(prefix, rollouts.row_index, rollouts.tokens)
+    norm = log_norms(logits)
     log_tok = logits[:, :-1].gather(-1, rollouts.tokens[..., None]).squeeze(-1).float() - norm[:, :-1]
     stops = torch.tensor(rollouts.stop_ids, device=logits.device)
     log_stop = logits[..., stops].float().movedim(-1, 1) - norm[:, None]
@@ -178,7 +211,8 @@ def score_branches(
     """[B, S, T+1] log p(scored text after z | prompt z_1:t s); 0 where stopping is not allowed.
 
     A state that several trajectories go through is scored once. A pack is as many branches of one trajectory as fit
-    `width` tokens. Packs of about the same length share a pass. Where packs are not exact, each branch is a text.
+    `width` tokens. Packs of about the same length share a pass, as many as the memory setting allows. Where packs are
+    not exact, each branch is a text.
     """
     owner = owners(rollouts)
     own = owner == torch.arange(len(rollouts), device=owner.device)[:, None]
@@ -188,14 +222,20 @@ def score_branches(
     if shared.cache is None or not lm.passes.packs(longest):
         _score_each(lm, shared.prefix, rollouts, branches, out)
         return out.gather(0, owner[:, None].expand_as(out))
-    width = _tokens_per_chunk(lm, rollouts, shared, int(branches.length.max()))
+    held = shared.prefix.held + cache_bytes(shared.cache)
+    past, text = shared.prefix.longest + rollouts.tokens.shape[1], int(branches.length.max())
+    # At least a branch, and no more than MAX_WIDTH, since attention is quadratic in it.
+    width = max(
+        text, min(MAX_WIDTH, lm.passes.fit(lm.passes.branch_bytes(past, MAX_WIDTH) / MAX_WIDTH, held))
+    )
+    at_once = lm.passes.fit(lm.passes.branch_bytes(past, width), held)
     per_pack = width // branches.length
     n_packs = -(-branches.count // per_pack)
     rows = torch.arange(len(rollouts), device=lm.device).repeat_interleave(n_packs)
     first = (torch.arange(len(rows), device=lm.device) - (n_packs.cumsum(0) - n_packs)[rows]) * per_pack[rows]
     last = torch.minimum(first + per_pack[rows], branches.count[rows])
     for group in length_groups((last - first) * branches.length[rows]):
-        for part in group.split(len(rollouts)) if len(group) > 0 else ():  # there may be no state to score
+        for part in group.split(at_once) if len(group) > 0 else ():  # there may be no state to score
             _score_packs(lm, shared, rollouts, branches, rows[part], first[part], last[part], out)
     return out.gather(0, owner[:, None].expand_as(out))
 
@@ -204,7 +244,10 @@ def _score_each(lm: CausalLM, prefix: Prefix, rollouts: Rollouts, branches: Bran
     """Write log p of every branch to `out`, each as a text of its own behind its prompt."""
     z, passes = rollouts.completions(), lm.passes
     valid = torch.arange(branches.state.shape[1], device=out.device) < branches.count[:, None]
-    for rows, k in (part.unbind(1) for part in valid.nonzero().split(len(rollouts))):
+    past, length = prefix.longest + rollouts.stop_mask.shape[1], branches.text.shape[1]
+    # The cache up to the stop symbol is one of the text's own.
+    each = passes.scored_bytes(past, length) + 2 * past * passes.sizes.cache
+    for rows, k in (part.unbind(1) for part in valid.nonzero().split(passes.fit(each, prefix.held))):
         state, stop, text = branches.state[rows, k], branches.stop[rows, k], branches.text[rows]
         where = zip(rows.tolist(), state.tolist(), stop.tolist(), strict=True)
         before = [[*z[b][:t], rollouts.stop_ids[s]] for b, t, s in where]
@@ -228,14 +271,6 @@ def owners(rollouts: Rollouts) -> Tensor:
         first = torch.full_like(itself, size).scatter_reduce(0, prefix, stopping, "amin")
         columns.append(torch.where(mask[:, t], first[prefix], itself))
     return torch.stack(columns, 1)
-
-
-def _tokens_per_chunk(lm: CausalLM, rollouts: Rollouts, shared: CompletionPass, longest: int) -> int:
-    """Branch tokens per trajectory in one pass: within the memory budget (logits with their float32 copies, and
-    the attention mask), at least one branch, and no more than MAX_WIDTH, since attention is quadratic in it."""
-    keys = shared.prefix.mask.shape[1] + rollouts.stop_mask.shape[1] + MAX_WIDTH
-    bytes_per_token = len(rollouts) * 4 * (3 * lm.vocab_size + 2 * keys)
-    return max(longest, min(MAX_WIDTH, int(lm.score_memory_mb * 2**20 // bytes_per_token)))
 
 
 def _score_packs(

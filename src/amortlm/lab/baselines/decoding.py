@@ -156,9 +156,11 @@ def _generate(
             "max_new_tokens": policy.support.max_tokens + 1,
         }
     )
-    bytes_per_row = 4 * 4 * width * policy.lm.vocab_size  # logits, log q, sorted copies
-    chunk = max(1, policy.lm.score_memory_mb * 2**20 // bytes_per_row)
     prompts, found, passes = policy.encode_rows(rows), [], 0
+    longest = max(len(prompt) for prompt in prompts)
+    # generate() makes copies of a prompt before it encodes them; beside the logits stand log q and sorted copies.
+    each = policy.passes.sizes.text(longest, past=policy.support.max_tokens + 1, logits=1, extra=4 * 4)
+    chunk = policy.passes.fit(width * each)
     for start in range(0, len(rows), chunk):
         part = generate(policy.passes, policy.support, prompts[start : start + chunk], config, not sampled)
         found += part.completions
