@@ -130,7 +130,8 @@ def vote(
 @torch.no_grad()
 def _continued(term: LogProb, rows: Sequence[Row], texts: list[Text], support: SupportLaw) -> dict[Text, str]:
     """What the model writes greedily after each text. The prompt of a row is encoded once for all its texts."""
-    prompts, passes, out = [_asked(term, row) for row in rows], term.lm.passes, {}
+    prompts, passes = [_asked(term, row) for row in rows], term.lm.passes
+    out: dict[Text, str] = {}
     for block in passes.blocks(prompts):
         mine = [text for text in texts if block.start <= text[0] < block.stop]
         asked = passes.encode(prompts[block])
