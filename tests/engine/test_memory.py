@@ -21,7 +21,7 @@ from amortlm.support import Support
 
 SUPPORT = Support(stop=(".", "!"), min_tokens=1, max_tokens=4)
 ROWS = [{"x": "the cat", "y": "dog"}, {"x": "a", "y": "a cat ran"}, {"x": "a dog ran. the cat", "y": "cat"}]
-UNBOUNDED, MB = 1024.0, 0.04  # MiB; the second is one to three texts
+UNBOUNDED, MB, FEW = 1024.0, 0.04, 5  # MiB; under the second no pass is of more than a few texts
 
 
 def posterior_of(lm: LanguageModel, sharing: Sharing | None = None) -> Posterior:
@@ -86,7 +86,9 @@ def seen(it: Posterior) -> Iterator[list[tuple[int, int]]]:
     def note(_module: object, _inputs: object, output: object) -> None:
         passes.append((len(output.logits), output.logits.numel() * 4))  # type: ignore[attr-defined]
 
-    hooks = [model.register_forward_hook(note) for model in (it.lm.model, it.policy.model)]
+    # generate() calls what peft has wrapped, whose hooks peft itself passes by.
+    models = (it.lm.model, it.policy.model, it.policy.model.get_base_model())
+    hooks = [model.register_forward_hook(note) for model in models]
     try:
         yield passes
     finally:
@@ -115,10 +117,10 @@ def test_packs_give_what_one_pass_gives(
     parts, packed = run(it, case, MB)
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
     width = 2 if case is searches else 1  # the beams of a row go together
-    assert max(texts for texts, _ in packed) <= 3 * width
+    assert max(texts for texts, _ in packed) <= FEW
     assert all(held <= MB * 2**20 or texts <= width for texts, held in packed)
     # Control: without the bound the spy sees passes that break it.
-    assert max(texts for texts, _ in at_once) > 3 * width
+    assert max(texts for texts, _ in at_once) > FEW
     assert len(packed) > len(at_once)
 
 
@@ -128,7 +130,7 @@ def test_nothing_is_cut_where_gradients_flow(one_lm: LanguageModel) -> None:
     it.lm.memory_mb = 0
     with seen(it) as passes:
         it.policy.evaluate(rollouts).log_pf.sum().backward()
-    assert [texts for texts, _ in passes] == [3, 21]  # the prompts, the completions
+    assert list(dict.fromkeys(texts for texts, _ in passes)) == [3, 21]  # the prompts, the completions
 
 
 def test_a_prompt_is_encoded_once_for_all_packs(one_lm: LanguageModel) -> None:
@@ -142,7 +144,7 @@ def test_a_prompt_is_encoded_once_for_all_packs(one_lm: LanguageModel) -> None:
     it.lm.log_prob("{z}", given="{x}").score(rollouts)
     hook.remove()
     prompt = len(it.policy.encode_rows(ROWS[2:])[0])
-    assert prompt - 1 > 6  # else its pass could not be told from the others
+    assert prompt - 1 > SUPPORT.max_tokens + 1  # else its pass could not be told from the others
     assert len(lengths) > 4
     assert [n for n in lengths if n >= prompt - 1] == [prompt - 1]
 
