@@ -532,3 +532,12 @@ def test_worse_than_before(one_lm: LanguageModel, tmp_path: Path, caplog: pytest
     assert complaint(start, [estimate(log_w - 0.2)]) is None
     assert complaint(start, [estimate(log_w - 0.6)]) is not None
     assert complaint(None, [estimate(log_w - 0.6)]) is None
+
+
+@pytest.mark.parametrize("size", [1, 3, 100, 2**24 + 4])
+def test_the_name_of_weights_looks_at_the_last_number(size: int) -> None:
+    """2**24: from there on 32-bit floats skip whole numbers, and an embedding of 49,152 tokens is larger."""
+    blank = torch.zeros(1, dtype=torch.int8).expand(size)
+    other = blank.clone()
+    other[-1] = 1
+    assert run.name_of([("w", blank)]) == run.name_of([("w", blank.clone())]) != run.name_of([("w", other)])

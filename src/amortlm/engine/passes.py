@@ -139,9 +139,7 @@ class Passes:
         heads = [list(p[:-1]) for p in prompts]
         last = torch.tensor([p[-1] for p in prompts], device=self.model.device)
         ids, mask = pad_left(heads, self.model.device)
-        # Recurrent states are written in place, which gradients cannot go back through.
-        vain = torch.is_grad_enabled() and (self._recurrent or bool(self._checkpointed()))
-        if vain or not self._shares([len(p) for p in prompts]):
+        if not self._shares([len(p) for p in prompts]) or self._in_vain():
             return Prefix(None, mask, last, prompts, shared=False)
         if ids.shape[1] == 0:
             return Prefix(None, mask, last, prompts)
@@ -270,6 +268,11 @@ class Passes:
         prompts = [list(prefix.prompts[i]) for i in index.tolist()]
         texts = [p + z for p, z in zip(prompts, tokens.tolist(), strict=True)]
         return self.whole(texts, [len(p) - 1 for p in prompts], tokens.shape[1] + 1)
+
+    def _in_vain(self) -> bool:
+        """Is a cache of no use? Gradients cannot go back through recurrent states, which are written in place, and
+        activation checkpointing keeps none."""
+        return torch.is_grad_enabled() and (self._recurrent or bool(self._checkpointed()))
 
     def _shares(self, lengths: Sequence[int]) -> bool:
         """May texts of these lengths, in tokens, share a cache and a batch?"""

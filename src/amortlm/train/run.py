@@ -121,7 +121,8 @@ def name_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     found = hashlib.sha256()
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        places = torch.linspace(0, len(flat) - 1, min(PROBES, len(flat))).long()
+        count = min(PROBES, len(flat))
+        places = torch.arange(count) * (len(flat) - 1) // max(1, count - 1)  # in floats the last would be missed
         values = flat[places.to(flat.device)].double().cpu().numpy().tobytes()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + values)
     return f"sha256:{found.hexdigest()}"
