@@ -25,6 +25,8 @@ class ImportanceEstimate:
     log_reward      mean log R of the samples
     valid           share of samples with R > 0. Below 1 the ELBO is -inf, and khat, log_w_variance and log_reward are
                     those of the samples with R > 0
+    accepted_elbo   mean log w of the samples with R > 0, plus log valid: the ELBO of q where what is rejected is drawn
+                    again
     """
 
     n: int
@@ -35,6 +37,7 @@ class ImportanceEstimate:
     log_w_variance: float
     log_reward: float
     valid: float
+    accepted_elbo: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -49,7 +52,9 @@ def estimate(log_w: Tensor, log_reward: Tensor | None = None) -> ImportanceEstim
     finite = log_w[torch.isfinite(log_w)]
     valid = len(finite) / len(log_w)
     if len(finite) == 0:
-        return ImportanceEstimate(len(log_w), 0.0, math.nan, -math.inf, -math.inf, math.nan, -math.inf, 0.0)
+        return ImportanceEstimate(
+            len(log_w), 0.0, math.nan, -math.inf, -math.inf, math.nan, -math.inf, 0.0, -math.inf
+        )
     log_r = finite if log_reward is None else log_reward.double().cpu()[torch.isfinite(log_w)]
     return ImportanceEstimate(
         n=len(log_w),
@@ -60,4 +65,5 @@ def estimate(log_w: Tensor, log_reward: Tensor | None = None) -> ImportanceEstim
         log_w_variance=finite.var().item() if len(finite) > 1 else math.nan,
         log_reward=log_r.mean().item(),
         valid=valid,
+        accepted_elbo=finite.mean().item() + math.log(valid),
     )

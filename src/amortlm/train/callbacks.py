@@ -18,6 +18,7 @@ from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose_row
 from amortlm.diagnostics.importance import ImportanceEstimate
 from amortlm.posterior import Posterior
 from amortlm.train.config import GFNConfig
+from amortlm.train.outcome import KeepBest
 from amortlm.train.processes import Processes
 from amortlm.types import Row, row_key, to_json
 
@@ -57,11 +58,12 @@ class DiagnoseCallback(TrainerCallback):
         rows: Sequence[Row],
         processes: Processes,
         log: Log,
+        best: KeepBest | None = None,
         stop: StopWhenRight | None = None,
     ):
-        """rows: the first few of them are diagnosed; stop: asked after each diagnosis."""
+        """rows: the first few of them are diagnosed; best, stop: told of each diagnosis."""
         self.posterior, self.rows, self.processes = posterior, list(rows[:ROWS]), processes
-        self.log, self.stop = log, stop
+        self.log, self.best, self.stop = log, best, stop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stop is not None and state.is_world_process_zero:
@@ -100,6 +102,8 @@ class DiagnoseCallback(TrainerCallback):
             with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
                 for row, (_, samples) in zip(self.rows, found, strict=True):
                     file.writelines(to_json({"step": step, "row": row, **s}) + "\n" for s in samples)
+        if self.best is not None:
+            self.best.see(step, reports)
         return reports
 
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from amortlm.diagnostics import certificate
+from amortlm.diagnostics.importance import ImportanceEstimate
 from amortlm.files import replacing
 from amortlm.policy.policy import Policy
 from amortlm.posterior import Posterior
@@ -24,7 +26,7 @@ from amortlm.train.config import GFNConfig
 from amortlm.train.interruption import Interruption
 from amortlm.train.log_z import LearnedLogZ
 from amortlm.train.memory import RewardMemory
-from amortlm.train.outcome import complaint
+from amortlm.train.outcome import KeepBest, complaint
 from amortlm.train.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,7 @@ class ResumableTrainer(Trainer):
     log_z: LearnedLogZ | None
     stores: Sequence[checkpoints.Store]
     gold: Any  # completions that the buffer starts with
+    best: KeepBest | None
     first_weights: str | None = None  # a name of the saved weights that the adapter starts from
 
     def train(  # type: ignore[override]
@@ -97,19 +100,32 @@ class ResumableTrainer(Trainer):
             self.remove_callback(stop)
 
     def _finish(self, stated: dict[str, Any]) -> None:
-        """Save the posterior, and say where it came to nothing."""
+        """Save the posterior as it was at its best, and say where it came to nothing."""
         folder = Path(str(self.args.output_dir))
+        end = self._estimates()
+        if self.best is not None:
+            certified = (folder / certificate.FILE).exists()
+            sentence = None if certified else self.best.restore(end, self.state.global_step)
+            if sentence is not None:
+                end = self._estimates()
+                self._warn(sentence)
+            self.best.forget()
         self.save_model()
         self.save_state()
         if self.is_world_process_zero():
             run.write(folder, stated, finished=True)
+        if (sentence := complaint(end)) is not None:
+            self._warn(sentence)
+
+    def _estimates(self) -> list[ImportanceEstimate]:
+        """Of a few prompts, as they were diagnosed while training."""
         diagnosed = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
-        end = self.processes.share(
-            lambda row: self.posterior.estimate(row, n, seed=diagnosis_seed(self.args)), diagnosed[:ROWS]
-        )
-        start = next((e for e in self.state.log_history if "elbo" in e and e["step"] == 0), None)
-        if (sentence := complaint(start, end)) is not None and self.is_world_process_zero():
+        seed = diagnosis_seed(self.args)
+        return self.processes.share(lambda row: self.posterior.estimate(row, n, seed=seed), diagnosed[:ROWS])
+
+    def _warn(self, sentence: str) -> None:
+        if self.is_world_process_zero():
             logger.warning("%s", sentence)
 
     def _load_finished(self, folder: Path) -> TrainOutput:

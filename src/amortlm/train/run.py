@@ -21,7 +21,7 @@ from amortlm.diagnostics import certificate
 from amortlm.engine.model import CausalLM
 from amortlm.errors import CheckpointError, ConfigError
 from amortlm.files import write_text
-from amortlm.train import checkpoints
+from amortlm.train import checkpoints, outcome
 from amortlm.train.checkpoints import START_OVER
 from amortlm.types import Row, row_key
 
@@ -122,7 +122,9 @@ def name_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         count = min(PROBES, len(flat))
-        places = torch.arange(count) * (len(flat) - 1) // max(1, count - 1)  # in floats the last would be missed
+        places = (
+            torch.arange(count) * (len(flat) - 1) // max(1, count - 1)
+        )  # in floats the last would be missed
         values = flat[places.to(flat.device)].double().cpu().numpy().tobytes()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + values)
     return f"sha256:{found.hexdigest()}"
@@ -297,3 +299,4 @@ def _clear(folder: Path) -> None:
     for pattern in (*weights, *NOTES):
         for file in folder.glob(pattern):
             file.unlink()
+    shutil.rmtree(folder / outcome.FOLDER, ignore_errors=True)

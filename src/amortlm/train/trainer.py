@@ -41,6 +41,7 @@ from amortlm.train.config import METRICS, REFUSED, GFNConfig
 from amortlm.train.log_z import LearnedLogZ
 from amortlm.train.memory import RewardMemory
 from amortlm.train.metrics import Metrics
+from amortlm.train.outcome import KeepBest
 from amortlm.train.processes import Processes
 from amortlm.train.renamed import refuse_keywords
 from amortlm.train.resumable import ResumableTrainer
@@ -145,13 +146,18 @@ class GFNTrainer(ResumableTrainer):
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         if not self.args.disable_tqdm:
             self.add_callback(TrainingProgress())
+        self.best = None
         if self.args.diagnose_steps:
             stop = None
+            if not self.args.load_best_model_at_end:
+                self.best = KeepBest(self.policy, Path(str(self.args.output_dir)), self.processes)
             if self.args.stop_at_gap:
                 stop = StopWhenRight(
                     self.posterior, self.train_dataset, self.buffer, self.args, self.processes, self.log
                 )
-            self.add_callback(DiagnoseCallback(self.posterior, diagnosed, self.processes, self.log, stop))
+            self.add_callback(
+                DiagnoseCallback(self.posterior, diagnosed, self.processes, self.log, self.best, stop)
+            )
 
     def _checked_rows(self, rows: Sequence[Row], name: str) -> list[Row]:
         """Copies of the rows. Prompts that are too long fail here, not at step 500."""
