@@ -169,9 +169,7 @@ def test_what_transformers_passes_over_is_refused(tmp_path: Path, change: Change
         LanguageModel.from_pretrained(tmp_path / "tiny.gguf")
 
 
-@pytest.mark.parametrize(
-    "fault", ["empty", "cut", "no gguf", "header only", "unknown architecture", "absent"]
-)
+@pytest.mark.parametrize("fault", ["empty", "cut", "no gguf", "header only", "unknown architecture"])
 def test_a_broken_file_is_one_sentence(
     file: tuple[Path, LlamaForCausalLM], tmp_path: Path, fault: str
 ) -> None:
@@ -183,10 +181,17 @@ def test_a_broken_file_is_one_sentence(
         "header only": good[:64],
         "unknown architecture": good.replace(b"llama", b"llamx"),
     }
-    if fault in content:
-        path.write_bytes(content[fault])
+    path.write_bytes(content[fault])
     with pytest.raises(ConfigError, match="cannot load a causal LM from .*broken.gguf"):
         LanguageModel.from_pretrained(path)
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.gguf", "none.gguf", "models/none.gguf"):
+        with pytest.raises(ConfigError, match="there is no such file"):
+            LanguageModel.from_pretrained(path)
+    with pytest.raises(ConfigError, match="cannot load a causal LM from 'user/name/none.gguf'"):
+        LanguageModel.from_pretrained("user/name/none.gguf")
 
 
 def test_without_the_reader_the_extra_is_named(

@@ -31,10 +31,15 @@ COMPUTATION = {
 def locate(path: str | Path) -> tuple[str, dict[str, str]]:
     """(folder or repository, settings of `from_pretrained`) of a model: those of a file inside it, if it is GGUF.
 
-    Raises ConfigError where the reader is not installed."""
+    Raises ConfigError where there is no such file, or the reader is not installed."""
     folder, file = os.path.split(path)
     if not file.endswith(SUFFIX):
         return str(path), {}
+    is_of_hub = folder.count("/") == 1 and not folder.startswith((".", "/"))  # user/name
+    if not is_of_hub and not os.path.isfile(path):
+        raise ConfigError(
+            f"{str(path)!r}: there is no such file; give a {SUFFIX} file, or user/name/file{SUFFIX}"
+        )
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"{str(path)!r} is a GGUF file: to read it, pip install 'amortlm[gguf]'")
     return folder or os.curdir, {"gguf_file": file}
