@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import transformers
+from tqdm.auto import tqdm
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
@@ -59,9 +62,18 @@ def reading_marked() -> dict[str, bool]:
 # Until transformers >= 5.23, which else would keep GGUF weights packed.
 def dequantise() -> dict[str, Any]:
     """Settings of `from_pretrained` by which the weights of a GGUF file become plain tensors."""
+    _quiet_in_a_pipe()
     if not hasattr(transformers, "GgufConfig"):
         return {}
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+# As long as transformers draws the progress of dequantising in a pipe, too.
+def _quiet_in_a_pipe() -> None:
+    with contextlib.suppress(ImportError):
+        from transformers import modeling_gguf_pytorch_utils as reader
+
+        reader.tqdm = partial(tqdm, disable=None)
 
 
 # As long as transformers takes a model that it has dequantised for a quantised one, which it does not train or save.

@@ -118,8 +118,11 @@ def test_log_probs_are_those_of_the_dequantised_weights(tmp_path: Path, tied: bo
     assert lm.model.dtype == torch.float32
 
 
-def test_tokenizer_and_chat_template_come_with_it(file: tuple[Path, LlamaForCausalLM]) -> None:
+def test_tokenizer_and_chat_template_come_with_it(
+    file: tuple[Path, LlamaForCausalLM], capfd: pytest.CaptureFixture[str]
+) -> None:
     lm = LanguageModel.from_pretrained(file[0])
+    assert "quantizing" not in capfd.readouterr().err, "no bar in a pipe"
     assert lm.tokenizer.convert_ids_to_tokens(lm.encode_continuation(" athe")) == ["Ġa", "the"]
     assert lm.decode(lm.encode_continuation(" a cat.")) == " a cat."
     assert {0, 1, 2} <= lm.special_ids
