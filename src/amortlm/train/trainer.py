@@ -38,6 +38,7 @@ from amortlm.train.callbacks import (
     mean,
 )
 from amortlm.train.config import METRICS, REFUSED, GFNConfig
+from amortlm.train.floor import FloorCheck
 from amortlm.train.log_z import LearnedLogZ
 from amortlm.train.memory import RewardMemory
 from amortlm.train.metrics import Metrics
@@ -124,6 +125,7 @@ class GFNTrainer(ResumableTrainer):
         self.buffer = ReplayBuffer(args.buffer_size, args.buffer_prioritized)
         self.stores = (self.buffer, self.training_target)
         self.source = ExperienceSource(self.policy, self.training_target, self.buffer, self.objective, args)
+        self.floor = FloorCheck(self.policy.support)
         self._metrics = Metrics()
         self._micro_step = (-1, 0)
         rate = self.objective.log_z_rate
@@ -186,6 +188,7 @@ class GFNTrainer(ResumableTrainer):
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Experience:  # type: ignore[override]
         """The experience that `compute_loss` learns from, for a micro-batch of rows."""
         experience = self.source.collect(list(inputs["rows"]), self._next_micro_step())
+        self.floor.see(experience.rollouts, experience.log_reward)
         self.processes.meet()
         return experience
 
