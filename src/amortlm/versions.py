@@ -73,7 +73,7 @@ def _quiet_in_a_pipe() -> None:
     with contextlib.suppress(ImportError):
         from transformers import modeling_gguf_pytorch_utils as reader
 
-        reader.tqdm = partial(tqdm, disable=None)
+        vars(reader)["tqdm"] = partial(tqdm, disable=None)
 
 
 # As long as transformers takes a model that it has dequantised for a quantised one, which it does not train or save.
