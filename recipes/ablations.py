@@ -35,7 +35,7 @@ SETTINGS: Settings = {
     "short_steps": 80,
     "stories": 4,
     "samples": 256,
-    "lora": 16,
+    "adapter": 16,
     "common": {"objective": "subtb", "behaviour": {"replay": 0.25, "tempered": 0.375}},
     "short": {"num_samples": 32, "per_device_train_batch_size": 1, "learning_rate": 1e-3},
     "stories_config": {"num_samples": 12, "per_device_train_batch_size": 2, "learning_rate": 2e-3},

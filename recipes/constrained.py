@@ -34,7 +34,7 @@ SETTINGS: Settings = {
     "rows": 64,  # to train on
     "measured": 8,  # of these, and of unseen ones
     "samples": 512,  # of each row that is measured
-    "lora": 16,
+    "adapter": 16,
     "gflownet": {
         "objective": {"subtb": {"states": 6}},
         "max_steps": 150,

@@ -40,7 +40,7 @@ SETTINGS: Settings = {
     "steps": 100,
     "rows": 12,
     "samples": 256,
-    "lora": {"long": 32, "short": 16},
+    "adapter": {"long": 32, "short": 16},
     "long": {
         "num_samples": 12,
         "per_device_train_batch_size": 6,
@@ -103,8 +103,8 @@ def trained(contrast: bool) -> Method:
         for name, problem, steps in zip(
             ("long", "short"), problems, (settings["steps"], 2 * settings["steps"]), strict=True
         ):
-            config, lora = {**settings[name], "max_steps": steps}, settings["lora"][name]
-            parts.append(train_gflownet(context, problem, config, seed, folder / name, lora=lora))
+            config, adapter = {**settings[name], "max_steps": steps}, settings["adapter"][name]
+            parts.append(train_gflownet(context, problem, config, seed, folder / name, adapter=adapter))
         return Trained([part.sampler for part in parts], sum(part.reward_evaluations for part in parts))
 
     return train

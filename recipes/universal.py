@@ -30,7 +30,7 @@ SETTINGS: Settings = {
     "rows": 100,  # of each task to train on
     "test_rows": 24,  # unseen ones of each task
     "samples": 64,  # of each row that is measured
-    "lora": 16,
+    "adapter": 16,
     "gflownet": {
         "objective": "vargrad",
         "num_samples": 8,

@@ -144,7 +144,7 @@ SETTINGS: Settings = {
     "model": "embedded",
     "updates": 100,
     "samples": 32,  # completions of an update
-    "lora": RANK,
+    "adapter": RANK,
     "hard_penalty": PENALTY,
     "sft": {"learning_rate": 1e-3},
     "ppo": {"learning_rate": 1e-3, "minibatches": 2, "beta": 1.0},

@@ -499,6 +499,8 @@ def test_every_preset_of_every_experiment_takes_every_field(name: str, preset: s
         ({"overrides": {"step": "3"}}, "did you mean 'steps'?"),
         ({"overrides": {"adam.rl": "3"}}, "did you mean 'adam.lr'?"),
         ({"overrides": {"steps.lr": "3"}}, "no such setting"),
+        ({"overrides": {"lora": "3"}}, "lora is now called adapter: write adapter"),
+        ({"overrides": {"lora.long": "3"}}, "write adapter.long"),
         ({"overrides": {"adam": "3"}}, "set one of adam.lr, adam.name"),
         ({"overrides": {"steps": "few"}}, "expected a number like 5, got 'few'"),
         ({"methods": ["tow"]}, "did you mean 'two'?"),

@@ -20,8 +20,12 @@ def with_overrides(
     """A copy with KEY=VALUE settings, values as typed on the command line; "a.b" is setting b in group a.
 
     groups: the dataclasses whose fields are settings of a group, whether or not the preset lists them.
-    Raises ConfigError for an unknown key and for a value of another type.
+    Raises ConfigError for an unknown key, for one of earlier versions and for a value of another type.
     """
+    for key in (*settings, *given):
+        if key.split(".")[0] == "lora":
+            instead = key.replace("lora", "adapter", 1)
+            raise ConfigError(f"the setting {key} is now called {instead}: write {instead}")
     groups = {group: kind for group, kind in (groups or {}).items() if group in settings}
     listed = dict(flat(settings))
     declared = {f"{g}.{name}": hint for g, kind in groups.items() for name, hint in _fields(kind).items()}

@@ -32,19 +32,19 @@ class Problem:
     rows: Sequence[Row] = ()
     gold: Gold | None = None
 
-    def policy(self, context: Context, seed: int = 0, lora: int | None = None) -> Policy:
+    def policy(self, context: Context, seed: int = 0, adapter: int | None = None) -> Policy:
         """The model itself under the prompt and on the support, with an adapter that has learned nothing yet."""
         from transformers import set_seed
 
         set_seed(seed)  # an adapter starts at random
-        return Policy(context.lm, self.prompt, self.support, lora or context.settings["lora"])
+        return Policy(context.lm, self.prompt, self.support, adapter or context.settings["adapter"])
 
     def posterior(self, context: Context, policy: Policy) -> Posterior:
         return Posterior(policy, self.target.bind(context.lm))
 
 
 def untrained(context: Context, problem: Problem) -> Trained:
-    return Trained(problem.posterior(context, problem.policy(context, lora=1)))
+    return Trained(problem.posterior(context, problem.policy(context, adapter=1)))
 
 
 def config_of(settings: Settings, seed: int, folder: Path) -> GFNConfig:
@@ -59,12 +59,13 @@ def train_gflownet(
     seed: int,
     folder: Path,
     *,
-    lora: int | None = None,
+    adapter: int | None = None,
     start: Path | None = None,
 ) -> Trained:
     """A posterior trained by `GFNTrainer`, from its last complete checkpoint in `folder` if there is one.
 
-    settings: fields of GFNConfig; lora: the rank, by default the setting `lora`; start: a saved adapter to start from.
+    settings: fields of GFNConfig; adapter: the rank of a LoRA, by default the setting `adapter`; start: the folder of a
+    saved adapter to start from.
     """
     args = config_of(settings, seed, folder)
     trainer = GFNTrainer(
@@ -74,7 +75,7 @@ def train_gflownet(
         support=problem.support,
         train_dataset=problem.rows,
         args=args,
-        adapter=start or lora or context.settings["lora"],
+        adapter=start or adapter or context.settings["adapter"],
         gold=problem.gold,
     )
     if context.dry_run:

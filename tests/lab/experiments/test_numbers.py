@@ -22,14 +22,14 @@ STEPS, SAMPLES = 2, 4
 
 
 def context(lm: LanguageModel, dry_run: bool = False) -> Context:
-    settings = {**EXPERIMENT.presets["smoke"], "steps": STEPS, "num_samples": SAMPLES, "lora": 2}
+    settings = {**EXPERIMENT.presets["smoke"], "steps": STEPS, "num_samples": SAMPLES, "adapter": 2}
     return Context(settings, lm, EXPERIMENT.prepare(settings, lm, None), dry_run)
 
 
 def test_presets_state_the_same_settings() -> None:
     names = {preset: set(dict(flat(settings))) for preset, settings in EXPERIMENT.presets.items()}
     assert names["smoke"] == names["small"] == names["paper"]
-    assert EXPERIMENT.presets["paper"]["lora"] == 512
+    assert EXPERIMENT.presets["paper"]["adapter"] == 512
     assert EXPERIMENT.presets["paper"]["max_tokens"] == 5
 
 
@@ -109,7 +109,7 @@ def test_an_interrupted_gflownet_goes_on_from_its_checkpoint(
     """Cut short in its third step, after the checkpoint of the second; ends where the uninterrupted run ends."""
     options: dict[str, Any] = {
         "methods": ["gflownet-tb"],
-        "overrides": {"num_samples": str(SAMPLES), "lora": "2"},
+        "overrides": {"num_samples": str(SAMPLES), "adapter": "2"},
     }
     whole = runner.execute(runner.make_plan(EXPERIMENT, "smoke", tmp_path / "whole", **options), _silent)
     plan = runner.make_plan(EXPERIMENT, "smoke", tmp_path / "cut", **options)

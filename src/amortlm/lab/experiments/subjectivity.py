@@ -163,8 +163,8 @@ def gflownet_em(labels: int) -> Method:
             args=args,
             m_step=MStep(**settings["m_step"]),
             rounds=settings["rounds"],
-            adapter=settings["lora"],
-            p_adapter=settings["lora"],
+            adapter=settings["adapter"],
+            p_adapter=settings["adapter"],
         )
         if context.dry_run:
             return Trained(None)
