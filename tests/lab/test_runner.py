@@ -163,6 +163,12 @@ def test_records_stay_with_their_runs(toy: Toy, tmp_path: Path) -> None:
     experiment = replace(toy.experiment(), evaluate=evaluate, digest=digest, metrics={"score": Metric("s")})
     results = runner.execute(runner.make_plan(experiment, "small", tmp_path, seeds=2), lambda _: None)
     assert results["digest"] == {"one": [0.0, 1.0], "two": [0.0, 1.0]}
+    assert json.loads((tmp_path / "digest.json").read_text()) == results["digest"]
+    assert "digest" not in json.loads((tmp_path / "results.json").read_text())
+    assert report.report_again(experiment, tmp_path) == results
+    (tmp_path / "digest.json").unlink()
+    with pytest.raises(ConfigError, match="lacks its digest.json"):
+        report.report_again(experiment, tmp_path)
     assert [r["details"] for r in results["runs"]["one"]] == [{"note": "x"}] * 2
     assert "records" not in results["runs"]["one"][0]
     kept = json.loads((tmp_path / "runs" / "one-seed1.json").read_text())
@@ -406,7 +412,8 @@ def test_the_commit_is_that_of_the_start(toy: Toy, tmp_path: Path, monkeypatch: 
     commits = iter(["first", "second"])
     monkeypatch.setattr(store, "_commit", lambda: next(commits))
     results, _ = run(toy, tmp_path, seeds=1)
-    assert [r[0]["environment"]["commit"] for r in results["runs"].values()] == ["first", "first"]
+    assert [how["environment"]["commit"] for how in results["made"]] == ["first"]
+    assert [r[0]["made"] for r in results["runs"].values()] == [0, 0]
 
 
 # What is written
@@ -418,7 +425,7 @@ def test_results(toy: Toy, tmp_path: Path) -> None:
     results = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert results["summary"]["two"]["score"] == {"mean": 3.0, "sd": 1.0}
     assert results["summary"]["two"]["odd"] == {"mean": None, "sd": None}
-    (first, *_), environment = results["runs"]["two"], results["runs"]["two"][0]["environment"]
+    (first, *_), environment = results["runs"]["two"], results["made"][0]["environment"]
     assert first["metrics"] == {"score": 2.0, "odd": None}
     assert first["details"] == {"worst": None}
     assert first["reward_evaluations"] == 10

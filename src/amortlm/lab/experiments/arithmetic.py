@@ -162,7 +162,11 @@ def single(posterior: Posterior, rows: list[Row], n: int, seed: int) -> list[flo
 
 
 def digest(runs: dict[str, list[Run]]) -> Any:
-    return paired_digest(runs, [("gflownet", baseline) for baseline in ("sft", "ppo", "grpo")], METRICS)
+    return {
+        "paired": paired_digest(
+            runs, [("gflownet", baseline) for baseline in ("sft", "ppo", "grpo")], METRICS
+        )
+    }
 
 
 def summary(results: Results) -> str:
@@ -172,7 +176,7 @@ def summary(results: Results) -> str:
         for method, runs in results["runs"].items()
         if "note" in runs[0]["details"]
     ]
-    return "\n\n".join([*notes, paired_table(results["digest"], METRICS, "questions")])
+    return "\n\n".join([*notes, paired_table(results["digest"]["paired"], METRICS, "questions")])
 
 
 def figures(results: Results, folder: Path) -> list[str]:

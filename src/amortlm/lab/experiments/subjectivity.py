@@ -197,12 +197,12 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
 
 def digest(runs: dict[str, list[Run]]) -> Any:
     pairs = [(f"{family}-{n}", f"sft-{n}") for n in LABELS for family in ("gflownet-em", "gflownet")]
-    return paired_digest(runs, pairs, ["accuracy"])
+    return {"paired": paired_digest(runs, pairs, ["accuracy"])}
 
 
 def summary(results: Results) -> str:
     """Paired tests on the test sentences (each sentence's mean over seeds), for each number of labels."""
-    return paired_table(results["digest"], {"accuracy": "accuracy"}, "sentences")
+    return paired_table(results["digest"]["paired"], {"accuracy": "accuracy"}, "sentences")
 
 
 def figures(results: Results, folder: Path) -> list[str]:
