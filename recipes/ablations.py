@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _common import average, metrics
+from _common import average, importance_figures, metrics
 from amortlm import LanguageModel, Support, exact
 from amortlm.lab import command
-from amortlm.lab.experiment import Context, Experiment, Method, Outcome, Results, Settings, Trained
+from amortlm.lab.experiment import Context, Experiment, Outcome, Results, Settings, Trained
 from amortlm.lab.tasks import infilling
 from amortlm.lab.training import Problem, train_gflownet
 from amortlm.train import GFNConfig
@@ -74,31 +75,27 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Tasks:
     return Tasks(Problem(target / 2, "{x}", SHORT, [SHORT_ROW]), stories, truth)
 
 
-def method(name: str) -> Method:
+def method(context: Context, name: str) -> Trained:
     """Both posteriors, each with the seconds of its training."""
-
-    def run(context: Context, seed: int, folder: Path) -> Trained:
-        settings, tasks, made, judged = context.settings, context.data, [], 0
-        for task, problem, own, steps in (
-            ("short", tasks.short, settings["short"], settings["short_steps"]),
-            ("stories", tasks.stories, settings["stories_config"], settings["steps"]),
-        ):
-            config = settings["common"] | own | changes(task, steps)[name] | {"max_steps": steps}
-            start = time.perf_counter()
-            trained = train_gflownet(context, problem, config, seed, folder / task)
-            made.append((trained.sampler, time.perf_counter() - start))
-            judged += trained.reward_evaluations
-        return Trained(made, judged)
-
-    return run
+    settings, tasks, made, judged = context.settings, context.data, [], 0
+    for task, problem, own, steps in (
+        ("short", tasks.short, settings["short"], settings["short_steps"]),
+        ("stories", tasks.stories, settings["stories_config"], settings["steps"]),
+    ):
+        config = settings["common"] | own | changes(task, steps)[name] | {"max_steps": steps}
+        start = time.perf_counter()
+        trained = train_gflownet(context, problem, config, task)
+        made.append((trained.sampler, time.perf_counter() - start))
+        judged += trained.reward_evaluations
+    return Trained(made, judged)
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+def evaluate(context: Context, trained: Trained) -> Outcome:
     (short, short_seconds), (stories, stories_seconds) = trained.sampler
     d = exact.distance(exact.policy_log_probs(short.policy, SHORT_ROW), context.data.truth.log_p)
     rows, n = context.data.stories.rows, context.settings["samples"]
-    found = [stories.estimate(row, n, seed=("measure", seed)) for row in rows]
-    figures = average([{"ESS": e.ess, "ELBO": e.elbo, "var log w": e.log_w_variance} for e in found])
+    found = [stories.estimate(row, n, seed=("measure", context.seed)) for row in rows]
+    figures = average([importance_figures(e) for e in found])
     return Outcome(
         {
             "short: TV": d.total_variation,
@@ -129,7 +126,7 @@ EXPERIMENT = Experiment(
     presets={"small": SETTINGS},
     groups=dict.fromkeys(("common", "short", "stories_config"), GFNConfig),
     prepare=prepare,
-    methods={name: method(name) for name in changes("short", 1)},
+    methods={name: partial(method, name=name) for name in changes("short", 1)},
     evaluate=evaluate,
     metrics=metrics(
         *(f"short: {name}" for name in ("TV", "KL(q||p)", "KL(p||q)", "seconds")),

@@ -33,8 +33,9 @@ class Toy:
         self.fail: dict[str, BaseException] = {}
         self.before: Callable[[str, Path], None] = lambda method, folder: None
 
-    def method(self, name: str, value: float) -> Callable[[Context, int, Path], Trained]:
-        def train(context: Context, seed: int, folder: Path) -> Trained:
+    def method(self, name: str, value: float) -> Callable[[Context], Trained]:
+        def train(context: Context) -> Trained:
+            seed, folder = context.seed, context.folder
             self.before(name, folder)
             self.calls.append((name, seed))
             self.dry.append(context.dry_run)
@@ -45,8 +46,8 @@ class Toy:
 
         return train
 
-    def evaluate(self, context: Context, trained: Trained, seed: int) -> Outcome:
-        self.evaluated.append(seed)
+    def evaluate(self, context: Context, trained: Trained) -> Outcome:
+        self.evaluated.append(context.seed)
         return Outcome({"score": trained.sampler, "odd": float("nan")}, {"worst": float("-inf")})
 
     def figures(self, results: dict[str, Any], folder: Path) -> list[str]:
@@ -154,8 +155,8 @@ def test_a_report_is_written_again_from_its_results(
 def test_records_stay_with_their_runs(toy: Toy, tmp_path: Path) -> None:
     """results.json has what the digest makes of them."""
 
-    def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
-        return Outcome({"score": 1.0}, {"note": "x"}, {"score": [float(seed), 2.0]})
+    def evaluate(context: Context, trained: Trained) -> Outcome:
+        return Outcome({"score": 1.0}, {"note": "x"}, {"score": [float(context.seed), 2.0]})
 
     def digest(runs: dict[str, Any]) -> Any:
         return {m: [r["records"]["score"][0] for r in of] for m, of in runs.items()}

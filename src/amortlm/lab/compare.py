@@ -11,11 +11,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from amortlm.lab.experiment import Run
+from amortlm.lab.experiment import Runs
 from amortlm.lab.metrics.paired import paired_test
 from amortlm.lab.report import grid
-
-Runs = Mapping[str, list[Run]]
 
 
 def per_example(runs: Runs, method: str, metric: str) -> list[float]:

@@ -1,10 +1,11 @@
-"""`--set KEY=VALUE`: one setting of a preset changed, with the type that it has."""
+"""Presets, and `--set KEY=VALUE`: one setting of a preset changed, with the type that it has."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from amortlm.errors import ConfigError, nearest
@@ -12,6 +13,12 @@ from amortlm.lab.experiment import Settings
 from amortlm.settings import from_text, load_yaml, typed_value
 
 OURS = ("output_dir", "seed", "data_seed")  # fields that the runner sets: --output and --seeds
+
+
+def read_presets(name: str) -> dict[str, Settings]:
+    """The presets of an experiment: `lab/presets/NAME.yaml`."""
+    file = Path(__file__).parent / "presets" / f"{name}.yaml"
+    return load_yaml(file.read_text(encoding="utf-8"), str(file))
 
 
 def with_overrides(

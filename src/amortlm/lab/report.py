@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from amortlm.errors import ConfigError
 from amortlm.files import write_text
-from amortlm.lab.experiment import Experiment, Metric, Results, Run
+from amortlm.lab.experiment import Experiment, Metric, Results, Run, Runs
 from amortlm.lab.store import finite, read_json, write_json
 
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
@@ -32,13 +32,13 @@ def collect(
     their records, mean and standard deviation over seeds, the paper's figures and the digest of the records.
 
     made: the different commands and environments; a run has the number of its own."""
-    runs: dict[str, list[Run]] = {
+    runs: Runs = {
         method: [done[m, seed] for m, seed in sorted(done) if m == method]
         for method in experiment.methods
         if any(m == method for m, _ in done)
     }
     made: list[dict[str, Any]] = []
-    told: dict[str, list[Run]] = {method: [] for method in runs}
+    told: Runs = {method: [] for method in runs}
     for method, found in runs.items():
         for run in found:
             how = {"command": run["command"], "environment": run["environment"]}

@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -109,7 +109,7 @@ def dry_run(plan: Plan, say: Say = print) -> None:
     context = plan.context(dry_run=True)
     for method in plan.methods:
         with tempfile.TemporaryDirectory() as folder, _naming(method):
-            plan.experiment.methods[method](context, 0, Path(folder))
+            plan.experiment.methods[method](replace(context, folder=Path(folder)))
         say(f"{method}: ok")
 
 
@@ -159,11 +159,12 @@ def run_one(plan: Plan, context: Context, method: str, seed: int) -> Run:
     folder = plan.store.work(method, seed)
     resumed = any(folder.rglob("checkpoint-*"))
     folder.mkdir(parents=True, exist_ok=True)
+    context = replace(context, seed=seed, folder=folder)
     start = time.perf_counter()
     with _naming(f"{method}, seed {seed}"):
-        trained = plan.experiment.methods[method](context, seed, folder)
+        trained = plan.experiment.methods[method](context)
         middle = time.perf_counter()
-        outcome = plan.experiment.evaluate(context, trained, seed)
+        outcome = plan.experiment.evaluate(context, trained)
     end = time.perf_counter()
     announced = set(plan.experiment.metrics)
     if set(outcome.metrics) != announced:
