@@ -1,4 +1,4 @@
-"""What the recipes measure with."""
+"""Means and metrics for the recipes."""
 
 from __future__ import annotations
 

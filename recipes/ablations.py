@@ -1,8 +1,8 @@
-"""What the authors leave open: does each part of the training procedure help?
+"""Does each part of the training procedure help? The paper leaves it open.
 
 One thing at a time differs from the default: replay, tempered behaviour, a temperature of the reward that falls
-from 1.5 to 1, SubTB on a few random stopping states in place of all, and VarGrad. Two targets: one that can be
-enumerated, with the exact distance from the posterior, and story infilling, by importance weights.
+from 1.5 to 1, SubTB on a few random stopping states in place of all, and VarGrad. There are two targets: one that
+can be enumerated, where the distance from the posterior is exact, and story infilling, measured by importance weights.
 
     python recipes/ablations.py --output runs/ablations
 """
@@ -45,7 +45,7 @@ SOME, FEW = {"short": 3, "stories": 6}, {"short": 2, "stories": 3}
 
 
 def changes(task: str, steps: int) -> dict[str, dict[str, Any]]:
-    """What each method changes; the schedule ends half-way, so that the last updates have the target itself."""
+    """What each method changes. The schedule ends half-way, so that the later updates train on the target itself."""
     return {
         "default": {},
         "no replay": {"behaviour": {"tempered": 0.5}},
@@ -60,7 +60,7 @@ def changes(task: str, steps: int) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Tasks:
-    """The two targets. The enumerable one is tempered, else one string has nearly all."""
+    """The two targets. The enumerable one is tempered, since one string would have nearly all the mass otherwise."""
 
     short: Problem
     stories: Problem

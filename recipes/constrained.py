@@ -1,7 +1,7 @@
 """Sentences that go on with a story and contain given words (a lexical constraint, after CommonGen).
 
-The posterior is p(z | x) restricted to the sentences z with both words. Rejection, the untrained model on x alone,
-draws from it exactly and rarely; a GFlowNet is shown the words and learns to draw from it directly.
+The posterior is p(z | x) restricted to the sentences z with both words. Rejection (the untrained model on x alone)
+draws from it exactly, but few of its samples have the words; a GFlowNet is shown the words and learns to draw from it.
 
     python recipes/constrained.py --output runs/constrained
     python recipes/constrained.py --data ../shared/data/commongen --output runs/commongen

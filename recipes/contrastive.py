@@ -1,8 +1,8 @@
 """Continuations that are specific to their beginning: p(z | x)^a p(z)^b with b < 0.
 
 A low temperature alone makes continuations likely, and the likeliest fit any story. Dividing by a power of p(z)
-asks for what x makes likelier: the pointwise mutual information log p(z | x) - log p(z) is to rise. On a support of
-4,368 strings, where the posterior is known, also the exact distance from it.
+prefers continuations that x makes likelier: the pointwise mutual information log p(z | x) - log p(z) should rise. On a
+support of 4,368 strings, where the posterior is known, the distance from it is exact.
 
     python recipes/contrastive.py --set a=1.5 --set b=-0.5 --output runs/contrastive
 """
@@ -60,7 +60,7 @@ SETTINGS: Settings = {
 
 @dataclass(frozen=True)
 class Task:
-    """The target and its two parts, and what the short strings have of either."""
+    """The target and its two parts. Of the short strings: the posterior, and log p(z | x) - log p(z) of each."""
 
     conditional: Target
     prior: Target

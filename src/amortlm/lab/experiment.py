@@ -1,5 +1,5 @@
-"""What an experiment is: settings, methods, what is measured of them, and how it is told. Each module in
-`lab/experiments` states one as `EXPERIMENT`, and so do recipes and the benchmark of posteriors."""
+"""What an experiment is: settings, methods, what is measured of them, and how it is reported. Each module in
+`lab/experiments` defines one as `EXPERIMENT`, and so do recipes and the benchmark of posteriors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Results = dict[str, Any]  # JSON: all finished runs, as in results.json and dige
 @dataclass(frozen=True)
 class Metric:
     """label: column heading; format: as in `format()`; better: "higher", "lower" or None; meaning: for the report;
-    spread: format of a standard deviation, where it is another."""
+    spread: format of the standard deviation, by default that of the mean."""
 
     label: str
     format: str = ".3f"
@@ -60,8 +60,9 @@ class Trained:
 
 @dataclass(frozen=True)
 class Outcome:
-    """metrics: one figure for each of the experiment's metrics; details: JSON that tables and figures are made from;
-    records: JSON that stays in the file of the run, such as the figures of single examples: see `Experiment.digest`."""
+    """metrics: one figure for each of the experiment's metrics; details: JSON for results.json, from which tables and
+    figures are made; records: JSON for the file of the run alone, such as the figures of single examples (see
+    `Experiment.digest`)."""
 
     metrics: dict[str, float]
     details: dict[str, Any] = field(default_factory=dict)

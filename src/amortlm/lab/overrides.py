@@ -12,7 +12,7 @@ from amortlm.errors import ConfigError, nearest
 from amortlm.lab.experiment import Settings
 from amortlm.settings import from_text, load_yaml, typed_value
 
-OURS = ("output_dir", "seed", "data_seed")  # fields that the runner sets: --output and --seeds
+OURS = ("output_dir", "seed", "data_seed")  # set by the runner, from --output and --seeds
 
 
 def read_presets(name: str) -> dict[str, Settings]:
@@ -70,7 +70,7 @@ def _fields(kind: type) -> dict[str, Any]:
 
 
 def _like(key: str, value: Any, default: Any) -> Any:
-    """YAML reads 1e-3 as text: numbers stay numbers, and a number is not replaced by anything else."""
+    """`value` as a number where `default` is one (YAML reads 1e-3 as text). Raises ConfigError where it is none."""
     if isinstance(default, bool) or not isinstance(default, int | float):
         return value
     try:

@@ -171,7 +171,7 @@ def grid(headers: Sequence[str], lines: Sequence[Sequence[Any]], style: str = "g
 
 
 def commands(results: Results) -> list[str]:
-    """Those that made the runs."""
+    """The commands that made the runs, each once."""
     return list(dict.fromkeys(how["command"] for how in results["made"])) or [results["command"]]
 
 

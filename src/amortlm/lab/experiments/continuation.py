@@ -1,10 +1,9 @@
 """The next sentence (Hu et al. 2024, section 4.2): likely and yet different continuations of prompts never seen.
 
-z = the next sentence, R(z) = p(z | x)^(1/T). Methods give the same number of completions per prompt. Two figures
-decide: the log-likelihood of the best completion of a prompt, and the diversity among its completions. Decoders have
-a grid of settings, and also run at a multiple of the compute; the GFlowNet has its T. "resampling" says where the
-posterior itself stands, at a cost that no decoder has: importance resampling of many samples, as good as the GFlowNet
-could get.
+z = the next sentence, R(z) = p(z | x)^(1/T). Methods give the same number of completions per prompt. Two figures are
+compared: the log-likelihood of the best completion of a prompt, and the diversity among its completions. Decoders have
+a grid of settings, and also run at a multiple of the compute; the GFlowNet runs at several T. "resampling" is
+importance resampling of many samples: what a perfect sampler of the posterior would reach, at more cost than a decoder.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Story infilling (Hu et al. 2024, section 4.3): the fourth sentence of five, given the others, on held-out stories.
 
 R(z) = p(z y | x) with x the first three sentences and y the fifth. SFT sees the fourth sentences as written; the
-GFlowNet never does. MCMC and SMC work on each test story anew, from the prompted model: the slow truth.
+GFlowNet never does. MCMC and SMC start anew on each test story, from the prompted model: slow, and near the posterior.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def gflownet(context: Context) -> Trained:
 
 
 def sft_then_gflownet(context: Context) -> Trained:
-    """The GFlowNet started from SFT and with written middles in the replay buffer, for where they are at hand."""
+    """The GFlowNet started from SFT and with written middles in the replay buffer."""
     problem, settings = problem_of(context), context.settings
     start = from_supervised(context, problem, settings["sft"])
     mix = {**settings["gflownet"]["behaviour"], "replay": 0.25}

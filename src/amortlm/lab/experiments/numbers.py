@@ -1,7 +1,7 @@
 """Random integers (Hu et al. 2024, section 4.1): who samples "uniformly between 0 and 100", and how exactly?
 
-Every trained method sees the same number of completions. Only SFT sees none: it is told the truth, by integers drawn
-uniformly (`sft.examples` of them, 50 in the presets). Both distances are sums over the 101 integers, not estimates.
+Every trained method draws the same number of completions, but for SFT: it learns from integers drawn uniformly
+(`sft.examples` of them, 50 in the presets). Both distances are sums over the 101 integers, not estimates.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def validity(target: Target) -> Callable[[Rollouts], Tensor]:
 
 
 def gflownet(context: Context, objective: str) -> Trained:
-    """Trained with an objective, whose own settings win over those of all three."""
+    """Trained with an objective. Its own settings replace those that all three share."""
     settings = context.settings
     config = {
         "objective": objective,

@@ -78,13 +78,13 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Reviews
 
 
 def problem_of(context: Context, labels: int = 0) -> Problem:
-    """A reason z for the label of each of so many labelled sentences."""
+    """A reason z for the label of each of `labels` labelled sentences."""
     target, support = context.lm.log_prob(OF, given=QUESTION), Support(**context.settings["support"])
     return Problem(target, QUESTION, support, context.data.labelled(labels, context.seed))
 
 
 def direct_problem(context: Context, prompt: str = QUESTION, labels: int = 0) -> Problem:
-    """The label itself in the place of a reason."""
+    """A label in place of a reason: z is the label itself."""
     longest = max(len(context.lm.encode_continuation(f" {a}")) for a in ANSWERS)
     support = Support(stop=".", min_tokens=1, max_tokens=longest)
     rows = context.data.labelled(labels, context.seed)
