@@ -1,10 +1,11 @@
-"""What the recipes measure with."""
+"""Means and metrics for the recipes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import mean
 
+from amortlm import importance
 from amortlm.lab.experiment import Metric
 
 Figures = dict[str, float]
@@ -14,6 +15,11 @@ def average(rows: Sequence[Figures]) -> Figures:
     """Mean of each figure over those rows that have it."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: mean(row[name] for row in rows if name in row) for name in names}
+
+
+def importance_figures(found: importance.ImportanceEstimate) -> Figures:
+    """ESS as a share of the samples, ELBO in nats, variance of log w in nats^2."""
+    return {"ESS": found.ess, "ELBO": found.elbo, "var log w": found.log_w_variance}
 
 
 def metrics(*names: str) -> dict[str, Metric]:

@@ -4,7 +4,7 @@ two to five operands whose steps are written down but mostly with slips.
     python recipes/arithmetic_model.py --output runs/arithmetic-model
 
 The embedded model itself has read so many right chains that 50 examples leave nothing to learn. This one knows the
-form of a chain, and that the answer is the last result, but takes the right next operand once in twenty times.
+form of a chain, and that the answer is the last result, but takes the right next operand only once in twenty steps.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ generated stories as they are told and with the ending in front.
     python recipes/story_model.py --output runs/story-model
 
 Hu et al. 2024 fine-tune GPT-2 Large on 50,000 stories before they infill (section 4.3). The embedded model needs it
-more: it has never seen an ending before its story, so no sampler finds out from a few hundred examples what one is for.
+more: it has never seen an ending before its story, and no sampler learns from a few hundred examples how to use one.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from _common import Figures, average, metrics
+from _common import Figures, average, importance_figures, metrics
 from amortlm import LanguageModel, Posterior, Support
 from amortlm.lab import command
 from amortlm.lab.experiment import Context, Experiment, Outcome, Results, Settings, Trained
@@ -30,7 +30,7 @@ SETTINGS: Settings = {
     "rows": 100,  # of each task to train on
     "test_rows": 24,  # unseen ones of each task
     "samples": 64,  # of each row that is measured
-    "lora": 16,
+    "adapter": 16,
     "gflownet": {
         "objective": "vargrad",
         "num_samples": 8,
@@ -77,42 +77,35 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Tasks:
     return Tasks({name: of[:n] for name, of in rows.items()}, {name: of[n:] for name, of in rows.items()})
 
 
-def start(context: Context, seed: int, folder: Path) -> Trained:
+def start(context: Context) -> Trained:
     return Trained(dict.fromkeys(NAMES, untrained(context, context.data.problem(context)).sampler))
 
 
-def one_per_task(context: Context, seed: int, folder: Path) -> Trained:
-    parts = {name: _train(context, (name,), seed, folder / name) for name in NAMES}
+def one_per_task(context: Context) -> Trained:
+    parts = {name: _train(context, (name,), name) for name in NAMES}
     judged = sum(part.reward_evaluations for part in parts.values())
     return Trained({name: part.sampler for name, part in parts.items()}, judged)
 
 
-def joint(context: Context, seed: int, folder: Path) -> Trained:
-    both = _train(context, NAMES, seed, folder)
+def joint(context: Context) -> Trained:
+    both = _train(context, NAMES)
     return Trained(dict.fromkeys(NAMES, both.sampler), both.reward_evaluations)
 
 
-def _train(context: Context, names: tuple[str, ...], seed: int, folder: Path) -> Trained:
+def _train(context: Context, names: tuple[str, ...], part: str = "") -> Trained:
     config = {"max_steps": context.settings["steps"] * len(names), **context.settings["gflownet"]}
-    return train_gflownet(context, context.data.problem(context, *names), config, seed, folder)
+    return train_gflownet(context, context.data.problem(context, *names), config, part)
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+def evaluate(context: Context, trained: Trained) -> Outcome:
     """Means over unseen rows; for sums also the share of right answers, by vote and of single samples."""
     out: Figures = {}
     for name, rows in context.data.test.items():
-        posterior = trained.sampler[name]
-        found = [posterior.estimate(row, context.settings["samples"], seed=("measure", seed)) for row in rows]
-        out |= {
-            f"{name}: {metric}": value
-            for metric, value in average(
-                [
-                    {"ESS": e.ess, "ELBO": e.elbo, "log R": e.log_reward, "var log w": e.log_w_variance}
-                    for e in found
-                ]
-            ).items()
-        }
-    return Outcome(out | right_answers(trained.sampler["sums"], context.data.test["sums"], seed))
+        posterior, n = trained.sampler[name], context.settings["samples"]
+        found = [posterior.estimate(row, n, seed=("measure", context.seed)) for row in rows]
+        figures = average([{**importance_figures(e), "log R": e.log_reward} for e in found])
+        out |= {f"{name}: {metric}": value for metric, value in figures.items()}
+    return Outcome(out | right_answers(trained.sampler["sums"], context.data.test["sums"], context.seed))
 
 
 def right_answers(posterior: Posterior, rows: list[Row], seed: int) -> Figures:

@@ -2,16 +2,16 @@
 
 Completions are drawn on the support: for GRPO by `policy.sample`, through TRL's `rollout_func` (which TRL calls
 experimental); for RLOO, which has no such argument, by `generate` with the support as generation settings. The
-sure stop after max_tokens and tokens that a tool wrote (GRPO) are no actions and leave the loss.
+forced stop after max_tokens and tokens that a tool wrote (GRPO) are no actions and do not enter the loss.
 
 What differs from our q: TRL's log-probabilities are over the whole vocabulary, not renormalised on the support,
 and a stop is the symbol that was drawn, not any of them. The gradient of log p is that of log q plus that of the
-log mass of the support. So the surrogate also moves that mass, which q does not see, and the KL penalty also
-holds it where it was. This matters only where a support cuts off much of the model's mass (few allowed tokens, a
-likely stop below min_tokens): there the penalty is not the KL of q. On `numbers`, whose support leaves out special
-tokens only, there is no difference. Reference: a frozen copy of the adapter as given.
+log mass of the support. So the surrogate also moves that mass, on which q does not depend, and the KL penalty
+also keeps it near its first value. This matters only where a support cuts off much of the model's mass (few
+allowed tokens, a likely stop below min_tokens): there the penalty is not the KL of q. On `numbers`, whose support
+leaves out special tokens only, there is no difference. The reference is a frozen copy of the adapter as given.
 
-A step costs about three of our trainer at the same number of completions: TRL repeats the prompt for each
+A step takes about three times as long as one of `GFNTrainer` with as many completions: TRL repeats the prompt for each
 completion in three passes (reference, forward, backward), and off a GPU projects its tokens on the vocabulary.
 """
 
@@ -42,7 +42,7 @@ from amortlm.policy import Policy
 from amortlm.types import Rollouts, Row
 
 METHODS = ("grpo", "rloo")
-# Sampling from the policy itself: every field that could bend the distribution is neutral.
+# To sample from the policy itself, every field that could change the distribution is neutral.
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 
 
@@ -105,8 +105,8 @@ def _trainer(
         arguments["rollout_func"] = rollout_function(policy, rows, reward, seed)
     else:
         given = {"generation_kwargs": generation_settings(policy)} | given
-        # TRL cuts completions at the end symbols of the model, and generate() takes a setting that is at its default
-        # (temperature 1) from the checkpoint's own settings if it has some.
+        # TRL cuts completions at the end symbols of the model. generate() reads a setting that has its default value
+        # (temperature 1) from the checkpoint's generation settings, where there are any.
         network: Any = policy.model if policy.is_full else policy.model.get_base_model()
         network.generation_config = GenerationConfig(eos_token_id=list(policy.support.stop_ids))
     return trainer_class(
