@@ -56,34 +56,13 @@ class LanguageModel(CausalLM):
         if device == "cpu":
             kwargs.setdefault("dtype", torch.float32)
         kwargs.setdefault("trust_remote_code", False)  # not asked for on the terminal
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                place, **file, trust_remote_code=kwargs["trust_remote_code"]
-            )
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                place, **(versions.dequantise() if file else {}), **file, **kwargs, output_loading_info=True
-            )
-            model, missing = loaded[0].to(device), sorted(loaded[1]["missing_keys"])
-        except Exception as e:  # libraries raise whatever they meet in a damaged or hostile file
-            if "trust_remote_code" in str(e):
-                raise ConfigError(
-                    f"cannot load a causal LM from {str(name_or_path)!r}: it brings code of its own, which is not run. "
-                    "If you trust it, give LanguageModel.from_pretrained(..., trust_remote_code=True) as lm="
-                ) from e
-            raise ConfigError(
-                f"cannot load a causal LM from {str(name_or_path)!r}: {e}\nGive a hub name, a local folder with "
-                f"config.json, weights and tokenizer files, a {gguf.SUFFIX} file, or {EMBEDDED!r}."
-            ) from e
-        if missing:
-            raise ModelError(
-                f"{name_or_path}: {len(missing)} of the model's weights are not in its files "
-                f"({', '.join(missing[:3])}) and would be random numbers. Give the folder of a whole causal LM"
-            )
+        model, tokenizer = _load(str(name_or_path), place, device, file, kwargs)
+        lm = cls(model, tokenizer, str(name_or_path), score_memory_mb, self_check, chat_template_kwargs)
         if file:
             versions.unmark_quantised(model)
-            if Path(path).is_file():
-                gguf.check_complete(path, model)
-        return cls(model, tokenizer, str(name_or_path), score_memory_mb, self_check, chat_template_kwargs)
+            gguf.check_complete(path, model)
+            gguf.check_spaces(lm)
+        return lm
 
     def log_prob(self, of: str, given: str | Messages = "") -> LogProb:
         """The target log p(of | given): templates over data columns and the latent `{z}`.
@@ -92,3 +71,34 @@ class LanguageModel(CausalLM):
         `{z1}{z2}`: latents in sequence, the statements of a list (`separator` of `Support`).
         """
         return LogProb(self, of, given)
+
+
+def _load(
+    name: str, place: str, device: str, file: Mapping[str, str], settings: dict[str, Any]
+) -> tuple[Any, Any]:
+    """(model, tokenizer) by transformers. Raises ConfigError, ModelError."""
+    trust = settings["trust_remote_code"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **file, trust_remote_code=trust)
+        if file:
+            settings = {**versions.dequantise(), **settings}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, **file, **settings, output_loading_info=True
+        )
+        model, missing = loaded[0].to(device), sorted(loaded[1]["missing_keys"])
+    except Exception as e:  # libraries raise whatever they meet in a damaged or hostile file
+        if "trust_remote_code" in str(e):
+            raise ConfigError(
+                f"cannot load a causal LM from {name!r}: it brings code of its own, which is not run. "
+                "If you trust it, give LanguageModel.from_pretrained(..., trust_remote_code=True) as lm="
+            ) from e
+        raise ConfigError(
+            f"cannot load a causal LM from {name!r}: {e}\nGive a hub name, a local folder with "
+            f"config.json, weights and tokenizer files, a {gguf.SUFFIX} file, or {EMBEDDED!r}."
+        ) from e
+    if missing:
+        raise ModelError(
+            f"{name}: {len(missing)} of the model's weights are not in its files ({', '.join(missing[:3])}) and would "
+            "be random numbers. Give the folder of a whole causal LM"
+        )
+    return model, tokenizer

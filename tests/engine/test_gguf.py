@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,14 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 from reference import LETTERS
+from tokenizers import decoders
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Posterior, Support
+from amortlm.engine.gguf import check_spaces
 from amortlm.errors import ConfigError, ModelError
 from amortlm.text.template import PromptTemplate
+from amortlm.versions import TRANSFORMERS
 
 WORDS = [*"<>.!", *LETTERS, "Ġ", "Ċ"]
 TOKENS = ["<unk>", "<s>", "</s>", *WORDS, "Ġa", "th", "the"]
@@ -26,6 +30,10 @@ TEMPLATE = (
     "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
 )
 HEADS, KV_HEADS, LAYERS = 4, 2, 2
+
+pytestmark = pytest.mark.skipif(
+    TRANSFORMERS < (5, 18), reason="transformers 5.17 makes tokenizers that lose spaces"
+)
 
 Change = Callable[[gguf.GGUFWriter], None]
 
@@ -187,6 +195,16 @@ def test_a_broken_file_is_one_sentence(
     path.write_bytes(content[fault])
     with pytest.raises(ConfigError, match="cannot load a causal LM from .*broken.gguf"):
         LanguageModel.from_pretrained(path)
+
+
+def test_a_tokenizer_that_loses_spaces_is_refused(models: dict[str, LanguageModel]) -> None:
+    lm = copy.copy(models["gpt2-tied"])
+    check_spaces(lm)
+    lm.tokenizer = copy.deepcopy(lm.tokenizer)
+    byte_level, strip = lm.tokenizer.backend_tokenizer.decoder, decoders.Strip(" ", 1, 0)
+    lm.tokenizer.backend_tokenizer.decoder = decoders.Sequence([byte_level, strip])
+    with pytest.raises(ModelError, match="loses spaces"):
+        check_spaces(lm)
 
 
 def test_no_such_file(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amortlm.errors import ConfigError, ModelError
+from amortlm.text.codec import Codec
 
 SUFFIX = ".gguf"
 
@@ -46,10 +47,12 @@ def locate(path: str | Path) -> tuple[str, dict[str, str]]:
 
 
 def check_complete(file: str | Path, model: Any) -> None:
-    """Raises ModelError where a local GGUF file holds what did not become part of the model: transformers passes
-    over tensors and settings that it does not know (the rotary factors of Llama 3.1, for one)."""
+    """Raises ModelError where a local GGUF file (not one of the hub) holds what did not become part of the model:
+    transformers passes over tensors and settings that it does not know (the rotary factors of Llama 3.1, for one)."""
     from gguf import GGUFReader
 
+    if not os.path.isfile(file):
+        return
     reader = GGUFReader(file)
     held = sum(math.prod(tensor.shape.tolist()) for tensor in reader.tensors)
     taken = sum(p.numel() for p in model.parameters())
@@ -72,6 +75,16 @@ def check_complete(file: str | Path, model: Any) -> None:
                 f"{file}: its {prefix}{key} is {stated}, which transformers does not read: the model would compute "
                 "something else. Use the model's safetensors"
             )
+
+
+def check_spaces(codec: Codec) -> None:
+    """Raises ModelError where a continuation does not keep its first space: transformers 5.17 decodes so."""
+    text = " a b"
+    if codec.decode(codec.encode_continuation(text)) != text:
+        raise ModelError(
+            f"{codec.name}: the tokenizer that transformers makes of it loses spaces; use transformers 5.18 or newer, "
+            "or the model's safetensors"
+        )
 
 
 def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
