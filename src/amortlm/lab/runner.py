@@ -49,6 +49,14 @@ class Plan:
 
     def context(self, dry_run: bool) -> Context:
         """Load the model and read the data. Raises ModelError, DataError, ConfigError."""
+        if (
+            self.model == self.settings["model"]
+            and self.model.startswith("models/")
+            and not Path(self.model).exists()
+        ):
+            raise ConfigError(
+                f"this preset needs {self.model}: `make model` fetches it. Or give another by --model"
+            )
         lm = LanguageModel.from_pretrained(self.model)
         data = self.experiment.prepare(self.settings, lm, self.data)
         return Context(self.settings, lm, data, dry_run)
