@@ -71,7 +71,7 @@ def trl(*names: str) -> list[Any]:
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every run otherwise
     # TRL warns that `rollout_func` may change; the extra `[baselines]` allows only versions that have it.
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    package = extra("trl", "training by SFT, GRPO or RLOO")
+    package = extra("trl", "training by SFT or GRPO")
     return [getattr(package, name) for name in names]
 
 
