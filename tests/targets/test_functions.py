@@ -196,7 +196,7 @@ def test_a_model_without_a_name_is_asked_for(one_lm: LanguageModel, tmp_path: An
     nameless.name = ""
     posterior = Posterior(Policy(nameless, "{x}", SUPPORT), None)
     posterior.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="had no name when it was saved; say which it is: lm="):
+    with pytest.raises(ConfigError, match="had no name when it was saved; give the model: lm="):
         Posterior.from_pretrained(tmp_path)
     assert Posterior.from_pretrained(tmp_path, lm=one_lm).sample(ROWS[0], 2) == posterior.sample(ROWS[0], 2)
 
@@ -220,7 +220,7 @@ def test_nothing_saved_names_the_home_directory(
     out.rename(tmp_path / "moved")
     assert Posterior.from_pretrained(tmp_path / "moved").lm.name == str(model)
     model.rename(home / "gone")
-    with pytest.raises(ConfigError, match="say where it is: lm= in from_pretrained, or --model"):
+    with pytest.raises(ConfigError, match="give its new place: lm= in from_pretrained, or --model"):
         Posterior.from_pretrained(tmp_path / "moved")
     assert Posterior.from_pretrained(tmp_path / "moved", lm=str(home / "gone")).sample(ROWS[0], 1)
 
@@ -233,7 +233,7 @@ def test_another_tokenizer_is_said(
     assert not caplog.messages
     other = LanguageModel(one_lm.model, metaspace_lm.tokenizer, name="other")
     Posterior.from_pretrained(tmp_path, lm=other)
-    assert "the tokenizer of other is not the one this posterior was saved with" in caplog.text
+    assert "the tokenizer of other differs from the one this posterior was saved with" in caplog.text
 
 
 def test_arguments_of_the_chat_template_are_kept(one_lm: LanguageModel, tmp_path: Any) -> None:
