@@ -307,10 +307,10 @@ def test_half_characters_and_texts_that_do_not_add_up(one_lm: LanguageModel, mon
     monkeypatch.setattr(
         one_lm, "decode", lambda z: " ".join(true([i]) for i in z)
     )  # as WordPiece joins words
-    with pytest.raises(SupportError, match="changes the text of a token by what stands beside it"):
+    with pytest.raises(SupportError, match="the text of a token depends on the tokens beside it"):
         Support(stop=".", max_tokens=2, allowed_tokens=["a"], pattern="a+").bind(one_lm)
     monkeypatch.setattr(one_lm, "decode", lambda z: true(z).replace(" ,", ","))  # as "clean-up" does
-    with pytest.raises(SupportError, match="changes the text of a token by what stands beside it"):
+    with pytest.raises(SupportError, match="the text of a token depends on the tokens beside it"):
         Support(stop=".", max_tokens=2, pattern="a+").bind(one_lm)
 
 

@@ -100,7 +100,7 @@ PREDICATES: dict[str, tuple[Callable[[str], Any], str]] = {
 @pytest.mark.parametrize("kind", PREDICATES)
 def test_a_predicate_is_true_or_false(score: Callable[[Any], torch.Tensor], kind: str) -> None:
     fn, message = PREDICATES[kind]
-    with pytest.raises(RewardError, match=r"predicate\(.*asked about") as e:
+    with pytest.raises(RewardError, match=r"predicate\(.*called with") as e:
         score(constraint.predicate(fn))
     assert message in str(e.value)
 
@@ -138,7 +138,7 @@ def test_a_function_that_never_returns_is_left_behind(
 ) -> None:
     go = threading.Event()
     try:
-        with pytest.raises(RewardError, match=r"asked about .* did not return within 0.2 seconds"):
+        with pytest.raises(RewardError, match=r"called with .* did not return within 0.2 seconds"):
             score(make(go.wait))
     finally:
         go.set()
@@ -178,7 +178,7 @@ def test_matches_gives_up() -> None:
     hard = r"(a|b| |.)*\d|(.|.)*!"
     assert not constraint.matches(hard).accepts("ab " * 60 + "!?", {})  # type: ignore[attr-defined]
     term = constraint.matches(hard + r"\b\d")  # not regular: by an engine that backtracks
-    with pytest.raises(ConfigError, match="was not done with .* Leave out repetitions of repetitions"):
+    with pytest.raises(ConfigError, match="did not finish with .* Leave out repetitions of repetitions"):
         term.accepts("ab " * 60 + "!?", {})
 
 
