@@ -83,7 +83,7 @@ def test_rows_are_copies() -> None:
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "DatasetDict": (
         lambda: datasets.DatasetDict(train=TABLE, test=TABLE),
-        r"t holds the splits 'train', 'test': give one, dataset\['train'\]",
+        r"t contains the splits 'train', 'test': give one, dataset\['train'\]",
     ),
     "streamed splits": (
         lambda: datasets.IterableDatasetDict(a=TABLE.to_iterable_dataset()),
@@ -236,16 +236,16 @@ def test_data_files(tmp_path: Path, name: str, text: str, rows: list[dict]) -> N
     [
         ("rows.jsonl", "", "is empty: give at least one row"),
         ("rows.jsonl", "\n\n", "is empty"),
-        ("rows.json", "", "line 1: no JSON: Expecting value"),
+        ("rows.json", "", "line 1: not JSON: Expecting value"),
         ("rows.json", "[]", "is empty"),
         ("rows.json", '{"x": ["a", "b"]}', "is one mapping; give a list of rows"),
-        ("rows.json", '[{"x": "a"},\n {"x": }]', "line 2: no JSON: Expecting value"),
+        ("rows.json", '[{"x": "a"},\n {"x": }]', "line 2: not JSON: Expecting value"),
         ("rows.json", "[1]", "row 0 is 1, not a mapping"),
         ("rows.jsonl", '{"x": "a"}\n\n2\n', "line 3: 2 is not an object of column to value"),
-        ("rows.jsonl", '{"x": "a"}\n{"x": \n', "line 2: no JSON: Expecting value"),
-        ("rows.jsonl", '{"x": "a"}\n{"x": 1, "x": 2}\n', "line 2: no JSON: an object has 'x' more than once"),
-        ("rows.jsonl", "[" * 100_000, "line 1: no JSON: maximum recursion depth"),
-        ("rows.jsonl", '{"x": ' + "9" * 5000 + "}", "line 1: no JSON: Exceeds the limit"),
+        ("rows.jsonl", '{"x": "a"}\n{"x": \n', "line 2: not JSON: Expecting value"),
+        ("rows.jsonl", '{"x": "a"}\n{"x": 1, "x": 2}\n', "line 2: not JSON: an object has 'x' more than once"),
+        ("rows.jsonl", "[" * 100_000, "line 1: not JSON: maximum recursion depth"),
+        ("rows.jsonl", '{"x": ' + "9" * 5000 + "}", "line 1: not JSON: Exceeds the limit"),
         ("rows.csv", "", "is empty"),
         ("rows.csv", "x,y\n", "is empty"),
         ("rows.csv", "x,y\n1,2\n1,2,3\n", "line 3: more values than the header has columns"),
