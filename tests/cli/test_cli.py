@@ -164,13 +164,13 @@ def test_a_used_folder_is_neither_overwritten_nor_taken_for_anothers(
     shutil.copytree(trained, out)
     spec = write_spec(tmp_path, model)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert "holds a run already" in failure(cli("train", spec, "--output", out, "--model", "no/such/model"))
+    assert "already holds a run" in failure(cli("train", spec, "--output", out, "--model", "no/such/model"))
     other = ["train", spec, "--output", out, "--set", "seed=7"]
     assert "of another run: seed was 42, is 7." in failure(cli(*other, "--resume"))
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"} == before
     status, stdout, _ = cli("train", spec, "--output", out, "--resume")
     assert (status, stdout.splitlines()[0]) == (0, f"saved {out}")
-    assert "training was finished" in caplog.text
+    assert "this run is already finished" in caplog.text
     status, stdout, _ = cli(*other, "--overwrite")
     assert (status, stdout.splitlines()[0]) == (0, f"saved {out}")
     assert json.loads((out / "training_args.json").read_text())["seed"] == 7

@@ -81,7 +81,7 @@ def test_arguments_of_the_trainer(one_lm: LanguageModel, tmp_path: Path) -> None
         make_trainer(lm, tmp_path, eval_strategy="steps")
     with pytest.raises(DataError, match="no column 'y'"):
         make_trainer(lm, tmp_path, extra={"eval_dataset": [{"x": "a"}]})
-    with pytest.raises(ConfigError, match="leaves nothing of 5 rows"):
+    with pytest.raises(ConfigError, match="drops all 5 rows"):
         make_trainer(lm, tmp_path, dataloader_drop_last=True, per_device_train_batch_size=8)
 
 

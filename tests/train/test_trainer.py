@@ -255,7 +255,7 @@ def test_bad_data(one_lm: LanguageModel, tmp_path: Path) -> None:
         ({"objective": {"subtb": {}, "tb": {}}}, "a name, or a name with its settings"),
         ({"objective": 3}, "a name, or a name with its settings"),
         ({"behaviour": {"replay": 1.5}}, "sum to one, and these sum to 1.5"),
-        ({"behaviour": {"replay": -0.5}}, "shares are numbers from 0"),
+        ({"behaviour": {"replay": -0.5}}, "shares must be at least 0"),
         ({"behaviour": {"replay": 0.5, "policy": 0.4}}, "these sum to 0.9"),
         ({"behaviour": {"replai": 0.5}}, "behaviour: unknown key 'replai'; did you mean 'replay'"),
         ({"behaviour": {"replay": "half"}}, "behaviour: replay must be a number, got 'half'"),

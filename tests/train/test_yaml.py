@@ -227,7 +227,7 @@ def test_overrides_merge_the_config_and_leave_the_spec_alone() -> None:
     ("text", "message"),
     [
         ("promt: a", "unknown key 'promt'; did you mean 'prompt'?"),
-        ("prompt: a\ntarget: []", "support, data missing; a run states prompt, target, support and data"),
+        ("prompt: a\ntarget: []", "support, data missing; a run needs prompt, target, support and data"),
         ("", "must be a mapping with the keys prompt, target"),
         ("- a list", "must be a mapping"),
         ("prompt: [unclosed", "is not valid YAML"),
