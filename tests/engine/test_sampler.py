@@ -70,12 +70,12 @@ class Wrong(LocalSampler):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("says q, draws hotter", "frequencies of 2000 draws are not those of q"),
+        ("says q, draws hotter", "the frequencies of 2000 draws differ from q"),
         ("log q of the behaviour", r"evaluate\(\) and the sampler differ"),
-        ("forgets what is kept", "draws that were to begin with"),
+        ("forgets what is kept", "draws do not begin with the kept tokens"),
         ("not greedy", "draws at temperature 0 differ"),
         ("one draw too few", "1999 draws where 2000"),
-        ("keeps its version", r"after load\(.., 1\) draws say version 0"),
+        ("keeps its version", r"after load\(.., 1\) draws have version 0"),
         ("depends on its calls", "beside another prompt than alone"),
     ],
 )
