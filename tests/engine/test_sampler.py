@@ -74,9 +74,9 @@ class Wrong(LocalSampler):
         ("log q of the behaviour", r"evaluate\(\) and the sampler differ"),
         ("forgets what is kept", "draws do not begin with the kept tokens"),
         ("not greedy", "draws at temperature 0 differ"),
-        ("one draw too few", "1999 draws where 2000"),
+        ("one draw too few", "1999 draws instead of 2000"),
         ("keeps its version", r"after load\(.., 1\) draws have version 0"),
-        ("depends on its calls", "beside another prompt than alone"),
+        ("depends on its calls", "different draws alone and together with another prompt"),
     ],
 )
 def test_faults_are_found(one_lm, fault, message):
@@ -114,5 +114,5 @@ def test_a_request_can_be_sent(one_lm, name):
 
 def test_weights_of_another_policy_are_refused(one_lm):
     policy = tiny_policy(one_lm, "{x}", SUPPORTS["one stop"])
-    with pytest.raises(ConfigError, match="the weights are of another policy"):
+    with pytest.raises(ConfigError, match="the weights belong to another policy"):
         local(policy).load({"nothing": torch.zeros(1)}, 1)
