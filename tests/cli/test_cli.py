@@ -215,7 +215,7 @@ def test_signals_end_a_command_in_order(
         status, _, stderr = cli(*command)
     assert status == 128 + number
     assert f"{number.name}: saved {out / 'checkpoint-1'}" in caplog.text
-    assert f"ended by {number.name}; the same command with --resume goes on from the last" in stderr
+    assert f"ended by {number.name}; the same command with --resume continues from the last" in stderr
     assert cli(*command, "--resume")[0] == 0
     assert signal.getsignal(number) is before
 
@@ -372,7 +372,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample", ["-n", 0], "-n must be at least 1, got 0"),
         ("sample", ["-n", -3], "-n must be at least 1, got -3"),
         ("sample", ["--correct", "sir", "--budget", 0], "--budget must be at least 1, got 0"),
-        ("sample", ["--budget", 9], "--budget is for corrected samples: give --correct sir, smc or mh with it"),
+        ("sample", ["--budget", 9], "--budget is for corrected samples: also give --correct sir, smc or mh"),
         ("sample", ["--correct", "sire"], "unknown correction 'sire'; did you mean 'sir'?"),
         ("sample", ["--column", "x=a", "--column", "x=b"], "--column x= is given twice"),
         ("sample", ["--data", "none.csv"], "cannot read data file none.csv"),
@@ -384,7 +384,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("evaluate", ["--level", "nan"], "--level must lie between 0 and 1, got nan"),
         ("evaluate", ["--output", "no/f.json"], "cannot write the file no/f.json: there is no folder no"),
         ("evaluate", ["--output", "."], "cannot write the file .: it is a folder"),
-        ("evaluate", ["--check"], "has no certificate to check: a training with --set stop_at_gap=0.05"),
+        ("evaluate", ["--check"], "has no certificate to check: training with --set stop_at_gap=0.05"),
     ],
 )  # fmt: skip
 def test_options_are_checked_before_anything_is_loaded(
@@ -455,7 +455,7 @@ def test_folders_that_are_no_posterior(cli: Cli, trained: Path, tmp_path: Path, 
 def test_a_posterior_without_rows_asks_for_one(cli: Cli, trained: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(trained, bare, ignore=shutil.ignore_patterns("checkpoint-*", "rows.jsonl"))
-    assert "which row? give --column NAME=TEXT" in failure(cli("sample", bare))
+    assert "no rows are given: give --column NAME=TEXT" in failure(cli("sample", bare))
 
 
 def test_an_interrupt_is_no_traceback(cli: Cli, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
