@@ -314,10 +314,11 @@ def table(results: Sequence[Measured]) -> str:
 
 PAGE = """# Models
 
-Accuracy of amortlm with the causal architectures of transformers {version}, measured on tiny random models of each, with
-dropout on. Measured are log q of given completions and of samples, targets `{{z}}`, `{{z}} {{y}}` and contrastive at every
-stopping state, log q in train mode, the gradient by all weights, and the default LoRA. Exact: within 1e-4 nats (1e-5 of
-the gradient's norm) of plain passes of one text at a time, in float32. Refused: an error that says why. Written by
+Accuracy of amortlm with the causal architectures of transformers {version}, measured on tiny random models of
+each, with dropout on. Measured are log q of given completions and of samples, targets `{{z}}`, `{{z}} {{y}}` and
+contrastive at every stopping state, log q in train mode, the gradient by all weights, and the default LoRA. Exact:
+within 1e-4 nats (1e-5 of the gradient's norm) of plain passes of one text at a time, in float32. Refused: an error that
+says why. Written by
 `python -m benchmarks.architectures --markdown docs/models.md`.
 
 Of {kinds} architectures {counts}. The table has {cases} variants: windows narrower and wider than the texts, encoders

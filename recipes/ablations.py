@@ -1,8 +1,8 @@
-"""What the authors leave open: does each part of the training procedure help?
+"""Ablations: does each part of the training procedure help? The paper leaves this open.
 
-One thing at a time differs from the default: replay, tempered behaviour, a temperature of the reward that falls
-from 1.5 to 1, SubTB on a few random stopping states in place of all, and VarGrad. Two targets: one that can be
-enumerated, with the exact distance from the posterior, and story infilling, by importance weights.
+One setting at a time differs from the default: replay, tempered behaviour, a temperature of the reward that falls
+from 1.5 to 1, SubTB on a few random stopping states in place of all, and VarGrad. There are two targets: one that can
+be enumerated, measured by the exact distance from the posterior, and story infilling, measured by importance weights.
 
     python recipes/ablations.py --output runs/ablations
 """
@@ -44,7 +44,7 @@ SOME, FEW = {"short": 3, "stories": 6}, {"short": 2, "stories": 3}
 
 
 def changes(task: str, steps: int) -> dict[str, dict[str, Any]]:
-    """What each method changes; the schedule ends half-way, so that the last updates have the target itself."""
+    """The settings that each method changes. The schedule ends half-way: the last updates use the target itself."""
     return {
         "default": {},
         "no replay": {"behaviour": {"tempered": 0.5}},
@@ -59,7 +59,7 @@ def changes(task: str, steps: int) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Tasks:
-    """The two targets. The enumerable one is tempered, else one string has nearly all."""
+    """The two targets. The enumerable one is tempered, since otherwise one string has nearly all the probability."""
 
     short: Problem
     stories: Problem
@@ -75,7 +75,7 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Tasks:
 
 
 def method(name: str) -> Method:
-    """Both posteriors, each with the seconds of its training."""
+    """Both posteriors, each with its training time in seconds."""
 
     def run(context: Context, seed: int, folder: Path) -> Trained:
         settings, tasks, made, judged = context.settings, context.data, [], 0

@@ -1,7 +1,8 @@
 """Sentences that go on with a story and contain given words (a lexical constraint, after CommonGen).
 
-The posterior is p(z | x) restricted to the sentences z with both words. Rejection, the untrained model on x alone,
-draws from it exactly and rarely; a GFlowNet is shown the words and learns to draw from it directly.
+The posterior is p(z | x) restricted to the sentences z with both words. Rejection (samples of the untrained model
+given x) draws from it exactly, but rarely succeeds. A GFlowNet has the words in its prompt and learns to draw from the
+posterior directly.
 
     python recipes/constrained.py --output runs/constrained
     python recipes/constrained.py --data ../shared/data/commongen --output runs/commongen
@@ -31,9 +32,9 @@ HINTED = "{words}.</s><s>{x}"  # the words as a document of their own, then the 
 SUPPORT = Support(stop=".", min_tokens=3, max_tokens=21)
 SETTINGS: Settings = {
     "model": "embedded",
-    "rows": 64,  # to train on
-    "measured": 8,  # of these, and of unseen ones
-    "samples": 512,  # of each row that is measured
+    "rows": 64,  # training rows
+    "measured": 8,  # measured training rows, and as many unseen rows
+    "samples": 512,  # per measured row
     "lora": 16,
     "gflownet": {
         "objective": {"subtb": {"states": 6}},
@@ -46,7 +47,7 @@ SETTINGS: Settings = {
 
 
 def has_words(text: str, row: Row) -> bool:
-    """Each of the row's words as a whole word, letter case ignored. One term for all rows: words differ by row."""
+    """Does the text contain each of the row's words as a whole word, ignoring case? Words differ by row."""
     return all(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text, re.IGNORECASE) for w in row["words"].split())
 
 
@@ -81,7 +82,7 @@ def _checked(rows: list[Row], count: int, where: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class Task:
-    """The posterior under a prompt with the words. measured: rows by group."""
+    """The posterior under a prompt with the words. measured: the measured rows of each group."""
 
     problem: Problem
     measured: dict[str, list[Row]]
@@ -111,7 +112,7 @@ def gflownet(context: Context, seed: int, folder: Path) -> Trained:
 
 
 def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
-    """Of each group. `log p` is that of the samples with all words; rejection has the exact one."""
+    """The figures of each group. `log p` is over the samples with all words; for rejection it is exact."""
     out = dict.fromkeys(METRICS, nan)
     for group, rows in context.data.measured.items():
         found = average([_row(trained.sampler, row, context.settings["samples"], seed) for row in rows])

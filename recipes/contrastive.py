@@ -1,8 +1,8 @@
 """Continuations that are specific to their beginning: p(z | x)^a p(z)^b with b < 0.
 
-A low temperature alone makes continuations likely, and the likeliest fit any story. Dividing by a power of p(z)
-asks for what x makes likelier: the pointwise mutual information log p(z | x) - log p(z) is to rise. On a support of
-4,368 strings, where the posterior is known, also the exact distance from it.
+A low temperature alone makes continuations likely, but the likeliest ones fit any story. Dividing by a power of p(z)
+prefers continuations that x makes likelier: the pointwise mutual information log p(z | x) - log p(z) should rise. On a
+support of 4,368 strings, where the posterior is known, the exact distance from it is also measured.
 
     python recipes/contrastive.py --set a=1.5 --set b=-0.5 --output runs/contrastive
 """
@@ -59,7 +59,7 @@ SETTINGS: Settings = {
 
 @dataclass(frozen=True)
 class Task:
-    """The target and its two parts, and what the short strings have of either."""
+    """The target and its two parts, and the exact values of both parts on the short strings."""
 
     conditional: Target
     prior: Target
@@ -74,7 +74,7 @@ class Task:
 
 
 def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Task:
-    """Raises ConfigError for powers that are no contrast."""
+    """Raises ConfigError for powers that do not form a contrast."""
     a, b = settings["a"], settings["b"]
     if a + b <= 0 or b >= 0:
         raise ConfigError(f"need b < 0 < a + b for a contrast that can be summed, got a={a}, b={b}")
@@ -94,7 +94,7 @@ def without_training(context: Context, seed: int, folder: Path) -> Trained:
 
 
 def trained(contrast: bool) -> Method:
-    """On the target, or on p(z | x)^a alone."""
+    """A policy trained on the target, or on p(z | x)^a alone."""
 
     def train(context: Context, seed: int, folder: Path) -> Trained:
         settings, task = context.settings, context.data

@@ -188,9 +188,7 @@ def _table(text: str, delimiter: str) -> list[dict[str, Any]]:
     try:
         rows = list(_lines(reader))
     except csv.Error as e:
-        raise _LineError(
-            reader.line_num + 1, f"{e}; inside a quoted value, write a quote twice"
-        ) from None
+        raise _LineError(reader.line_num + 1, f"{e}; inside a quoted value, write a quote twice") from None
     finally:
         csv.field_size_limit(before)
     return rows

@@ -75,6 +75,6 @@ class LanguageModel(CausalLM):
         """The target log p(of | given), in nats. `of` and `given` are templates over data columns and the latent `{z}`.
 
         `{z}` stands for the completion and its stop symbol. It appears once, in `of` or in `given`. `{z1}{z2}` are
-        latents in sequence, the statements of a list (`separator` of `Support`). Raises TemplateError for bad templates.
+        latents in sequence, the statements of a list (`separator` of `Support`). Raises TemplateError.
         """
         return LogProb(self, of, given)

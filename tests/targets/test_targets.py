@@ -146,7 +146,9 @@ def test_an_impossible_text_with_a_negative_weight_is_refused(
 def test_a_verifier_returns_one_score_per_text(one_lm: LanguageModel, rollouts: Rollouts, extra: int) -> None:
     target = constraints.verifier(lambda texts, rows: [0.0] * (len(texts) + extra)).bind(one_lm)
     n = len(rollouts)
-    with pytest.raises(RewardError, match=rf"returned {n + extra} scores for {n} texts; return one number per text"):
+    with pytest.raises(
+        RewardError, match=rf"returned {n + extra} scores for {n} texts; return one number per text"
+    ):
         target.score(rollouts)
 
 

@@ -37,7 +37,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_train(commands.add_parser("train", help="train a sampler for a task or a YAML file"))
     _add_sample(commands.add_parser("sample", help="draw from a saved posterior"))
-    _add_evaluate(commands.add_parser("evaluate", help="measure how far a saved sampler is from the posterior"))
+    _add_evaluate(
+        commands.add_parser("evaluate", help="measure how far a saved sampler is from the posterior")
+    )
     doctor = commands.add_parser(
         "doctor", help="test which kinds of passes are exact for a model; see docs/models.md"
     )

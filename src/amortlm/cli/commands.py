@@ -175,7 +175,9 @@ def processes(args: Namespace, runs: int, helpers: list[SpawnProcess]) -> Iterat
     helper = Namespace(**{**vars(args), "is_helper": True})
     helpers += [get_context("spawn").Process(target=_help, args=(helper, share)) for _ in range(count)]
     torch.set_num_threads(share)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that helpers do not outlive this process
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that helpers do not outlive this process
     try:
         for each in helpers:
             each.start()

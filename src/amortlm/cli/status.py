@@ -38,7 +38,7 @@ def ending_on_signals() -> Iterator[None]:
 
 
 def exit_status(work: Callable[[], int | None], args: Namespace) -> int:
-    """Run `work`, the command of `args`, and return its exit status. If it fails, a line on stderr states the reason."""
+    """Run `work`, the command of `args`, and return its exit status. If it fails, a line on stderr says why."""
     try:
         return work() or 0
     except AmortLMError as e:

@@ -1,7 +1,8 @@
 """A certificate: a file that states how near a sampler was to its posterior, and allows anybody to check this again.
 
-A certificate states that the gap of `amortlm.diagnostics.diagnose`, the smaller of KL(q || p) and KL(p || q), is at most
-`mark` nats on each of a few rows: by its exact value if the support can be enumerated, else by its upper end at `level`.
+A certificate states that the gap of `amortlm.diagnostics.diagnose`, the smaller of KL(q || p) and KL(p || q), is at
+most `mark` nats on each of a few rows: by its exact value if the support can be enumerated, else by its upper end at
+`level`.
 
 **Repeated looks.** Training measures the gap every few steps and stops at the first gap below the mark, so a wrong
 measurement has many chances. Look k therefore has level 1 - (1 - level) / (k (k + 1)). Then the probability that

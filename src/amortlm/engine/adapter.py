@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 FULL = "full"
 WEIGHTS = "adapter_model.safetensors"
 DEFAULT_RANK = 64  # Hu et al. 2024: r = 64, alpha = 16 on GPT-2 XL
-INITIAL = "adapter_initial.safetensors"  # initial weights of a LoRA that starts with a part of the frozen weights
+INITIAL = (
+    "adapter_initial.safetensors"  # initial weights of a LoRA that starts with a part of the frozen weights
+)
 # The adapters of peft that change modules one by one: then log q of a token depends only on the tokens before it, with
 # a cache as without. This is not so for virtual tokens, experts chosen by the text, and noise.
 KINDS = (

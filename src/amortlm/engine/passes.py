@@ -124,7 +124,9 @@ def _map_cache(cache: Cache, change: Any) -> Cache:
     out.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in out.layers:
         for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and value.dim() > 1:  # a one-dimensional tensor is a setting, not a state
+            if (
+                isinstance(value, Tensor) and value.dim() > 1
+            ):  # a one-dimensional tensor is a setting, not a state
                 setattr(layer, name, change(value))
             elif isinstance(value, dict):  # convolutional and recurrent states
                 setattr(layer, name, {k: change(x) if isinstance(x, Tensor) else x for k, x in value.items()})

@@ -53,7 +53,7 @@ def sample_paths(policy: Policy, prefix: Prefix, n: int, generator: torch.Genera
 
 @torch.no_grad()
 def paths_of(policy: Policy, row: Row, rollouts: Rollouts, n: int) -> Draws:
-    """n given completions as `Draws`. Raises DataError for another number of completions, or one outside the support."""
+    """n given completions as `Draws`. Raises DataError for another number, or for one outside the support."""
     if len(rollouts) != n:
         raise DataError(f"initial has {len(rollouts)} completions for {n} chains; give one per chain")
     completions = [[*z, s] for z, s in zip(rollouts.completions(), rollouts.stops.tolist(), strict=True)]

@@ -95,7 +95,7 @@ def vocabulary(lm: Codec) -> list[Token]:
         return decode_vocab(lm.tokenizer, byte2str_fallback="latin1")[0]
     except (
         ValueError
-    ):  # genlm cannot determine the bytes of this tokenizer: use those of its texts, which have no partial characters
+    ):  # genlm cannot determine the bytes of this tokenizer's tokens: use the bytes of their texts
         return [Token(i, lm.decode([i]).encode()) for i in range(len(lm.tokenizer))]
 
 
@@ -104,7 +104,9 @@ class CompletionPotential(Potential):
 
     def __init__(self, lm: CausalLM, support: SupportLaw, row: Row):
         if support.tool is not None:
-            raise ConfigError("a potential cannot have tokens that a tool writes: use a support without a tool")
+            raise ConfigError(
+                "a potential cannot have tokens that a tool writes: use a support without a tool"
+            )
         super().__init__([t for t in vocabulary(lm) if t.token_id not in support.stop_ids])
         self.lm, self.support, self.row = lm, support, row
         written = support.allowed.nonzero().squeeze(1).tolist()

@@ -86,7 +86,7 @@ class SupportLaw:
                 partial += [(z, self.tool.result(z)) for z in longer]
 
     def contains(self, tokens: Sequence[int]) -> bool:
-        """Can the policy write this completion? The tokens after a tool's trigger must be those that the tool writes."""
+        """Can the policy write this completion? Tokens after a tool's trigger must be the tool's own output."""
         known = all(0 <= t < len(self.allowed) for t in tokens)
         if not known or not self.min_tokens <= len(tokens) <= self.max_tokens:
             return False

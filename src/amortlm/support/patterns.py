@@ -124,7 +124,9 @@ def _minimal(
     """
     dead = len(table)
     table = np.vstack([table, np.full((1, table.shape[1]), dead)])
-    sources: list[list[list[int]]] = []  # [kind of character][node]: the nodes from which this kind leads to the node
+    sources: list[
+        list[list[int]]
+    ] = []  # [kind of character][node]: the nodes from which this kind leads to the node
     for column in table.T.tolist():
         sources.append([[] for _ in column])
         for node, after in enumerate(column):

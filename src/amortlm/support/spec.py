@@ -31,7 +31,7 @@ class Support:
     max_tokens       after this many tokens stopping is certain
     allowed_tokens   only these may be written (default: all but special tokens and tokens without text)
     banned_tokens    never written, even if in allowed_tokens
-    tool             a `Tool`, "calculator", or a JSON form. It writes into the completion; its tokens need not be allowed
+    tool             a `Tool`, "calculator", or a JSON form. It writes into the completion, also tokens not allowed
     separator        one token (text or id). With it, a completion is a list of statements: "s1 SEP s2 SEP s3", none
                      of them empty
     min_statements   stopping is impossible before this many statements

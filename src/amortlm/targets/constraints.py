@@ -263,7 +263,7 @@ class Canonical(Constraint):
 
 
 class Length(Constraint):
-    """Between `minimum` and `maximum` tokens, without the stop symbol. Raises ConfigError if nothing has such a length."""
+    """Between `minimum` and `maximum` tokens, without the stop symbol. Raises ConfigError for impossible lengths."""
 
     def __init__(self, minimum: int = 0, maximum: int | None = None, penalty: float | None = None):
         super().__init__(penalty)

@@ -189,9 +189,7 @@ def check_timeout(timeout: float | None) -> float | None:
     if timeout is not None and not (
         isinstance(timeout, int | float) and 0 < timeout <= threading.TIMEOUT_MAX
     ):
-        raise ConfigError(
-            f"timeout is a positive number of seconds, or None for no limit; got {timeout!r}"
-        )
+        raise ConfigError(f"timeout is a positive number of seconds, or None for no limit; got {timeout!r}")
     return timeout
 
 

@@ -21,7 +21,15 @@ NUMBERED = re.compile(r"z\d+")
 Messages = Sequence[Mapping[str, Any]]
 ROLE = re.compile(r"[A-Za-z][\w-]*")
 Pieces = Sequence[tuple[str, bool]]  # a text in parts: (part, whether it comes from the data)
-PLAIN = (str, Number, date, time, timedelta, PurePath, UUID)  # types whose str() is the text that a reader expects
+PLAIN = (
+    str,
+    Number,
+    date,
+    time,
+    timedelta,
+    PurePath,
+    UUID,
+)  # types whose str() is the text that a reader expects
 
 
 class Template:

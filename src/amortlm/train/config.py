@@ -23,7 +23,7 @@ _NO_PREDICTIONS = (
     "an evaluation diagnoses rows (eval_ess, eval_elbo, ..) and collects no predictions: leave it out"
 )
 _SHARDED = (
-    "the policy also samples, which a sharded model cannot do: use torchrun alone, with one whole model per process"
+    "the policy also samples, which a sharded model cannot do: use only torchrun, one whole model per process"
 )
 _COMPILE = "the shapes of passes change with every batch of completions: leave it out"
 _HUB = "save, and upload the folder: hf upload NAME FOLDER"
@@ -104,8 +104,8 @@ class GFNConfig(TrainingArguments):
         default_factory=DEFAULT.copy,
         metadata={
             "help": "Shares of the prompts whose completions come from the policy, from the policy at a random "
-            "temperature (tempered), from the buffer (replay), or close to the posterior, by importance resampling from "
-            "policy and buffer (corrected). They sum to one. Paper: {replay: 0.25, tempered: 0.5025}."
+            "temperature (tempered), from the buffer (replay), or from importance resampling of policy and buffer, near "
+            "the posterior (corrected). They sum to one. Paper: {replay: 0.25, tempered: 0.5025}."
         },
     )
     corrected_method: str = field(
@@ -117,7 +117,9 @@ class GFNConfig(TrainingArguments):
     )
     corrected_particles: int = field(
         default=32,
-        metadata={"help": "Completions drawn and scored for one corrected prompt of an update. Paper: not used."},
+        metadata={
+            "help": "Completions drawn and scored for one corrected prompt of an update. Paper: not used."
+        },
     )
     buffer_size: int = field(default=50, metadata={"help": "Completions kept per prompt. Paper: 50."})
     buffer_prioritized: bool = field(
@@ -141,7 +143,9 @@ class GFNConfig(TrainingArguments):
     )
     diagnose_steps: int = field(
         default=25,
-        metadata={"help": "Number of updates between diagnoses of a few prompts (ESS, ELBO, samples); 0: never."},
+        metadata={
+            "help": "Number of updates between diagnoses of a few prompts (ESS, ELBO, samples); 0: never."
+        },
     )
     stop_at_gap: float = field(
         default=0.0,
@@ -213,8 +217,8 @@ class GFNConfig(TrainingArguments):
                 raise ConfigError(f"{f.name}={value!r} has no use here: {REFUSED[f.name]}")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ConfigError(
-                f"train_sampling_strategy is 'random' or 'sequential', not {self.train_sampling_strategy!r}: the length "
-                "of a completion is unknown before it is sampled"
+                f"train_sampling_strategy is 'random' or 'sequential', not {self.train_sampling_strategy!r}: samples "
+                "have no length before they are sampled"
             )
         whole = self.max_steps == -1 or (self.max_steps >= 1 and self.max_steps % 1 == 0)
         if not whole or self.num_train_epochs < 0:

@@ -139,9 +139,7 @@ class GFNTrainer(ResumableTrainer):
         self.processes = Processes(self.args)
         batch = self.args.train_batch_size * self.processes.count
         if self.args.dataloader_drop_last and len(rows) < batch:
-            raise ConfigError(
-                f"dataloader_drop_last with batches of {batch} drops all {len(rows)} rows"
-            )
+            raise ConfigError(f"dataloader_drop_last with batches of {batch} drops all {len(rows)} rows")
 
     def _choose_callbacks(self, diagnosed: Sequence[Row]) -> None:
         self.remove_callback(PrinterCallback)
