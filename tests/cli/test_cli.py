@@ -449,7 +449,7 @@ def test_folders_that_are_no_posterior(cli: Cli, trained: Path, tmp_path: Path, 
     shutil.copytree(trained, cut, ignore=shutil.ignore_patterns("checkpoint-*"))
     weights = cut / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    assert "the save was cut short" in failure(cli(command, cut))
+    assert "the save is incomplete" in failure(cli(command, cut))
 
 
 def test_a_posterior_without_rows_asks_for_one(cli: Cli, trained: Path, tmp_path: Path) -> None:

@@ -118,8 +118,8 @@ def test_functions_of_a_saved_target_are_not_imported(
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("harmless:system", "defined elsewhere"),
-        ("harmless:judge", "defined elsewhere"),
+        ("harmless:system", "defined in another module"),
+        ("harmless:judge", "defined in another module"),
         ("harmless:os", "no function 'os'"),
         ("harmless:__import__", "no function '__import__'"),
         ("harmless:__loader__", "function"),
@@ -162,7 +162,7 @@ def test_a_package_is_trusted_with_what_is_below_it(folder: Path, modules: Path)
         assert Posterior.from_pretrained(folder, trust=["pack"]).sample(ROW, 1)[0].log_reward == 0.0
     (modules / "rooted.py").write_text("from pack.rules import judge\n")
     edit(folder / "posterior.json", target=[{"predicate": "rooted:judge"}])
-    with pytest.raises(ConfigError, match="defined elsewhere, in 'pack.rules'"):
+    with pytest.raises(ConfigError, match="defined in another module, in 'pack.rules'"):
         Posterior.from_pretrained(folder, trust=["rooted"])
 
 
@@ -279,7 +279,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a pickled adapter": (pickled_adapter, "cannot read adapter_model.safetensors"),
     "a pickle called safetensors": (pickle_called_safetensors, "cannot read adapter_model.safetensors"),
     "a pickled full model": (pickled_full_model, "cannot read model.safetensors"),
-    "a model with code": (model_with_code, "code of its own, which is not run"),
+    "a model with code": (model_with_code, "it contains code, which is not run"),
     "a tokenizer with code": (tokenizer_with_code, "cannot load a causal LM"),
     "an adapter of megatron": (adapter_of_megatron, "megatron_config"),
     "an adapter of another kind": (adapter(peft_type="EVIL"), "cannot read adapter_config.json"),

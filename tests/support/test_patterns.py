@@ -399,7 +399,7 @@ def test_a_pattern_is_saved(one_lm: LanguageModel, tmp_path) -> None:
         ({"pattern": 5}, "must be text, got 5"),
         ({"pattern": b"a"}, "must be text, got b'a'"),
         ({"pattern": "(" * 300 + "a" + ")*" * 300}, "nested too deeply|recursion"),
-        ({"pattern": " a "}, "white space around a text is taken off"),
+        ({"pattern": " a "}, "white space around a text is removed"),
         ({"pattern": r"a(?=c)"}, "without look-around"),
         ({"pattern": "a)|(t"}, "unbalanced parenthesis"),
         ({"pattern": r"\bcat"}, "without .*: the whole text is matched anyway"),
