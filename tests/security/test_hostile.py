@@ -283,7 +283,7 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a tokenizer with code": (tokenizer_with_code, "cannot load a causal LM"),
     "an adapter of megatron": (adapter_of_megatron, "megatron_config"),
     "an adapter of another kind": (adapter(peft_type="EVIL"), "cannot read adapter_config.json"),
-    "an adapter of no layer": (adapter(target_modules=["../x"]), "of another model"),
+    "an adapter of no layer": (adapter(target_modules=["../x"]), "belongs to another model"),
     "an adapter of prompts": (adapter(peft_type="PREFIX_TUNING", num_virtual_tokens=10**9), "adapter_config.json"),
     "a rank that takes all memory": (adapter(r=10**9), "rank 1000000000"),
     "a rank of text": (adapter(r="big"), "cannot read adapter_config.json"),
