@@ -162,7 +162,7 @@ def test_a_package_is_trusted_with_what_is_below_it(folder: Path, modules: Path)
         assert Posterior.from_pretrained(folder, trust=["pack"]).sample(ROW, 1)[0].log_reward == 0.0
     (modules / "rooted.py").write_text("from pack.rules import judge\n")
     edit(folder / "posterior.json", target=[{"predicate": "rooted:judge"}])
-    with pytest.raises(ConfigError, match="defined in another module, in 'pack.rules'"):
+    with pytest.raises(ConfigError, match="defined in another module, 'pack.rules'"):
         Posterior.from_pretrained(folder, trust=["rooted"])
 
 
