@@ -12,7 +12,7 @@ Figures = dict[str, float]
 
 
 def average(rows: Sequence[Figures]) -> Figures:
-    """Mean of each figure over those rows that have it."""
+    """Mean of each figure over the rows that have this figure."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: mean(row[name] for row in rows if name in row) for name in names}
 
@@ -23,5 +23,5 @@ def importance_figures(found: importance.ImportanceEstimate) -> Figures:
 
 
 def metrics(*names: str) -> dict[str, Metric]:
-    """Figures of three digits, under their own names."""
+    """Figures shown with three digits under their own names."""
     return {name: Metric(name, ".3g", spread=".2g") for name in names}

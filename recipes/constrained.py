@@ -46,7 +46,7 @@ SETTINGS: Settings = {
 
 
 def has_words(text: str, row: Row) -> bool:
-    """Each of the row's words as a whole word, letter case ignored. One term for all rows: words differ by row."""
+    """Does the text contain each of the row's words as a whole word, ignoring case? Words differ by row."""
     return all(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text, re.IGNORECASE) for w in row["words"].split())
 
 
@@ -81,7 +81,7 @@ def _checked(rows: list[Row], count: int, where: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class Task:
-    """The posterior under a prompt with the words. measured: rows by group."""
+    """The posterior under a prompt with the words. measured: the measured rows of each group."""
 
     problem: Problem
     measured: dict[str, list[Row]]

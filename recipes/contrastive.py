@@ -75,7 +75,7 @@ class Task:
 
 
 def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Task:
-    """Raises ConfigError for powers that are no contrast."""
+    """Raises ConfigError for powers that do not form a contrast."""
     a, b = settings["a"], settings["b"]
     if a + b <= 0 or b >= 0:
         raise ConfigError(f"need b < 0 < a + b for a contrast that can be summed, got a={a}, b={b}")

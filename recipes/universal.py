@@ -1,7 +1,7 @@
 """One sampler q(z | x) for several tasks at once, or one per task?
 
-Two posteriors of one model that share nothing but English: the missing sentence of a story, and the steps of a sum
-with a calculator. The joint sampler sees both, mixed, for as many updates as the two others have together.
+Two unrelated posteriors of one model: the missing sentence of a story, and the steps of a sum with a calculator. The
+joint sampler is trained on both, mixed, for as many updates as the two single samplers have together.
 
     python recipes/universal.py --output runs/universal
 """
@@ -23,7 +23,9 @@ from amortlm.types import Row
 
 # A row brings its own prompt and the texts around z, so that both tasks are one target on one support.
 PROMPT, OF, GIVEN = "{prompt}", "{z}{after}", "{before}"
-SUPPORT = Support(stop=".", min_tokens=1, max_tokens=25, tool="calculator")  # which stories never call
+SUPPORT = Support(
+    stop=".", min_tokens=1, max_tokens=25, tool="calculator"
+)  # stories never call the calculator
 SETTINGS: Settings = {
     "model": "embedded",
     "steps": 75,  # of each single sampler
@@ -109,7 +111,7 @@ def evaluate(context: Context, trained: Trained) -> Outcome:
 
 
 def right_answers(posterior: Posterior, rows: list[Row], seed: int) -> Figures:
-    # The same policy; the target with the answer as a column of its own, which is what is voted on.
+    # The same policy, but the target has the answer in a column of its own, for the vote.
     answer = posterior.lm.log_prob(arithmetic.OF, given=GIVEN)
     votes = Posterior(posterior.policy, answer).vote(rows, 10, seed=("vote", seed))
     pairs = list(zip(votes, rows, strict=True))

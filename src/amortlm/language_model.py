@@ -23,12 +23,16 @@ EMBEDDED_PATH = Path(__file__).parent / "models" / "embedded"
 class LanguageModel(CausalLM):
     """A causal LM and its tokenizer. Its weights are frozen: policies are trained on copies.
 
-    `score_memory_mb` bounds the logits and masks that scoring holds at once, in MiB. `self_check`: at first use, find
-    out which ways through the model are exact (`amortlm.engine.exactness`; a second or two); without it, it is taken
-    for a decoder with full attention, for which all are. Raises ModelError at first use for a model that is not causal.
-    `chat_template_kwargs` go to the chat template of prompts that are messages: `{"enable_thinking": False}`,
-    `{"tools": [..]}`. Among them `{"sanitize_control_tokens": False}` lets special tokens in the data of messages act
-    as such: by default they are read as text, so that no row can forge a turn.
+    score_memory_mb       bound on the logits and masks that scoring holds at once, in MiB
+    self_check            at first use, test which kinds of passes (shared prompts, packed suffixes, ..) are exact for
+                          the model (`amortlm.engine.exactness`; a second or two). Without the test the model is assumed
+                          to be a decoder with full attention, for which all are exact
+    chat_template_kwargs  arguments of the chat template, for prompts that are messages: `{"enable_thinking": False}`,
+                          `{"tools": [..]}`. With `{"sanitize_control_tokens": False}` special tokens in the data of
+                          messages are read as special tokens; by default they are read as text, so that no row can
+                          forge a turn
+
+    With self_check, a model that is not causal raises ModelError at first use.
     """
 
     @classmethod
@@ -55,7 +59,7 @@ class LanguageModel(CausalLM):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             kwargs.setdefault("dtype", torch.float32)
-        kwargs.setdefault("trust_remote_code", False)  # not asked for on the terminal
+        kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
         model, tokenizer = _load(str(name_or_path), place, device, file, kwargs)
         lm = cls(model, tokenizer, str(name_or_path), score_memory_mb, self_check, chat_template_kwargs)
         if file:
@@ -65,10 +69,10 @@ class LanguageModel(CausalLM):
         return lm
 
     def log_prob(self, of: str, given: str | Messages = "") -> LogProb:
-        """The target log p(of | given): templates over data columns and the latent `{z}`.
+        """The target log p(of | given), in nats. `of` and `given` are templates over data columns and the latent `{z}`.
 
-        `{z}` stands for the completion and its stop symbol. It appears once, in `of` or in `given`.
-        `{z1}{z2}`: latents in sequence, the statements of a list (`separator` of `Support`).
+        `{z}` stands for the completion and its stop symbol. It appears once, in `of` or in `given`. `{z1}{z2}` are
+        latents in sequence, the statements of a list (`separator` of `Support`). Raises TemplateError.
         """
         return LogProb(self, of, given)
 
@@ -86,11 +90,11 @@ def _load(
             place, **file, **settings, output_loading_info=True
         )
         model, missing = loaded[0].to(device), sorted(loaded[1]["missing_keys"])
-    except Exception as e:  # libraries raise whatever they meet in a damaged or hostile file
+    except Exception as e:  # damaged or hostile files make libraries raise errors of any kind
         if "trust_remote_code" in str(e):
             raise ConfigError(
-                f"cannot load a causal LM from {name!r}: it brings code of its own, which is not run. "
-                "If you trust it, give LanguageModel.from_pretrained(..., trust_remote_code=True) as lm="
+                f"cannot load a causal LM from {name!r}: it contains code, which is not run. If you trust the code, "
+                "give LanguageModel.from_pretrained(..., trust_remote_code=True) as lm="
             ) from e
         raise ConfigError(
             f"cannot load a causal LM from {name!r}: {e}\nGive a hub name, a local folder with "

@@ -309,7 +309,7 @@ def test_a_helper_that_fails_is_told(
     assert main([*ARGV, "--jobs", "2", "--output", str(tmp_path)]) == 2
     out, err = capfd.readouterr()
     assert "4 of 4 runs are not finished" in out
-    assert "ended with exit status 3; the same command makes what is missing" in err
+    assert "ended with exit status 3; the same command runs the missing runs" in err
 
 
 @pytest.mark.parametrize(
@@ -556,7 +556,7 @@ def test_the_command_says_in_one_line_what_went_wrong(
     argv = ["reproduce", "numbers", "--output", str(tmp_path)]
     for error, status, words in (
         (MissingExtraError("install it"), 2, "two, seed 0: install it"),
-        (OSError(28, "No space left on device"), 2, "What was saved before is intact"),
+        (OSError(28, "No space left on device"), 2, "Earlier saves are intact"),
         (KeyboardInterrupt(), 130, "the same command goes on"),
     ):
         toy_command.fail = {"two": error}

@@ -211,7 +211,7 @@ def test_what_does_not_say_whose_it_is(one_lm: LanguageModel, tmp_path: Path, fi
     (folder / run.FILE).unlink()
     (folder / "checkpoint-4" / run.FILE).unlink()
     checkpoints.seal(folder / "checkpoint-4", 1)
-    with pytest.raises(CheckpointError, match="does not say which run it is of.*overwrite_output_dir"):
+    with pytest.raises(CheckpointError, match="does not state its run.*overwrite_output_dir"):
         make_trainer(one_lm, folder, **STEPS).train(resume_from_checkpoint=True)
 
 
@@ -283,7 +283,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     again = make_trainer(one_lm, folder, **STEPS)
     with caplog.at_level(logging.WARNING):
         again.train(resume_from_checkpoint=True)
-    said = [r.message for r in caplog.records if "going on from" in r.message]
+    said = [r.message for r in caplog.records if "resuming from" in r.message]
     assert len(said) == 1
     for words in ("checkpoint-2", "checkpoint-3", "checkpoint-4", Path(victim).name):
         assert words in said[0]
@@ -336,7 +336,7 @@ def test_a_full_disk(one_lm: LanguageModel, tmp_path: Path, four_steps: GFNTrain
     with file_limit() as limit:
         trainer.add_callback(At(2, lambda: limit(size)))
         with pytest.raises(
-            CheckpointError, match="its disk.*is full.*intact.*goes on from checkpoint-2"
+            CheckpointError, match="its disk.*is full.*intact.*continues from checkpoint-2"
         ) as caught:
             trainer.train()
     assert "\n" not in str(caught.value)

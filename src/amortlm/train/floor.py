@@ -1,4 +1,4 @@
-"""Does what a target rejects outweigh what it accepts? A low reward times very many strings can be most of Z."""
+"""A check of the reward of rejected text: a low reward times very many strings can be most of Z."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ SHARE, LEAST = (
 
 
 class FloorCheck:
-    """Looks at the first completions of a run, until some are better than the rest, and warns at most once.
+    """Checks the first completions of a run, until some are better than the rest, and warns at most once.
 
-    A floor is one reward that many different completions have, such as a verifier's for text that is no answer. The
-    support of the policy may hold so many of these that a perfect sampler writes little else.
+    A floor is a lowest reward that many different completions share, such as that of a verifier for text that is no
+    answer. The support may contain so many of these that a perfect sampler would hardly write anything else.
     """
 
     def __init__(self, law: SupportLaw):
@@ -54,9 +54,10 @@ class FloorCheck:
         if int(low.sum()) < max(LEAST, SHARE * len(log_r)) or rejected <= accepted:
             return None
         return (
-            f"what the target rejects outweighs what it accepts: it gives {floor.item():.4g} nats to most completions, "
-            f"of which the support has up to 10^{self.log_strings / math.log(10):.1f}, so together they may weigh "
-            f"exp({rejected:.1f}); the better ones seen so far weigh exp({accepted:.1f}). The posterior would be "
-            "mostly rejected text. Tell the support what is accepted (pattern=, allowed_tokens=, max_tokens=), return "
-            f"-inf for the rest, or lower that reward by more than {rejected - accepted:.0f} nats"
+            f"rejected completions outweigh accepted ones: the target gives {floor.item():.4g} nats to most of them, and "
+            f"the support has up to 10^{self.log_strings / math.log(10):.1f}, so their rewards may sum to "
+            f"exp({rejected:.1f}). Those of the better completions so far sum to exp({accepted:.1f}). The posterior "
+            "would be mostly rejected text. State in the support what is accepted (pattern=, allowed_tokens=, "
+            "max_tokens=), return -inf for the rest, or lower that reward by more than "
+            f"{rejected - accepted:.0f} nats"
         )

@@ -1,4 +1,4 @@
-"""How a run ends: not worse than it once was, by the diagnosis of a few prompts, and whether it came to anything."""
+"""The end of a run: its best state is kept, and a run that found nothing gives a warning."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Standing:
-    """How good the sampler was. score: nats; error: its standard error."""
+    """The quality of the sampler at a step. score, and its standard error: nats."""
 
     step: int
     score: float
@@ -32,8 +32,8 @@ class Standing:
 
     @classmethod
     def of(cls, step: int, estimates: Sequence[ImportanceEstimate]) -> Standing:
-        """The mean over prompts of the ELBO. Where completions are rejected (R = 0) it is that of those accepted, less
-        what rejecting costs: -log of the accepted share. It is highest, log Z, where q is the posterior."""
+        """The mean over prompts of the ELBO, which is highest where q is the posterior. If completions are rejected
+        (R = 0): the ELBO of q conditioned on R > 0, plus the log of the accepted share, the cost of rejection."""
         score = sum(e.accepted_elbo + math.log(e.valid) if e.valid else -math.inf for e in estimates)
         variance = sum(e.log_w_variance for e in estimates if e.log_w_variance == e.log_w_variance)
         draws = sum(e.n for e in estimates)
@@ -45,8 +45,8 @@ class Standing:
 
 
 class KeepBest:
-    """Saves the adapter in `output_dir/best` whenever a diagnosis is better than all before, and brings it back where
-    the last one is worse by more than noise."""
+    """Saves the adapter in `output_dir/best` when a diagnosis is better than all before, and loads it at the end if the
+    last diagnosis is worse by more than noise."""
 
     def __init__(self, policy: Policy, output_dir: Path, processes: Processes):
         self.policy, self.folder, self.processes = policy, output_dir / FOLDER, processes
@@ -66,7 +66,7 @@ class KeepBest:
             return Standing(**json.loads((self.folder / NOTE).read_text(encoding="utf-8")))
 
     def restore(self, end: Sequence[ImportanceEstimate], step: int) -> str | None:
-        """Bring back the best state if the last one is worse, and say so. All processes must call it."""
+        """Load the best state if the last one is worse, and return a sentence about it. All processes must call it."""
         self.processes.meet()
         best, last = self.standing(), Standing.of(step, end)
         if best is None or not last.is_worse_than(best):
@@ -84,7 +84,7 @@ class KeepBest:
 
 
 def complaint(end: Sequence[ImportanceEstimate]) -> str | None:
-    """What is wrong with a sampler after training, in a sentence; None where nothing is known to be.
+    """A sentence about a sampler that is no good after training; None if no fault is known.
 
     end: estimates of a few prompts.
     """
@@ -92,6 +92,6 @@ def complaint(end: Sequence[ImportanceEstimate]) -> str | None:
         return None
     return (
         f"training found nothing: the target rejects all of {sum(e.n for e in end)} completions drawn for {len(end)} "
-        "prompts (R = 0: a constraint that is not met, or a verifier's -inf); say it in the prompt, give completions "
-        "that are accepted (gold), or tell the support (pattern=)"
+        "prompts (R = 0: a violated constraint, or a verifier's -inf); state the constraint in the prompt, give "
+        "accepted completions (gold), or put the constraint into the support (pattern=)"
     )
