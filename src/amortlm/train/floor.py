@@ -54,8 +54,8 @@ class FloorCheck:
         if int(low.sum()) < max(LEAST, SHARE * len(log_r)) or rejected <= accepted:
             return None
         return (
-            f"rejected completions outweigh accepted ones: the target gives {floor.item():.4g} nats to most of them, and "
-            f"the support has up to 10^{self.log_strings / math.log(10):.1f}, so their rewards may sum to "
+            f"rejected completions outweigh accepted ones: the target gives {floor.item():.4g} nats to most of them, "
+            f"and the support has up to 10^{self.log_strings / math.log(10):.1f}, so their rewards may sum to "
             f"exp({rejected:.1f}). Those of the better completions so far sum to exp({accepted:.1f}). The posterior "
             "would be mostly rejected text. State in the support what is accepted (pattern=, allowed_tokens=, "
             "max_tokens=), return -inf for the rest, or lower that reward by more than "
