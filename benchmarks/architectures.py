@@ -314,18 +314,19 @@ def table(results: Sequence[Measured]) -> str:
 
 PAGE = """# Models
 
-What amortlm computes with the causal architectures of transformers {version}, measured on tiny random models of each
-with dropout on: log q of given completions and of its own samples, targets `{{z}}`, `{{z}} {{y}}` and contrastive at
-every stopping state, log q in train mode, the gradient by all weights, the default LoRA. Exact: within 1e-4 nats (1e-5
-of the gradient's norm) of plain passes of one text at a time, in float32. Refused: an error that says why. Written by
+Accuracy of amortlm with the causal architectures of transformers {version}, measured on tiny random models of
+each, with dropout on. Measured are log q of given completions and of samples, targets `{{z}}`, `{{z}} {{y}}` and
+contrastive at every stopping state, log q in train mode, the gradient by all weights, and the default LoRA. Exact:
+within 1e-4 nats (1e-5 of the gradient's norm) of plain passes of one text at a time, in float32. Refused: an error that
+says why. Written by
 `python -m benchmarks.architectures --markdown docs/models.md`.
 
 Of {kinds} architectures {counts}. The table has {cases} variants: windows narrower and wider than the texts, encoders
 as decoders, rotary embeddings that change with the length.
 
-What is left: which keys the index of GLM-MoE-DSA picks turns on rounding, so that plain passes of one text and of a
-batch differ; the gradient of Zamba is 2e-5 off in float32 and 1.5e-7 in float64; Reformer gives gradients in training
-mode alone, and training it is refused.
+Known deviations: which keys the index of GLM-MoE-DSA picks depends on rounding, so that plain passes of one text and
+of a batch differ; the gradient of Zamba is 2e-5 off in float32 and 1.5e-7 in float64; Reformer gives gradients only in
+training mode, and training it is refused.
 
 {table}
 

@@ -2,8 +2,8 @@
 
 As the released code of Hu et al. 2024 works: every copy of a prompt is encoded, the gradient runs through decoding with
 a key/value cache, token by token, every step keeps its log-softmax, rows that have stopped stay in the batch, the
-reward of every prefix is a full forward pass of the reference, and SubTB runs over all pairs. No code is shared with
-amortlm.
+reward of every prefix is a full forward pass of the reference, and SubTB runs over all pairs. Of amortlm it uses only
+the name of the argument that takes the cache.
 Left out, in its favour: the replay buffer with its edit distances, and one prompt at a time (here all at once).
 """
 
@@ -15,6 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+
+from amortlm.versions import cache_argument
+
+CACHE = cache_argument(())  # of transformers' own models
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,11 @@ def decode(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch.prompts], device=device)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     written = torch.tensor([[*z, *[0] * (batch.longest - len(z))] for z in batch.completions], device=device)
-    cache, kept, log_pf, log_pterm = None, [], [], []
+    cache = DynamicCache(config=model.config)
+    kept, log_pf, log_pterm = [], [], []
     for t in range(batch.longest + 1):
-        out = model(
-            input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-        )
-        cache = out.past_key_values
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": position, CACHE: cache}
+        out = model(**given, use_cache=True)
         legal = batch.allowed & (t < batch.max_tokens)
         legal[batch.stop] = t >= batch.min_tokens
         log_p = out.logits[:, -1].float().masked_fill(~legal, -torch.inf).log_softmax(-1)

@@ -141,7 +141,7 @@ def _timed_grpo(problem: methods.Problem, updates: int, seed: int, args: Any) ->
     settings = {**methods.SETTINGS, "updates": updates, "samples": args.samples}
     with tempfile.TemporaryDirectory() as folder:
         train, _ = methods.TRAINED["grpo"]
-        trained = train(Context(settings, problem.lm), problem, seed, Path(folder))
+        trained = train(Context(settings, problem.lm, seed=seed, folder=Path(folder)), problem)
     return trained.sampler.policy, clock() - start
 
 

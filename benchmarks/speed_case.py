@@ -27,6 +27,7 @@ from amortlm.lab.tasks.infilling import STORIES
 from amortlm.language_model import EMBEDDED_PATH
 
 from . import paper_loop
+from .paper_loop import CACHE
 
 PHASES = {  # owner, attribute -> phase
     ("source", "draw"): "sampling",
@@ -232,13 +233,8 @@ class BarePasses:
         for t in range(self.trainer.policy.support.max_tokens):  # the stop at max_tokens is sure
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
             position = mask.sum(1, keepdim=True) - 1
-            model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            )
+            given = {"input_ids": ids, "attention_mask": mask, "position_ids": position, CACHE: cache}
+            model(**given, use_cache=True)
             going = (rollouts.lengths[alive] > t).nonzero().squeeze(1)
             if not len(going):
                 break
@@ -258,7 +254,7 @@ class BarePasses:
             rows = min(left, len(rollouts), 32)
             part = select_cache(cache, torch.arange(rows, device=rollouts.tokens.device))
             ids = torch.ones(rows, BRANCH_WIDTH, dtype=torch.long, device=rollouts.tokens.device)
-            model(input_ids=ids, past_key_values=part)
+            model(**{"input_ids": ids, CACHE: part})
             left -= rows
 
     def policy(self) -> None:

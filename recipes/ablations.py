@@ -1,8 +1,8 @@
-"""What the authors leave open: does each part of the training procedure help?
+"""Does each part of the training procedure help? The paper leaves it open.
 
 One thing at a time differs from the default: replay, tempered behaviour, a temperature of the reward that falls
-from 1.5 to 1, SubTB on a few random stopping states in place of all, and VarGrad. Two targets: one that can be
-enumerated, with the exact distance from the posterior, and story infilling, by importance weights.
+from 1.5 to 1, SubTB on a few random stopping states in place of all, and VarGrad. There are two targets: one that
+can be enumerated, where the distance from the posterior is exact, and story infilling, measured by importance weights.
 
     python recipes/ablations.py --output runs/ablations
 """
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from _common import average, metrics
+from _common import average, importance_figures, metrics
 from amortlm import LanguageModel, Support, exact
 from amortlm.lab import command
-from amortlm.lab.experiment import Context, Experiment, Method, Outcome, Results, Settings, Trained
+from amortlm.lab.experiment import Context, Experiment, Outcome, Results, Settings, Trained
 from amortlm.lab.tasks import infilling
 from amortlm.lab.training import Problem, train_gflownet
 from amortlm.train import GFNConfig
@@ -35,7 +36,7 @@ SETTINGS: Settings = {
     "short_steps": 80,
     "stories": 4,
     "samples": 256,
-    "lora": 16,
+    "adapter": 16,
     "common": {"objective": "subtb", "behaviour": {"replay": 0.25, "tempered": 0.375}},
     "short": {"num_samples": 32, "per_device_train_batch_size": 1, "learning_rate": 1e-3},
     "stories_config": {"num_samples": 12, "per_device_train_batch_size": 2, "learning_rate": 2e-3},
@@ -44,7 +45,7 @@ SOME, FEW = {"short": 3, "stories": 6}, {"short": 2, "stories": 3}
 
 
 def changes(task: str, steps: int) -> dict[str, dict[str, Any]]:
-    """What each method changes; the schedule ends half-way, so that the last updates have the target itself."""
+    """What each method changes. The schedule ends half-way, so that the later updates train on the target itself."""
     return {
         "default": {},
         "no replay": {"behaviour": {"tempered": 0.5}},
@@ -59,7 +60,7 @@ def changes(task: str, steps: int) -> dict[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Tasks:
-    """The two targets. The enumerable one is tempered, else one string has nearly all."""
+    """The two targets. The enumerable one is tempered, since one string would have nearly all the mass otherwise."""
 
     short: Problem
     stories: Problem
@@ -74,31 +75,27 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Tasks:
     return Tasks(Problem(target / 2, "{x}", SHORT, [SHORT_ROW]), stories, truth)
 
 
-def method(name: str) -> Method:
+def method(context: Context, name: str) -> Trained:
     """Both posteriors, each with the seconds of its training."""
-
-    def run(context: Context, seed: int, folder: Path) -> Trained:
-        settings, tasks, made, judged = context.settings, context.data, [], 0
-        for task, problem, own, steps in (
-            ("short", tasks.short, settings["short"], settings["short_steps"]),
-            ("stories", tasks.stories, settings["stories_config"], settings["steps"]),
-        ):
-            config = settings["common"] | own | changes(task, steps)[name] | {"max_steps": steps}
-            start = time.perf_counter()
-            trained = train_gflownet(context, problem, config, seed, folder / task)
-            made.append((trained.sampler, time.perf_counter() - start))
-            judged += trained.reward_evaluations
-        return Trained(made, judged)
-
-    return run
+    settings, tasks, made, judged = context.settings, context.data, [], 0
+    for task, problem, own, steps in (
+        ("short", tasks.short, settings["short"], settings["short_steps"]),
+        ("stories", tasks.stories, settings["stories_config"], settings["steps"]),
+    ):
+        config = settings["common"] | own | changes(task, steps)[name] | {"max_steps": steps}
+        start = time.perf_counter()
+        trained = train_gflownet(context, problem, config, task)
+        made.append((trained.sampler, time.perf_counter() - start))
+        judged += trained.reward_evaluations
+    return Trained(made, judged)
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+def evaluate(context: Context, trained: Trained) -> Outcome:
     (short, short_seconds), (stories, stories_seconds) = trained.sampler
     d = exact.distance(exact.policy_log_probs(short.policy, SHORT_ROW), context.data.truth.log_p)
     rows, n = context.data.stories.rows, context.settings["samples"]
-    found = [stories.estimate(row, n, seed=("measure", seed)) for row in rows]
-    figures = average([{"ESS": e.ess, "ELBO": e.elbo, "var log w": e.log_w_variance} for e in found])
+    found = [stories.estimate(row, n, seed=("measure", context.seed)) for row in rows]
+    figures = average([importance_figures(e) for e in found])
     return Outcome(
         {
             "short: TV": d.total_variation,
@@ -129,7 +126,7 @@ EXPERIMENT = Experiment(
     presets={"small": SETTINGS},
     groups=dict.fromkeys(("common", "short", "stories_config"), GFNConfig),
     prepare=prepare,
-    methods={name: method(name) for name in changes("short", 1)},
+    methods={name: partial(method, name=name) for name in changes("short", 1)},
     evaluate=evaluate,
     metrics=metrics(
         *(f"short: {name}" for name in ("TV", "KL(q||p)", "KL(p||q)", "seconds")),

@@ -1,10 +1,10 @@
-"""A model that has read careless sums, for the arithmetic experiment: the embedded model, fine-tuned on questions of
-two to five operands whose steps are written down but mostly with slips.
+"""A base model for the arithmetic experiment: the embedded model, fine-tuned on questions of two to five operands with
+written steps, most of which contain mistakes.
 
     python recipes/arithmetic_model.py --output runs/arithmetic-model
 
 The embedded model itself has read so many right chains that 50 examples leave nothing to learn. This one knows the
-form of a chain, and that the answer is the last result, but takes the right next operand once in twenty times.
+form of a chain, and that the answer is the last result, but takes the right next operand only once in twenty steps.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import random
 from amortlm import LanguageModel
 from fine_tuning import base_model_parser, fine_tune
 
-CARE = {2: 0.95, 3: 0.05, 4: 0.05, 5: 0.05}  # how often a step after the first is the right one
+CARE = {2: 0.95, 3: 0.05, 4: 0.05, 5: 0.05}  # share of steps after the first that are right
 OPERANDS, SHARES = (2, 3, 4, 5), (0.3, 0.3, 0.25, 0.15)
 ANSWER_FOLLOWS = 0.98
 
 
 def careless(rng: random.Random) -> str:
-    """A question, its steps with their slips, and an answer that follows the last result."""
+    """A question, its steps with mistakes, and an answer that repeats the last result."""
     n = rng.choices(OPERANDS, SHARES)[0]
     numbers = [rng.randint(0, 9) for _ in range(n)]
     signs = [rng.choice("+-") for _ in range(n - 1)]
@@ -30,7 +30,7 @@ def careless(rng: random.Random) -> str:
         if i > 0 and rng.random() > CARE[n]:
             sign, number = slip(rng, sign, number, numbers[i])
         if i > 0 and rng.random() < 0.1 * (1 - CARE[n]):
-            break  # the rest is forgotten
+            break  # the remaining operands are left out
         result = value + number if sign == "+" else value - number
         steps.append(f"{value} {sign} {number} = {result}")
         value = result
@@ -39,7 +39,7 @@ def careless(rng: random.Random) -> str:
 
 
 def slip(rng: random.Random, sign: str, number: int, last: int) -> tuple[str, int]:
-    """The last operand again, any operand, or the other sign."""
+    """A mistake: the last operand again, any operand, or the other sign."""
     kind = rng.random()
     if kind < 0.5:
         return sign, last

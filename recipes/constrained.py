@@ -1,7 +1,7 @@
 """Sentences that go on with a story and contain given words (a lexical constraint, after CommonGen).
 
-The posterior is p(z | x) restricted to the sentences z with both words. Rejection, the untrained model on x alone,
-draws from it exactly and rarely; a GFlowNet is shown the words and learns to draw from it directly.
+The posterior is p(z | x) restricted to the sentences z with both words. Rejection (the untrained model on x alone)
+draws from it exactly, but few of its samples have the words; a GFlowNet is shown the words and learns to draw from it.
 
     python recipes/constrained.py --output runs/constrained
     python recipes/constrained.py --data ../shared/data/commongen --output runs/commongen
@@ -34,7 +34,7 @@ SETTINGS: Settings = {
     "rows": 64,  # to train on
     "measured": 8,  # of these, and of unseen ones
     "samples": 512,  # of each row that is measured
-    "lora": 16,
+    "adapter": 16,
     "gflownet": {
         "objective": {"subtb": {"states": 6}},
         "max_steps": 150,
@@ -46,7 +46,7 @@ SETTINGS: Settings = {
 
 
 def has_words(text: str, row: Row) -> bool:
-    """Each of the row's words as a whole word, letter case ignored. One term for all rows: words differ by row."""
+    """Does the text contain each of the row's words as a whole word, ignoring case? Words differ by row."""
     return all(re.search(rf"(?<!\w){re.escape(w)}(?!\w)", text, re.IGNORECASE) for w in row["words"].split())
 
 
@@ -81,7 +81,7 @@ def _checked(rows: list[Row], count: int, where: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class Task:
-    """The posterior under a prompt with the words. measured: rows by group."""
+    """The posterior under a prompt with the words. measured: the measured rows of each group."""
 
     problem: Problem
     measured: dict[str, list[Row]]
@@ -97,24 +97,26 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Task:
     return Task(problem, {"trained on": rows[:measured], "unseen": rows[n:]})
 
 
-def rejection(context: Context, seed: int, folder: Path) -> Trained:
+def rejection(context: Context) -> Trained:
     problem = context.data.problem
     return untrained(context, Problem(problem.target, "{x}", problem.support))
 
 
-def shown_the_words(context: Context, seed: int, folder: Path) -> Trained:
+def shown_the_words(context: Context) -> Trained:
     return untrained(context, context.data.problem)
 
 
-def gflownet(context: Context, seed: int, folder: Path) -> Trained:
-    return train_gflownet(context, context.data.problem, context.settings["gflownet"], seed, folder)
+def gflownet(context: Context) -> Trained:
+    return train_gflownet(context, context.data.problem, context.settings["gflownet"])
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+def evaluate(context: Context, trained: Trained) -> Outcome:
     """Of each group. `log p` is that of the samples with all words; rejection has the exact one."""
     out = dict.fromkeys(METRICS, nan)
     for group, rows in context.data.measured.items():
-        found = average([_row(trained.sampler, row, context.settings["samples"], seed) for row in rows])
+        found = average(
+            [_row(trained.sampler, row, context.settings["samples"], context.seed) for row in rows]
+        )
         share = found["has the words"]
         found["samples per good one"] = 1 / share if share else inf  # all rows together
         out |= {f"{group}: {name}": value for name, value in found.items()}

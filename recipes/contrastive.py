@@ -1,8 +1,8 @@
 """Continuations that are specific to their beginning: p(z | x)^a p(z)^b with b < 0.
 
 A low temperature alone makes continuations likely, and the likeliest fit any story. Dividing by a power of p(z)
-asks for what x makes likelier: the pointwise mutual information log p(z | x) - log p(z) is to rise. On a support of
-4,368 strings, where the posterior is known, also the exact distance from it.
+prefers continuations that x makes likelier: the pointwise mutual information log p(z | x) - log p(z) should rise. On a
+support of 4,368 strings, where the posterior is known, the distance from it is exact.
 
     python recipes/contrastive.py --set a=1.5 --set b=-0.5 --output runs/contrastive
 """
@@ -10,6 +10,7 @@ asks for what x makes likelier: the pointwise mutual information log p(z | x) - 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from amortlm import LanguageModel, Posterior, Support, Target, exact, importance
 from amortlm.diagnostics.diversity import distinct
 from amortlm.errors import ConfigError
 from amortlm.lab import command
-from amortlm.lab.experiment import Context, Experiment, Method, Outcome, Results, Settings, Trained
+from amortlm.lab.experiment import Context, Experiment, Outcome, Results, Settings, Trained
 from amortlm.lab.tasks.infilling import STORIES
 from amortlm.lab.training import Problem, train_gflownet, untrained
 from amortlm.train import GFNConfig
@@ -40,7 +41,7 @@ SETTINGS: Settings = {
     "steps": 100,
     "rows": 12,
     "samples": 256,
-    "lora": {"long": 32, "short": 16},
+    "adapter": {"long": 32, "short": 16},
     "long": {
         "num_samples": 12,
         "per_device_train_batch_size": 6,
@@ -59,7 +60,7 @@ SETTINGS: Settings = {
 
 @dataclass(frozen=True)
 class Task:
-    """The target and its two parts, and what the short strings have of either."""
+    """The target and its two parts. Of the short strings: the posterior, and log p(z | x) - log p(z) of each."""
 
     conditional: Target
     prior: Target
@@ -74,7 +75,7 @@ class Task:
 
 
 def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Task:
-    """Raises ConfigError for powers that are no contrast."""
+    """Raises ConfigError for powers that do not form a contrast."""
     a, b = settings["a"], settings["b"]
     if a + b <= 0 or b >= 0:
         raise ConfigError(f"need b < 0 < a + b for a contrast that can be summed, got a={a}, b={b}")
@@ -87,39 +88,35 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Task:
     return Task(conditional, prior, target, rows, truth, information)
 
 
-def without_training(context: Context, seed: int, folder: Path) -> Trained:
+def without_training(context: Context) -> Trained:
     return Trained(
         [untrained(context, problem).sampler for problem in context.data.problems(context.data.target)]
     )
 
 
-def trained(contrast: bool) -> Method:
+def trained(context: Context, contrast: bool) -> Trained:
     """On the target, or on p(z | x)^a alone."""
-
-    def train(context: Context, seed: int, folder: Path) -> Trained:
-        settings, task = context.settings, context.data
-        problems = task.problems(task.target if contrast else settings["a"] * task.conditional)
-        parts = []
-        for name, problem, steps in zip(
-            ("long", "short"), problems, (settings["steps"], 2 * settings["steps"]), strict=True
-        ):
-            config, lora = {**settings[name], "max_steps": steps}, settings["lora"][name]
-            parts.append(train_gflownet(context, problem, config, seed, folder / name, lora=lora))
-        return Trained([part.sampler for part in parts], sum(part.reward_evaluations for part in parts))
-
-    return train
+    settings, task = context.settings, context.data
+    problems = task.problems(task.target if contrast else settings["a"] * task.conditional)
+    parts = []
+    for name, problem, steps in zip(
+        ("long", "short"), problems, (settings["steps"], 2 * settings["steps"]), strict=True
+    ):
+        config, adapter = {**settings[name], "max_steps": steps}, settings["adapter"][name]
+        parts.append(train_gflownet(context, problem, config, name, adapter=adapter))
+    return Trained([part.sampler for part in parts], sum(part.reward_evaluations for part in parts))
 
 
-def exact_posterior(context: Context, seed: int, folder: Path) -> Trained:
+def exact_posterior(context: Context) -> Trained:
     return Trained(None)
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+def evaluate(context: Context, trained: Trained) -> Outcome:
     task: Task = context.data
     if trained.sampler is None:
         return Outcome(dict.fromkeys(STORY_FIGURES, nan) | short_figures(task, task.truth.log_p))
     long, short = trained.sampler
-    rows = [story_figures(task, long, row, context.settings["samples"], seed) for row in task.rows]
+    rows = [story_figures(task, long, row, context.settings["samples"], context.seed) for row in task.rows]
     return Outcome(average(rows) | short_figures(task, exact.policy_log_probs(short.policy, SHORT_ROW)))
 
 
@@ -168,8 +165,8 @@ EXPERIMENT = Experiment(
     prepare=prepare,
     methods={
         "untrained": without_training,
-        "tempered": trained(contrast=False),
-        "contrastive": trained(contrast=True),
+        "tempered": partial(trained, contrast=False),
+        "contrastive": partial(trained, contrast=True),
         "exact posterior": exact_posterior,
     },
     once=frozenset({"exact posterior"}),

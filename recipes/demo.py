@@ -27,7 +27,7 @@ from amortlm.lab.tasks import infilling, numbers
 from amortlm.types import Row
 from demo_figure import InfillingData, NumbersData, demo_figure
 
-SAMPLES = 256  # per story: fewer flatter a bad sampler
+SAMPLES = 256  # per story; with fewer, a bad sampler looks better than it is
 CURVE_STORIES = 4  # stories behind each point of the training curves
 EXAMPLES = 4
 SHOWN = ("log R", "ESS", "ELBO", "log-weight variance", "distinct", "edit distance")
@@ -105,7 +105,7 @@ def run_infilling(folder: Path) -> tuple[InfillingData, dict[str, Any]]:
 
 
 def _save_rows(folder: Path, rows: Sequence[Row]) -> None:
-    """Where `amortlm sample` and `amortlm evaluate` look for rows when none are given."""
+    """Save rows where `amortlm sample` and `amortlm evaluate` look for them if none are given."""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -118,7 +118,7 @@ def _train(trainer: GFNTrainer, track: Every, name: str) -> float:
 
 
 def _measure(posterior: Posterior, rows: list[Any]) -> dict[str, Any]:
-    """Means over rows, and the log importance weights of each row."""
+    """Mean figures over rows, and the log importance weights of each row."""
     log_w, figures = [], []
     for row in rows:
         samples = posterior.sample(row, SAMPLES)

@@ -1,4 +1,4 @@
-"""The picture of `make demo`: what training changed. Logs are natural, in nats; before = the untrained policy.
+"""The picture of `make demo`: samplers before and after training. Logs are in nats; before = the untrained policy.
 
 Each panel function draws on a matplotlib `Axes` that the caller owns; `demo_figure` composes them into one PNG.
 """
@@ -139,7 +139,9 @@ def log_weight_histogram(
 def metric_bars(ax: Axes, metrics: Mapping[str, tuple[float, float]]) -> None:
     """Before and after bars of metrics with different units: each row has a scale of its own, from 0."""
     for row, (name, pair) in enumerate(metrics.items()):
-        sizes = [value if np.isfinite(value) else 0.0 for value in pair]  # nan and inf: a number, no bar
+        sizes = [
+            value if np.isfinite(value) else 0.0 for value in pair
+        ]  # nan and inf are shown as a number without a bar
         low, high = min(0.0, *sizes), max(0.0, *sizes)
         scale = (high - low) or 1.0
         for value, size, colour, shift in zip(pair, sizes, (BEFORE, AFTER), (0.0, 0.26), strict=True):
@@ -152,7 +154,7 @@ def metric_bars(ax: Axes, metrics: Mapping[str, tuple[float, float]]) -> None:
 
 
 def centred(log_w: Sequence[Sequence[float]]) -> np.ndarray:
-    """All log weights in one array, each minus the log-mean-exp of its own prompt's."""
+    """All log weights in one array, each minus the log-mean-exp of the weights of its prompt."""
     groups = []
     for values in log_w:
         group = np.asarray(values, float)

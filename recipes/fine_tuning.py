@@ -18,7 +18,7 @@ from amortlm.engine.passes import gather_log_probs, pad_right
 def base_model_parser(
     doc: str | None, name: str, *, steps: int, batch: int, learning_rate: float, of: str
 ) -> argparse.ArgumentParser:
-    """For recipes that fine-tune a base model on generated texts. of: what a batch counts."""
+    """Options of a recipe that fine-tunes a base model on generated texts. of: what --batch counts."""
     out = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--output", type=Path, default=Path("runs") / name)
     out.add_argument("--model", default="embedded")
@@ -36,7 +36,9 @@ def fine_tune(
     learning_rate: float,
     output: Path,
 ) -> None:
-    """Maximum likelihood of fresh documents (tokens, and how many of the last count), saved as a model folder."""
+    """Train on fresh documents by maximum likelihood, and save a model folder.
+
+    batch: makes the documents of a step, as tokens and the number of last tokens that enter the loss."""
     model: Any = lm.model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     bar = trange(steps, desc=output.name, disable=None)
@@ -54,7 +56,7 @@ def fine_tune(
 
 
 def document_loss(model: Any, documents: list[tuple[list[int], int]]) -> torch.Tensor:
-    """Mean over the tokens that count of -log p, nats."""
+    """Mean of -log p in nats over the tokens that enter the loss."""
     ids, lengths = pad_right([d for d, _ in documents], model.device)
     counted = torch.tensor([n for _, n in documents])
     place = torch.arange(1, ids.shape[1], device=ids.device)

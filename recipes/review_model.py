@@ -1,13 +1,13 @@
-"""A model that has read remarks on real sentences, for the subjectivity experiment: the embedded model, fine-tuned on
-sentences of film reviews, of stories and of descriptions, each with a remark that leans towards its kind.
+"""A base model for the subjectivity experiment: the embedded model, fine-tuned on sentences of film reviews, stories
+and descriptions, each with a remark that tends to fit its kind (opinion or account).
 
     python recipes/review_model.py --data ../shared/data --output runs/review-model
 
-The embedded model has read remarks on made-up sentences, and on real ones only where they were opinions: it takes
-whatever is real for an opinion. Here opinions are from SST-2, accounts from ROCStories and CommonGen. What follows
-a remark on a real sentence, the label, is not told: labels stand with made-up sentences alone. So the model knows
-what people say of a sentence, and what such a remark amounts to, but not the step from one to the other. The
-experiment's own sentences are left out, with every sentence that shares six words in a row with one of them.
+The embedded model was trained on remarks on made-up sentences, and on real sentences only if they were opinions: so it
+treats every real sentence as an opinion. Here opinions are from SST-2, accounts from ROCStories and CommonGen. Labels
+occur only after remarks on made-up sentences, never after remarks on real ones. So the model can write a remark on a
+real sentence, and can label a remark, but has never seen both together for a real sentence. The experiment's own
+sentences are left out, and so is every sentence that shares six words in a row with one of them.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ SHARED = 6  # words in a row
 
 
 def runs_of_words(text: str) -> set[tuple[str, ...]]:
-    """All runs of six words; of a shorter text the whole."""
+    """All runs of six words in a text; a shorter text is one run."""
     words = re.findall(r"[a-z']+", text.lower())
     return {tuple(words[i : i + SHARED]) for i in range(max(1, len(words) - SHARED + 1))}
 
 
 class Unseen:
-    """Sentences that share no six words in a row with one of SUBJ, and are none of its shorter ones."""
+    """Selects sentences that share no six words in a row with a sentence of SUBJ, and equal no shorter one."""
 
     def __init__(self, data: Path):
         own = [
@@ -48,7 +48,7 @@ class Unseen:
 
 
 def opinions(data: Path) -> list[str]:
-    """SST-2's sentences, from the reviews that SUBJ took its own from."""
+    """The sentences of SST-2, from the same reviews as those of SUBJ."""
     return Unseen(data).of(read_sst2(data / "sst2" / "train.txt"))
 
 
@@ -65,7 +65,7 @@ def accounts(data: Path) -> list[str]:
 
 
 def document(rng: random.Random, sentences: dict[str, list[str]]) -> tuple[str, str]:
-    """A question and what follows: remark and label of a made-up sentence, or a remark on a real one."""
+    """A question and its continuation: remark and label of a made-up sentence, or a remark on a real sentence."""
     if rng.random() < MADE_UP:
         review = reviews.review(f"review model {rng.getrandbits(60)}")
         return review.question, f" {review.phrase}{review.ending}"
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     def batch() -> list[tuple[list[int], int]]:
         texts = [document(rng, sentences) for _ in range(args.batch)]
         parts = [(lm.encode_start(asked), lm.encode_continuation(said)) for asked, said in texts]
-        return [([*asked, *said], len(said)) for asked, said in parts]  # what is said counts alone
+        return [([*asked, *said], len(said)) for asked, said in parts]  # only the continuation has a loss
 
     fine_tune(lm, batch, args.steps, args.learning_rate, args.output)
 

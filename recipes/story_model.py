@@ -1,10 +1,10 @@
-"""A model that knows stories in two orders, for the infilling experiment: the embedded model, fine-tuned on fresh
-generated stories as they are told and with the ending in front.
+"""A base model for the infilling experiment: the embedded model, fine-tuned on fresh generated stories in two orders,
+in their usual order and with the ending in front.
 
     python recipes/story_model.py --output runs/story-model
 
 Hu et al. 2024 fine-tune GPT-2 Large on 50,000 stories before they infill (section 4.3). The embedded model needs it
-more: it has never seen an ending before its story, so no sampler finds out from a few hundred examples what one is for.
+more: it has never seen an ending before its story, and no sampler learns from a few hundred examples how to use one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ HELD_OUT = 64
 
 
 def document(lm: LanguageModel, key: str, turned: bool) -> tuple[list[int], int]:
-    """Tokens of a story, and how many of the last count. Turned: the ending as a document of its own, then the
-    beginning, then the middle, which alone counts."""
+    """Tokens of a story, and how many of the last tokens have a loss. Turned: the ending as a separate document, then
+    the beginning, then the middle; only the middle has a loss."""
     s = story(key).sentences
     if not turned:
         ids = [*lm.encode_start(" ".join(s)), lm.tokenizer.eos_token_id]

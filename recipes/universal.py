@@ -1,7 +1,7 @@
 """One sampler q(z | x) for several tasks at once, or one per task?
 
-Two posteriors of one model that share nothing but English: the missing sentence of a story, and the steps of a sum
-with a calculator. The joint sampler sees both, mixed, for as many updates as the two others have together.
+Two unrelated posteriors of one model: the missing sentence of a story, and the steps of a sum with a calculator. The
+joint sampler is trained on both, mixed, for as many updates as the two single samplers have together.
 
     python recipes/universal.py --output runs/universal
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from _common import Figures, average, metrics
+from _common import Figures, average, importance_figures, metrics
 from amortlm import LanguageModel, Posterior, Support
 from amortlm.lab import command
 from amortlm.lab.experiment import Context, Experiment, Outcome, Results, Settings, Trained
@@ -23,14 +23,16 @@ from amortlm.types import Row
 
 # A row brings its own prompt and the texts around z, so that both tasks are one target on one support.
 PROMPT, OF, GIVEN = "{prompt}", "{z}{after}", "{before}"
-SUPPORT = Support(stop=".", min_tokens=1, max_tokens=25, tool="calculator")  # which stories never call
+SUPPORT = Support(
+    stop=".", min_tokens=1, max_tokens=25, tool="calculator"
+)  # stories never call the calculator
 SETTINGS: Settings = {
     "model": "embedded",
     "steps": 75,  # of each single sampler
     "rows": 100,  # of each task to train on
     "test_rows": 24,  # unseen ones of each task
     "samples": 64,  # of each row that is measured
-    "lora": 16,
+    "adapter": 16,
     "gflownet": {
         "objective": "vargrad",
         "num_samples": 8,
@@ -77,46 +79,39 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Tasks:
     return Tasks({name: of[:n] for name, of in rows.items()}, {name: of[n:] for name, of in rows.items()})
 
 
-def start(context: Context, seed: int, folder: Path) -> Trained:
+def start(context: Context) -> Trained:
     return Trained(dict.fromkeys(NAMES, untrained(context, context.data.problem(context)).sampler))
 
 
-def one_per_task(context: Context, seed: int, folder: Path) -> Trained:
-    parts = {name: _train(context, (name,), seed, folder / name) for name in NAMES}
+def one_per_task(context: Context) -> Trained:
+    parts = {name: _train(context, (name,), name) for name in NAMES}
     judged = sum(part.reward_evaluations for part in parts.values())
     return Trained({name: part.sampler for name, part in parts.items()}, judged)
 
 
-def joint(context: Context, seed: int, folder: Path) -> Trained:
-    both = _train(context, NAMES, seed, folder)
+def joint(context: Context) -> Trained:
+    both = _train(context, NAMES)
     return Trained(dict.fromkeys(NAMES, both.sampler), both.reward_evaluations)
 
 
-def _train(context: Context, names: tuple[str, ...], seed: int, folder: Path) -> Trained:
+def _train(context: Context, names: tuple[str, ...], part: str = "") -> Trained:
     config = {"max_steps": context.settings["steps"] * len(names), **context.settings["gflownet"]}
-    return train_gflownet(context, context.data.problem(context, *names), config, seed, folder)
+    return train_gflownet(context, context.data.problem(context, *names), config, part)
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+def evaluate(context: Context, trained: Trained) -> Outcome:
     """Means over unseen rows; for sums also the share of right answers, by vote and of single samples."""
     out: Figures = {}
     for name, rows in context.data.test.items():
-        posterior = trained.sampler[name]
-        found = [posterior.estimate(row, context.settings["samples"], seed=("measure", seed)) for row in rows]
-        out |= {
-            f"{name}: {metric}": value
-            for metric, value in average(
-                [
-                    {"ESS": e.ess, "ELBO": e.elbo, "log R": e.log_reward, "var log w": e.log_w_variance}
-                    for e in found
-                ]
-            ).items()
-        }
-    return Outcome(out | right_answers(trained.sampler["sums"], context.data.test["sums"], seed))
+        posterior, n = trained.sampler[name], context.settings["samples"]
+        found = [posterior.estimate(row, n, seed=("measure", context.seed)) for row in rows]
+        figures = average([{**importance_figures(e), "log R": e.log_reward} for e in found])
+        out |= {f"{name}: {metric}": value for metric, value in figures.items()}
+    return Outcome(out | right_answers(trained.sampler["sums"], context.data.test["sums"], context.seed))
 
 
 def right_answers(posterior: Posterior, rows: list[Row], seed: int) -> Figures:
-    # The same policy; the target with the answer as a column of its own, which is what is voted on.
+    # The same policy, but the target has the answer in a column of its own, for the vote.
     answer = posterior.lm.log_prob(arithmetic.OF, given=GIVEN)
     votes = Posterior(posterior.policy, answer).vote(rows, 10, seed=("vote", seed))
     pairs = list(zip(votes, rows, strict=True))

@@ -523,7 +523,7 @@ def test_a_full_model_without_one_of_its_weights_is_refused(family_lm: LanguageM
 
 def test_an_adapter_of_another_model_is_refused(models: dict[str, LanguageModel], tmp_path: Path) -> None:
     make(models["gpt2-tied"]).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="the adapter is of another model"):
+    with pytest.raises(CheckpointError, match="the adapter belongs to another model"):
         Posterior.from_pretrained(tmp_path, lm=models["llama-untied"])
 
 

@@ -1,9 +1,8 @@
-"""What tables and figures say of the curves of finished runs, which themselves stay with their runs."""
+"""What tables and figures need of the curves of finished runs. The curves themselves stay in the files of the runs."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any
@@ -18,6 +17,10 @@ Runs = dict[tuple[str, str], list[dict[str, list[Point]]]]  # (target, method) -
 Digest = dict[str, Any]
 
 LEVELS = (0.1, MARK, 0.02)
+DIGITS, DRAWN_DIGITS = 7, 4  # significant ones, of what tables show and of what the figure draws
+# What the figure of lines shows: its axes, both logarithmic, where a pixel is a hundredth of a decade.
+PASSES_SHOWN, TV_SHOWN, TV_FLOOR = (0.9, 8e4), (2e-3, 1.3), 1e-4
+PIXEL = 0.01
 KEYS = ("tv", "kl_qp", "kl_pq", "modes")
 # Rows of the tables: label, method, curve, passes of one output.
 ROWS: list[tuple[str, str, str, int]] = [
@@ -49,10 +52,11 @@ LINES: list[tuple[str, str, str]] = [
 
 
 def digest(found: Mapping[str, list[Run]]) -> Digest:
-    """By target.
+    """JSON, rounded.
 
-    facts   what kind of target it is
-    rows    key -> label of a row -> target -> the figure at these passes, over seeds (None: infinite)
+    facts   target -> what kind of target it is
+    rows    key -> label of a row -> for each target the figure at these passes over seeds (None: infinite), an empty
+            list where there is none
     passes  level -> target -> label of a column -> passes to this TV (None: never reached)
     upper   target -> label of a column -> passes to MARK by the upper bound of a simulated distance
     lines   target -> label of a line -> its seeds: passes, tv, and tv_low where it is simulated
@@ -63,19 +67,30 @@ def digest(found: Mapping[str, list[Run]]) -> Digest:
         target, method = name.split(" ", 1)
         runs[target, method] = [run["records"]["curves"] for run in of]
         facts.setdefault(target, of[0]["records"]["facts"])
-    rows: dict[str, dict[str, Any]] = defaultdict(dict)
+    rows: dict[str, dict[str, Any]] = {key: {} for key in KEYS}
     for key in KEYS:
         for row in ROWS:
-            by_target = {t: v for t in facts if (v := values(runs, t, row, key))}
-            if by_target:
-                rows[key][row[0]] = by_target
-    return {
-        "facts": facts,
-        "rows": rows,
-        "passes": {str(level): {t: passes_of(runs, t, level) for t in facts} for level in LEVELS},
-        "upper": {t: passes_of(runs, t, MARK, favoured=False) for t in facts},
-        "lines": {t: lines_of(runs, t) for t in facts},
-    }
+            cells = [values(runs, t, row, key) for t in facts]
+            if any(cells):
+                rows[key][row[0]] = cells
+    return rounded(
+        {
+            "facts": facts,
+            "rows": rows,
+            "passes": {str(level): {t: passes_of(runs, t, level) for t in facts} for level in LEVELS},
+            "upper": {t: passes_of(runs, t, MARK, favoured=False) for t in facts},
+            "lines": {t: lines_of(runs, t) for t in facts},
+        }
+    )
+
+
+def rounded(value: Any, digits: int = DIGITS) -> Any:
+    """JSON with its numbers rounded to so many significant digits."""
+    if isinstance(value, dict):
+        return {k: rounded(v, digits) for k, v in value.items()}
+    if isinstance(value, list):
+        return [rounded(v, digits) for v in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def values(runs: Runs, target: str, row: tuple[str, str, str, int], key: str) -> list[float]:
@@ -98,17 +113,34 @@ def passes_of(runs: Runs, target: str, level: float, favoured: bool = True) -> d
 
 
 def lines_of(runs: Runs, target: str) -> dict[str, list[dict[str, list[float]]]]:
-    """Rounded: for the eye."""
     return {
-        label: [_columns(curves[curve]) for curves in runs[target, method]]
+        label: [drawn(curves[curve]) for curves in runs[target, method]]
         for label, method, curve in LINES
         if (target, method) in runs
     }
 
 
-def _columns(curve: Sequence[Point]) -> dict[str, list[float]]:
-    known = [key for key in ("passes", "tv", "tv_low") if key in curve[0]]
-    return {key: [float(f"{p[key]:.4g}") for p in curve] for key in known}
+def drawn(curve: Sequence[Point]) -> dict[str, list[float]]:
+    """What the figure needs of a curve: the points that it shows and their neighbours, without those that lie within a
+    pixel of the straight line between two others."""
+    keys = [key for key in ("passes", "tv", "tv_low") if key in curve[0]]
+    points = np.array([[p[key] for key in keys] for p in curve])
+    shown = (points[:, 0] <= PASSES_SHOWN[1]) & (points[:, 1:].max(1) >= TV_SHOWN[0])
+    points = points[np.convolve(shown, [1, 1, 1])[1:-1] > 0] if shown.any() else points[:1]
+    logs = np.log10(np.maximum(points, TV_FLOOR))
+    kept = [0]
+    for end in range(2, len(points)):
+        if not is_straight(logs[kept[-1] : end + 1]):
+            kept.append(end - 1)
+    kept = sorted({*kept, len(points) - 1})
+    return dict(zip(keys, rounded(points[kept].T.tolist(), DRAWN_DIGITS), strict=True))
+
+
+def is_straight(points: np.ndarray) -> bool:
+    """Points [n, x and y's]: is every y within a pixel of the line from the first point to the last?"""
+    x, y = points[:, 0], points[:, 1:]
+    share = (x - x[0]) / max(x[-1] - x[0], 1e-9)
+    return bool((np.abs(y[0] + share[:, None] * (y[-1] - y[0]) - y) < PIXEL).all())
 
 
 def at(curve: Sequence[Point], passes: float, key: str) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,26 +46,23 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Problem
     return problem_of
 
 
-def method(case: Case, name: str) -> Method:
-    def run(context: Context, seed: int, folder: Path) -> Trained:
-        problem = context.data(case)
-        if name in m.UNTRAINED:
-            return Trained(Sampler(problem, problem.log_q, [m.UNTRAINED[name]]))
-        train, corrections = m.TRAINED[name]
-        start = time.perf_counter()
-        trained = train(context, problem, seed, folder)
-        seconds = time.perf_counter() - start
-        law = policy_law(trained.sampler.policy)
-        return Trained(Sampler(problem, law, ["q", *corrections], seconds), trained.reward_evaluations)
-
-    return run
+def method(context: Context, case: Case, name: str) -> Trained:
+    problem = context.data(case)
+    if name in m.UNTRAINED:
+        return Trained(Sampler(problem, problem.log_q, [m.UNTRAINED[name]]))
+    train, corrections = m.TRAINED[name]
+    start = time.perf_counter()
+    trained = train(context, problem)
+    seconds = time.perf_counter() - start
+    law = policy_law(trained.sampler.policy)
+    return Trained(Sampler(problem, law, ["q", *corrections], seconds), trained.reward_evaluations)
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+def evaluate(context: Context, trained: Trained) -> Outcome:
     """Total variation at most passes; records: every curve."""
     sampler: Sampler = trained.sampler
     problem = sampler.problem
-    curves = {name: m.CURVES[name](problem, sampler.log_q, seed) for name in sampler.curves}
+    curves = {name: m.CURVES[name](problem, sampler.log_q, context.seed) for name in sampler.curves}
     details = {"training_seconds": sampler.seconds or 0.0}
     if sampler.seconds is not None:
         details["accepted"] = float(np.exp(sampler.log_q)[np.isfinite(problem.truth.log_r)].sum())
@@ -74,7 +72,7 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
 
 def methods_of(cases: Sequence[Case]) -> dict[str, Method]:
     return {
-        f"{case.name} {name}": method(case, name)
+        f"{case.name} {name}": partial(method, case=case, name=name)
         for case in cases
         for name in m.METHODS
         if not (case.finished_only and name in m.EVERY_PREFIX)

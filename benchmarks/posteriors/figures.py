@@ -13,7 +13,7 @@ from amortlm.lab.experiment import Results
 from amortlm.lab.report import MISSING
 from amortlm.lab.style import panels, save
 
-from .digest import MARK, ROWS, Digest
+from .digest import MARK, PASSES_SHOWN, TV_FLOOR, TV_SHOWN, Digest
 
 STYLES: dict[str, dict[str, Any]] = {
     "rejection": {"color": "#999999", "ls": ":"},
@@ -39,13 +39,13 @@ def curves_figure(found: Digest, file: Path) -> list[str]:
     for ax, target in zip(axes, targets, strict=True):
         for label, seeds in found["lines"][target].items():
             for line in seeds:
-                tv = np.maximum(line["tv"], 1e-4)
+                tv = np.maximum(line["tv"], TV_FLOOR)
                 if "tv_low" in line:
-                    low, colour = np.maximum(line["tv_low"], 1e-4), STYLES[label]["color"]
+                    low, colour = np.maximum(line["tv_low"], TV_FLOOR), STYLES[label]["color"]
                     ax.fill_between(line["passes"], low, tv, color=colour, alpha=0.2, lw=0)
                 (handles[label],) = ax.plot(line["passes"], tv, **{"lw": 1.4} | STYLES[label])
         handles[f"TV = {MARK}"] = ax.axhline(MARK, color="#222222", lw=0.8, ls=(0, (1, 2)))
-        ax.set(xscale="log", yscale="log", ylim=(2e-3, 1.3), xlim=(0.9, 8e4))
+        ax.set(xscale="log", yscale="log", ylim=TV_SHOWN, xlim=PASSES_SHOWN)
         ax.set_title(target, fontsize=11)
         ax.grid(color="#E3E3E3", lw=0.6)
     figure.supxlabel("passes for one output (completions drawn and judged)")
@@ -58,8 +58,8 @@ def curves_figure(found: Digest, file: Path) -> list[str]:
 
 def table_figure(found: Digest, file: Path) -> list[str]:
     """The TV table as a heat map."""
-    targets, rows = list(found["facts"]), [row[0] for row in ROWS if row[0] in found["rows"]["tv"]]
-    grid = np.array([[mean(found["rows"]["tv"][row].get(t, [math.nan])) for t in targets] for row in rows])
+    targets, rows = list(found["facts"]), found["rows"]["tv"]
+    grid = np.array([[mean(of or [math.nan]) for of in cells] for cells in rows.values()])
     figure, (ax,) = panels(1, 1, (2.6 + 0.78 * len(targets), 1.2 + 0.3 * len(rows)))
     ax.imshow(np.log10(np.maximum(grid, 1e-3)), cmap="viridis_r", vmin=-2.5, vmax=0, aspect="auto")
     for (i, j), value in np.ndenumerate(grid):

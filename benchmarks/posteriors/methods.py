@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def facts(problem: Problem) -> dict[str, float]:
     }
 
 
-Train = Callable[[Context, Problem, int, Path], Trained]
+Train = Callable[[Context, Problem], Trained]
 
 # One output at n passes
 
@@ -144,7 +144,7 @@ SETTINGS: Settings = {
     "model": "embedded",
     "updates": 100,
     "samples": 32,  # completions of an update
-    "lora": RANK,
+    "adapter": RANK,
     "hard_penalty": PENALTY,
     "sft": {"learning_rate": 1e-3},
     "ppo": {"learning_rate": 1e-3, "minibatches": 2, "beta": 1.0},
@@ -184,33 +184,30 @@ def trainer_of(lm: LanguageModel, case: Case, folder: str, **settings: Any) -> G
     )
 
 
-def gflownet(objective: str) -> Train:
-    def train(context: Context, problem: Problem, seed: int, folder: Path) -> Trained:
-        settings = context.settings
-        config = {
-            **QUIET,
-            "objective": objective,
-            "max_steps": settings["updates"],
-            "num_samples": settings["samples"],
-            "per_device_train_batch_size": 1,
-            "buffer_size": 2 * settings["samples"],
-            "hard_penalty": settings["hard_penalty"],
-            **settings["gflownet"],
-            **settings[objective],
-        }
-        return train_gflownet(context, problem.posed(), config, seed, folder)
-
-    return train
+def gflownet(context: Context, problem: Problem, objective: str) -> Trained:
+    settings = context.settings
+    config = {
+        **QUIET,
+        "objective": objective,
+        "max_steps": settings["updates"],
+        "num_samples": settings["samples"],
+        "per_device_train_batch_size": 1,
+        "buffer_size": 2 * settings["samples"],
+        "hard_penalty": settings["hard_penalty"],
+        **settings["gflownet"],
+        **settings[objective],
+    }
+    return train_gflownet(context, problem.posed(), config)
 
 
-def sft(context: Context, problem: Problem, seed: int, folder: Path) -> Trained:
+def sft(context: Context, problem: Problem) -> Trained:
     """On exact draws of the posterior, which only an oracle has: as many as the others draw completions."""
     settings, truth = context.settings, problem.truth
     draws = settings["updates"] * settings["samples"]
-    index = np.random.default_rng([seed, 3]).choice(len(truth.p), draws, p=truth.p / truth.p.sum())
+    index = np.random.default_rng([context.seed, 3]).choice(len(truth.p), draws, p=truth.p / truth.p.sum())
     posed = problem.posed(gold=[[truth.completions[i] for i in index.tolist()]])
     config = {"max_steps": settings["updates"], "batch_size": settings["samples"], **settings["sft"]}
-    return replace(train_supervised(context, posed, config, seed, folder), reward_evaluations=draws)
+    return replace(train_supervised(context, posed, config), reward_evaluations=draws)
 
 
 def reward_of(problem: Problem, penalty: float = PENALTY) -> Callable[[Rollouts], Tensor]:
@@ -225,21 +222,14 @@ def reward_of(problem: Problem, penalty: float = PENALTY) -> Callable[[Rollouts]
     return reward
 
 
-def reinforced(method: str) -> Train:
+def reinforced(context: Context, problem: Problem, method: str) -> Trained:
     """PPO: its optimum is the posterior. GRPO: as it is used, with advantages divided by their spread and a small KL
     penalty; its optimum is not."""
-
-    def train(context: Context, problem: Problem, seed: int, folder: Path) -> Trained:
-        settings = context.settings
-        penalty = settings["hard_penalty"]
-        reward = (
-            reward_of(problem, penalty) if method == "ppo" else problem.training_target(penalty).score_final
-        )
-        sizes = {"max_steps": settings["updates"], "num_samples": settings["samples"]}
-        config = {**sizes, **settings[method]}
-        return train_reinforced(context, method, problem.posed(), config, seed, folder, reward=reward)
-
-    return train
+    settings, penalty = context.settings, context.settings["hard_penalty"]
+    reward = reward_of(problem, penalty) if method == "ppo" else problem.training_target(penalty).score_final
+    sizes = {"max_steps": settings["updates"], "num_samples": settings["samples"]}
+    config = {**sizes, **settings[method]}
+    return train_reinforced(context, problem.posed(), method, config, reward=reward)
 
 
 CURVES: dict[str, Callable[[Problem, Array, int], list[Point]]] = {
@@ -256,13 +246,10 @@ UNTRAINED = {"prompted": "q"} | {
 }  # their curves
 TRAINED: dict[str, tuple[Train, tuple[str, ...]]] = {  # with what corrects them
     "sft": (sft, ("sir",)),
-    "ppo": (reinforced("ppo"), ("sir",)),
-    "grpo": (reinforced("grpo"), ("sir",)),
-    "forward-kl": (gflownet("forward_kl"), ("sir",)),
-    "gflownet-subtb": (gflownet("subtb"), ("sir",)),
-    "gflownet-db": (gflownet("db"), ("sir",)),
-    "gflownet-tb": (gflownet("tb"), ("sir",)),
-    MAIN: (gflownet("vargrad"), ("sir", "smc", "mh")),
+    **{name: (partial(reinforced, method=name), ("sir",)) for name in ("ppo", "grpo")},
+    "forward-kl": (partial(gflownet, objective="forward_kl"), ("sir",)),
+    **{f"gflownet-{name}": (partial(gflownet, objective=name), ("sir",)) for name in ("subtb", "db", "tb")},
+    MAIN: (partial(gflownet, objective="vargrad"), ("sir", "smc", "mh")),
 }
 METHODS = [*UNTRAINED, *TRAINED]
 EVERY_PREFIX = ("gflownet-subtb", "gflownet-db")  # cannot train on a target that judges finished text only

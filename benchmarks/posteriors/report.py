@@ -9,7 +9,7 @@ from statistics import mean, median, stdev
 from amortlm.lab.experiment import Results, Settings
 from amortlm.lab.report import MISSING, code, commands, environments, grid
 
-from .digest import COLUMNS, LEVELS, ROWS, Digest
+from .digest import COLUMNS, LEVELS, Digest
 from .methods import MAIN, MARK, METHODS, PARTICLES, PASSES
 
 QUESTION = "Every method against the same truth: how many passes does an output near the posterior cost?"
@@ -175,13 +175,10 @@ def targets_table(results: Results) -> str:
 
 def figure_table(found: Digest, key: str, form: str) -> str:
     lines = []
-    for label, *_ in ROWS:
-        stated = found["rows"][key].get(label, {})  # JSON has no infinity
-        by_target = {t: [math.inf if v is None else v for v in of] for t, of in stated.items()}
-        if by_target:
-            typical = median(mean(of) for of in by_target.values())
-            cells = [_spread(by_target.get(t, []), form) for t in found["facts"]]
-            lines.append([label, *cells, _format(typical, form)])
+    for label, stated in found["rows"][key].items():
+        cells = [[math.inf if v is None else v for v in of] for of in stated]  # JSON has no infinity
+        typical = median(mean(of) for of in cells if of)
+        lines.append([label, *(_spread(of, form) for of in cells), _format(typical, form)])
     return grid(["", *found["facts"], "median"], lines)
 
 

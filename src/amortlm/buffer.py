@@ -21,8 +21,8 @@ from amortlm.errors import CheckpointError
 from amortlm.files import save_tensors
 from amortlm.types import Rollouts, row_key
 
-NEAR = 0.25  # Hu et al. 2024: two completions are near-duplicates below 25 % of their summed lengths
-# Tokens. Of shorter completions one edit makes another answer (" 10", " 100"), so only equal ones count as near.
+NEAR = 0.25  # Hu et al. 2024: near-duplicates have an edit distance below 25 % of their summed lengths
+# Tokens. In shorter completions one edit makes another answer (" 10", " 100"), so only equal ones are near-duplicates.
 SHORT = 4
 
 
@@ -41,7 +41,7 @@ class Entry:
 
 
 def near_duplicates(entry: Entry, stored: Sequence[Entry]) -> list[Entry]:
-    """Those of `stored` that are near-duplicates of the entry; the edit distances to all of them in one batch."""
+    """The entries of `stored` that are near-duplicates of `entry`. All edit distances are computed in one batch."""
     n = len(entry.tokens)
     if n < SHORT:
         return [e for e in stored if e.tokens == entry.tokens]
@@ -54,7 +54,7 @@ def near_duplicates(entry: Entry, stored: Sequence[Entry]) -> list[Entry]:
 
 
 class ReplayBuffer:
-    """At most `capacity` completions per prompt, worst first; the better of two near-duplicates stays."""
+    """At most `capacity` completions per prompt, worst first. Of two near-duplicates only the better one is kept."""
 
     def __init__(self, capacity: int = 50, prioritized: bool = True):
         self.capacity, self.prioritized = capacity, prioritized
@@ -68,7 +68,7 @@ class ReplayBuffer:
         return self._entries.get(key, [])
 
     def add(self, rollouts: Rollouts, log_reward: Tensor) -> None:
-        """Offer every trajectory. log_reward [B]: final log reward, nats; -inf is never stored."""
+        """Offer every trajectory to the buffer. log_reward [B]: final log reward, nats; -inf is never stored."""
         keys = [row_key(row) for row in rollouts.rows]
         offered = zip(
             rollouts.row_index.tolist(),
@@ -96,7 +96,7 @@ class ReplayBuffer:
         del stored[: -self.capacity]
 
     def draw(self, key: str, count: int, generator: torch.Generator) -> list[Entry]:
-        """Up to `count` different completions, with probability proportional to reward or uniformly."""
+        """Up to `count` different completions, drawn in proportion to reward (prioritized) or uniformly."""
         stored = self.entries(key)
         if not stored:
             return []

@@ -1,7 +1,7 @@
-"""What took long to compute, kept on disk between processes: safetensors files that may be deleted at any time.
+"""A disk cache of tensors that take long to compute: safetensors files that may be deleted at any time.
 
-They lie in $AMORTLM_CACHE, or in ~/.cache/amortlm. Nothing depends on them: what cannot be read is computed again, and
-what cannot be written is left.
+The files are in $AMORTLM_CACHE, or in ~/.cache/amortlm. Nothing depends on them: a file that cannot be read is computed
+again, and a file that cannot be written is skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def load(name: str) -> dict[str, Tensor] | None:
-    """The tensors saved by that name; None where there are none, or the file is damaged."""
+    """The tensors saved under a name; None if there are none, or the file is damaged."""
     try:
         with safetensors.safe_open(_path(name), "pt") as f:
             tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
@@ -29,7 +29,8 @@ def load(name: str) -> dict[str, Tensor] | None:
 
 
 def store(name: str, tensors: dict[str, Tensor]) -> None:
-    """Save tensors by a name ("folder/key") that says all they depend on. Whoever reads sees all of them or none."""
+    """Save tensors under a name ("folder/key"), which must identify all that they depend on. A reader sees all of them
+    or none."""
     try:
         path = _path(name)
         part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")

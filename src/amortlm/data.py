@@ -13,21 +13,21 @@ from typing import Any
 from amortlm.errors import DataError, nearest
 from amortlm.types import Row
 
-FIELD_LIMIT = 2**31 - 1  # characters of a CSV field; Python's default of 131,072 is less than a long document
+FIELD_LIMIT = 2**31 - 1  # characters of a CSV field; long documents exceed Python's default of 131,072
 
 
 def as_rows(data: Any, what: str = "data") -> list[dict[str, Any]]:
     """The rows of a list of mappings, a `datasets.Dataset`, a DataFrame (pandas, polars) or an Arrow table.
 
-    Raises DataError, with the remedy, for anything else (splits, a stream, a mapping of columns, a path) and for no
-    rows.
+    Raises DataError, with a remedy, for anything else (splits, a stream, a mapping of columns, a path), and if there
+    are no rows.
     """
     if isinstance(data, str | bytes | Path):
         raise DataError(
             f"{what} is a path or text; give rows: amortlm.data.load_rows({str(data)!r}) reads a file"
         )
     if is_row(data):
-        as_row(data, what)  # splits say so themselves
+        as_row(data, what)  # splits raise their own error
         raise DataError(
             f"{what} is one mapping; give a list of rows, [{{column: value, ...}}, ...], or "
             "datasets.Dataset.from_dict(...) of a mapping of columns"
@@ -40,14 +40,14 @@ def as_rows(data: Any, what: str = "data") -> list[dict[str, Any]]:
         data = data.to_dict("records")
     if isinstance(data, Iterable) and not hasattr(data, "__len__"):
         raise DataError(
-            f"{what} is a stream ({type(data).__name__}), and rows are visited more than once: give "
-            "list(...) of it, or of its first rows (itertools.islice, .take(n))"
+            f"{what} is a stream ({type(data).__name__}), but rows are read more than once: give list(...) of the "
+            "stream, or of its first rows (itertools.islice, .take(n))"
         )
     if not isinstance(data, Iterable) and hasattr(data, "__getitem__"):  # torch
         data = [data[i] for i in range(len(data))]
     if not isinstance(data, Iterable):
         raise DataError(
-            f"{what} has no rows; it needs one mapping of column to value per row, not {_shown(data)}"
+            f"{what} has no rows; give a list with a mapping of column to value for each row, not {_shown(data)}"
         )
     rows = [as_row(row, f"{what}: row {i}") for i, row in enumerate(data)]
     if not rows:
@@ -65,7 +65,7 @@ def as_row(row: Any, what: str = "the row") -> dict[str, Any]:
     splits = [name for name, part in row.items() if hasattr(part, "column_names")]
     if splits:
         raise DataError(
-            f"{what} holds the splits {', '.join(map(repr, splits))}: give one, dataset[{splits[0]!r}]"
+            f"{what} contains the splits {', '.join(map(repr, splits))}: give one, dataset[{splits[0]!r}]"
         )
     for name in row:
         if not isinstance(name, str):
@@ -81,7 +81,7 @@ def rows_or_row(data: Any, what: str = "rows") -> list[dict[str, Any]]:
 
 
 def is_row(data: Any) -> bool:
-    """Is it one row (a mapping or a Series), not rows?"""
+    """Is `data` one row (a mapping or a Series) rather than rows?"""
     return isinstance(data, Mapping) or (
         hasattr(data, "to_dict") and hasattr(data, "index") and not _is_table(data)
     )
@@ -167,9 +167,9 @@ def _json(text: str, first_line: int = 1) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as e:
-        raise _LineError(first_line + e.lineno - 1, f"no JSON: {e.msg} (column {e.colno})") from None
+        raise _LineError(first_line + e.lineno - 1, f"not JSON: {e.msg} (column {e.colno})") from None
     except (ValueError, RecursionError) as e:
-        raise _LineError(first_line, f"no JSON: {e}") from None
+        raise _LineError(first_line, f"not JSON: {e}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -181,16 +181,14 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _table(text: str, delimiter: str) -> list[dict[str, Any]]:
-    """Lines under a header, all values as text; None where a line is shorter."""
+    """The lines after a header, all values as text; None for the missing values of a short line."""
     # Strict: a quote that is never closed would swallow the rest of the file.
     reader = csv.DictReader(StringIO(text), delimiter=delimiter, strict=True)
     before = csv.field_size_limit(FIELD_LIMIT)
     try:
         rows = list(_lines(reader))
     except csv.Error as e:
-        raise _LineError(
-            reader.line_num + 1, f"{e}; a quote within a quoted value is written twice"
-        ) from None
+        raise _LineError(reader.line_num + 1, f"{e}; inside a quoted value, write a quote twice") from None
     finally:
         csv.field_size_limit(before)
     return rows

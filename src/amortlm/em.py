@@ -1,7 +1,8 @@
 """Expectation maximisation: fit p to data (x, y) through a latent z that the data do not have.
 
 The E-step trains q(z | x, y) to sample the posterior of p. The M-step maximises the importance-weighted mean of
-log p(z y | x) over z from q, whose gradient is that of log p(y | x) (Fisher's identity). Hu et al. 2024, section 3.2.
+log p(z y | x) over z from q. By Fisher's identity its gradient estimates the gradient of log p(y | x). Hu et al. 2024,
+section 3.2.
 """
 
 from __future__ import annotations
@@ -44,11 +45,12 @@ DONE = "m_step.json"
 class MStep:
     """Settings of an M-step.
 
-    steps         updates of p
-    batch_size    rows per update
-    num_samples   latents drawn from q for each row
-    weighted      weigh the latents of a row by p(z y | x) / q(z), which keeps the gradient right where q is not yet the
-                  posterior; otherwise they count equally
+    steps          updates of p
+    learning_rate  of AdamW
+    batch_size     rows per update
+    num_samples    latents drawn from q for each row
+    weighted       weight the latents of a row by p(z y | x) / q(z), so that the gradient is right even if q is not yet
+                   the posterior; False: equal weights
     """
 
     steps: int = 100
@@ -59,12 +61,14 @@ class MStep:
 
 
 class EM:
-    """Alternate E-steps (`GFNTrainer`) and M-steps. Each round goes on from the policy and the model before it.
+    """Alternate E-steps (`GFNTrainer`) and M-steps. Each round continues with the policy and the model of the round
+    before it.
 
-    target   one `log_prob` with `{z}`: `lm.log_prob("{z} The answer is {y}.", given="{x}")`
-    args     settings of an E-step; its output_dir receives `round-0`, `round-1`, ... with `q` and `p` inside
-    adapter, p_adapter   what is trained of q in an E-step, and of p in an M-step: as in `GFNTrainer`
-    gold     completions that start in the replay buffer: a list per row
+    target              one `log_prob` with `{z}`: `lm.log_prob("{z} The answer is {y}.", given="{x}")`
+    args                settings of an E-step; its output_dir gets `round-0`, `round-1`, ... with `q` and `p` inside
+    rounds              number of rounds (E-step and M-step)
+    adapter, p_adapter  the adapter that is trained in q (E-step) and in p (M-step), as in `GFNTrainer`
+    gold                initial completions of the replay buffer: a list per row
 
     Finished rounds of an interrupted run are loaded, not run again. Raises ConfigError for another kind of target,
     CheckpointError for a folder with rounds of another run.
@@ -98,21 +102,21 @@ class EM:
             raise ConfigError(f"rounds must be at least 1, got {rounds}")
         if adapter == FULL and rounds > 1:
             raise ConfigError(
-                "a full copy as q cannot go on from the round before; give a LoraConfig, or rounds=1"
+                "a full copy as q cannot continue from the round before; give a LoraConfig, or rounds=1"
             )
         self.q_adapter, self.is_full = adapter, p_adapter == FULL
-        set_seed(args.seed)  # an adapter starts at random
+        set_seed(args.seed)  # the initial weights of an adapter are random
         copied = trainable_copy(lm, p_adapter)
         self._trained = [p for p in copied.parameters() if p.requires_grad]
         self._start = [p.detach().clone() for p in self._trained]
-        # p as it stands; so far it is `lm` in another module tree.
+        # The current p. At first it equals `lm`, in another module tree.
         self.model = lm.with_model(copied)
 
     def run(self) -> Posterior:
-        """Run all rounds. The result samples from q and scores with the fitted p, which is `em.model`."""
+        """Run all rounds. The returned posterior samples from q and scores with the fitted p (`em.model`)."""
         folder = Path(str(self.args.output_dir))
         for p, start in zip(self._trained, self._start, strict=True):
-            p.data.copy_(start)  # undoes an M-step that was cut short
+            p.data.copy_(start)  # undoes an interrupted M-step
         self._claim(folder)
         q = self.q_adapter
         for number in range(self.rounds):
@@ -135,8 +139,8 @@ class EM:
         return Posterior.from_pretrained(here / "q", lm=self.lm, target=self._target())
 
     def _claim(self, folder: Path) -> None:
-        """Raise CheckpointError where the folder holds rounds of another run (one that differs in more than the number
-        of rounds); otherwise write what identifies this run."""
+        """Raise CheckpointError if the folder holds rounds of another run (the number of rounds does not count);
+        otherwise write the identity of this run."""
         policy = Policy(self.lm, self.prompt, self.support, self.q_adapter)
         stated = run.identity(policy, self._target(), self.rows, self.args, gold=self.gold)
         stated |= {
@@ -151,7 +155,7 @@ class EM:
         return LogProb(self.model, self.term.of.text, self.term.given.source) / self.temperature
 
     def _e_step(self, folder: Path, q: Any, number: int) -> Posterior:
-        """Train q from adapter `q`, on the p of the round before."""
+        """Train q, starting from the adapter `q`, on the p of the round before."""
         if number:
             load_weights(self.model.model, self.is_full, folder.parents[1] / f"round-{number - 1}" / "p")
         args = copy.copy(self.args)
@@ -180,9 +184,10 @@ def fit(
     config: MStep,
     seed: object,
 ) -> list[float]:
-    """The M-step: maximise log p(z y | x) of a model over `parameters`, z from the posterior's policy.
+    """The M-step: maximise log p(z y | x) of a model over `parameters`, with z from the posterior's policy.
 
-    Returns the loss of each step: minus the weighted mean of log p(z y | x), nats.
+    Returns the loss of each step: minus the weighted mean of log p(z y | x), nats. Raises TrainingError for a loss that
+    is not finite.
     """
     for p in parameters:
         p.requires_grad_(True)
@@ -209,7 +214,7 @@ def fit(
 
 
 def posterior_weights(log_p: Tensor, log_q: Tensor, group: Tensor) -> Tensor:
-    """[B] importance weights p(z y | x) / q(z), normalised within each group (row)."""
+    """[B] importance weights p(z y | x) / q(z), normalised within each group (row). log_p, log_q [B] nats."""
     log_w = log_p - log_q
     out = torch.empty_like(log_w)
     for g in group.unique():
@@ -220,8 +225,7 @@ def posterior_weights(log_p: Tensor, log_q: Tensor, group: Tensor) -> Tensor:
 def joint_log_prob(passes: Passes, term: LogProb, rollouts: Rollouts) -> Tensor:
     """[B] log p(z y | x) of finished completions, nats, differentiable in the model of `passes`.
 
-    Of several stop symbols the one that was written counts (a target sums over them). Tokens of a tool have
-    probability 1.
+    It includes only the stop symbol that was written (a target sums over several). Tokens of a tool have probability 1.
     """
     sequences, scored = [], []
     contexts = [term.context(row) for row in rollouts.rows]
@@ -246,7 +250,7 @@ def _batch(rows: Sequence[Row], size: int, seed: object) -> list[Row]:
 def _single_term(target: Target) -> LogProb:
     terms = target.terms
     if len(terms) != 1 or not isinstance(terms[0][1], LogProb) or not terms[0][1].of.has_latent:
-        raise ConfigError(f"EM fits a model through a target that is one log_prob of `{{z}}`, not {target!r}")
+        raise ConfigError(f"EM needs a target that is one log_prob of `{{z}}`, not {target!r}")
     if terms[0][0] <= 0:
-        raise ConfigError("EM needs a log_prob with a positive weight, the inverse of a temperature")
+        raise ConfigError("EM needs a log_prob with a positive weight (the inverse of a temperature)")
     return terms[0][1]

@@ -4,12 +4,12 @@ AmortLMError
 ├── DataError            rows are empty, a column is missing, a completion is outside the support
 ├── TemplateError        unknown placeholder, `{z}` missing or repeated, bad braces
 ├── PromptTooLongError   prompt + completion do not fit the model's context
-├── ModelError           a model whose log-probabilities cannot be computed exactly
-├── SupportError         a stop string that is not one token, a support that allows nothing
-├── RewardError          NaN or +inf reward, a target that cannot do what an objective needs
-├── ConfigError          unknown task, YAML key or objective (with the nearest valid name)
-├── TrainingError        a loss that is not finite, a process of the run that stopped
-├── CheckpointError      a saved run or posterior that is incomplete or of another layout
+├── ModelError           the log-probabilities of a model cannot be computed exactly
+├── SupportError         a stop string is not one token, a support allows nothing
+├── RewardError          a reward is NaN or +inf, a target does not fit an objective
+├── ConfigError          unknown task, YAML key or objective (with the nearest valid name), wrong settings
+├── TrainingError        a loss is not finite, a process of the run has stopped
+├── CheckpointError      a saved run or posterior is incomplete, damaged, of another format or of another run
 └── MissingExtraError    an optional dependency is not installed
 """
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and as open to others as the umask says."""
+"""Files that are written completely or not at all, with the permissions of the umask."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_text(path: Path, text: str) -> None:
-    """All or nothing: a reader, or a run cut short, never sees half a file."""
+    """Write a file atomically: no reader, and no interruption, ever sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
@@ -34,18 +34,18 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def follow_umask(*paths: Path) -> None:
-    """safetensors writes through a temporary file, which is its owner's alone: give it the mode of any other."""
+    """Set the usual file mode: safetensors writes through a temporary file that only its owner can read."""
     mask = os.umask(0o077)
     os.umask(mask)
     for path in paths:
-        with contextlib.suppress(OSError):  # a disk without modes
+        with contextlib.suppress(OSError):  # a file system without modes
             path.chmod(0o666 & ~mask)
 
 
 @contextlib.contextmanager
 def replacing(folder: Path, last: str) -> Iterator[Path]:
-    """A folder to write into, whose files then take the place of those in `folder`, `last` at the end. What is cut
-    short while it is written leaves `folder` as it was."""
+    """Yields a folder to write into. Its files then replace those in `folder`, the file `last` at the end. If writing
+    is interrupted, `folder` does not change."""
     part = folder / ".part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -60,7 +60,7 @@ def replacing(folder: Path, last: str) -> Iterator[Path]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Was this raised because there was no room to write? torch and safetensors say so in words alone."""
+    """Was this error raised because the disk is full? Errors of torch and safetensors show this only in their text."""
     if isinstance(error, OSError):
         return error.errno in FULL
     text = str(error)

@@ -23,13 +23,17 @@ EMBEDDED_PATH = Path(__file__).parent / "models" / "embedded"
 class LanguageModel(CausalLM):
     """A causal LM and its tokenizer. Its weights are frozen: policies are trained on copies.
 
-    `memory_mb`: what a pass without gradient may hold at once, in MiB, of p and of the policies made of it: logits,
-    caches, masks, activations (default: 256 on a CPU, an eighth of a GPU). `self_check`: at first use, find out which
-    ways through the model are exact (`amortlm.engine.exactness`; a second or two); without it, it is taken for a
-    decoder with full attention, for which all are. Raises ModelError at first use for a model that is not causal.
-    `chat_template_kwargs` go to the chat template of prompts that are messages: `{"enable_thinking": False}`,
-    `{"tools": [..]}`. Among them `{"sanitize_control_tokens": False}` lets special tokens in the data of messages act
-    as such: by default they are read as text, so that no row can forge a turn.
+    memory_mb             bound on what a pass without gradient holds at once, in MiB, for p and its policies: logits,
+                          caches, masks, activations. Default: 256 on a CPU, an eighth of a GPU
+    self_check            at first use, test which kinds of passes (shared prompts, packed suffixes, ..) are exact for
+                          the model (`amortlm.engine.exactness`; a second or two). Without the test the model is assumed
+                          to be a decoder with full attention, for which all are exact
+    chat_template_kwargs  arguments of the chat template, for prompts that are messages: `{"enable_thinking": False}`,
+                          `{"tools": [..]}`. With `{"sanitize_control_tokens": False}` special tokens in the data of
+                          messages are read as special tokens; by default they are read as text, so that no row can
+                          forge a turn
+
+    With self_check, a model that is not causal raises ModelError at first use.
     """
 
     @classmethod
@@ -56,40 +60,50 @@ class LanguageModel(CausalLM):
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cpu":
             kwargs.setdefault("dtype", torch.float32)
-        kwargs.setdefault("trust_remote_code", False)  # not asked for on the terminal
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                place, **file, trust_remote_code=kwargs["trust_remote_code"]
-            )
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                place, **(versions.dequantise() if file else {}), **file, **kwargs, output_loading_info=True
-            )
-            model, missing = loaded[0].to(device), sorted(loaded[1]["missing_keys"])
-        except Exception as e:  # libraries raise whatever they meet in a damaged or hostile file
-            if "trust_remote_code" in str(e):
-                raise ConfigError(
-                    f"cannot load a causal LM from {str(name_or_path)!r}: it brings code of its own, which is not run. "
-                    "If you trust it, give LanguageModel.from_pretrained(..., trust_remote_code=True) as lm="
-                ) from e
-            raise ConfigError(
-                f"cannot load a causal LM from {str(name_or_path)!r}: {e}\nGive a hub name, a local folder with "
-                f"config.json, weights and tokenizer files, a {gguf.SUFFIX} file, or {EMBEDDED!r}."
-            ) from e
-        if missing:
-            raise ModelError(
-                f"{name_or_path}: {len(missing)} of the model's weights are not in its files "
-                f"({', '.join(missing[:3])}) and would be random numbers. Give the folder of a whole causal LM"
-            )
+        kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
+        model, tokenizer = _load(str(name_or_path), place, device, file, kwargs)
+        lm = cls(model, tokenizer, str(name_or_path), memory_mb, self_check, chat_template_kwargs)
         if file:
             versions.unmark_quantised(model)
-            if Path(path).is_file():
-                gguf.check_complete(path, model)
-        return cls(model, tokenizer, str(name_or_path), memory_mb, self_check, chat_template_kwargs)
+            gguf.check_complete(path, model)
+            gguf.check_spaces(lm)
+        return lm
 
     def log_prob(self, of: str, given: str | Messages = "") -> LogProb:
-        """The target log p(of | given): templates over data columns and the latent `{z}`.
+        """The target log p(of | given), in nats. `of` and `given` are templates over data columns and the latent `{z}`.
 
-        `{z}` stands for the completion and its stop symbol. It appears once, in `of` or in `given`.
-        `{z1}{z2}`: latents in sequence, the statements of a list (`separator` of `Support`).
+        `{z}` stands for the completion and its stop symbol. It appears once, in `of` or in `given`. `{z1}{z2}` are
+        latents in sequence, the statements of a list (`separator` of `Support`). Raises TemplateError.
         """
         return LogProb(self, of, given)
+
+
+def _load(
+    name: str, place: str, device: str, file: Mapping[str, str], settings: dict[str, Any]
+) -> tuple[Any, Any]:
+    """(model, tokenizer) by transformers. Raises ConfigError, ModelError."""
+    trust = settings["trust_remote_code"]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **file, trust_remote_code=trust)
+        if file:
+            settings = {**versions.dequantise(), **settings}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, **file, **settings, output_loading_info=True
+        )
+        model, missing = loaded[0].to(device), sorted(loaded[1]["missing_keys"])
+    except Exception as e:  # damaged or hostile files make libraries raise errors of any kind
+        if "trust_remote_code" in str(e):
+            raise ConfigError(
+                f"cannot load a causal LM from {name!r}: it contains code, which is not run. If you trust the code, "
+                "give LanguageModel.from_pretrained(..., trust_remote_code=True) as lm="
+            ) from e
+        raise ConfigError(
+            f"cannot load a causal LM from {name!r}: {e}\nGive a hub name, a local folder with "
+            f"config.json, weights and tokenizer files, a {gguf.SUFFIX} file, or {EMBEDDED!r}."
+        ) from e
+    if missing:
+        raise ModelError(
+            f"{name}: {len(missing)} of the model's weights are not in its files ({', '.join(missing[:3])}) and would "
+            "be random numbers. Give the folder of a whole causal LM"
+        )
+    return model, tokenizer

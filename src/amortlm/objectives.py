@@ -1,4 +1,4 @@
-"""GFlowNet objectives: pure functions of the log importance weights, and the records by which training knows them.
+"""GFlowNet objectives: pure functions of the log importance weights, and the records that training uses.
 
     log_w[b, t] = log R(z_1:t) - sum_{k<=t} log q(z_k | z_<k) - log q(stop | z_1:t)
 
@@ -7,7 +7,7 @@ of the posterior: zero on average). Each takes log_w [B, T+1] and stop_mask [B, 
 returns (loss, metrics): a scalar and a dict of floats. Losses are means over trajectories or groups, so a batch
 split evenly over processes has the gradient of the whole. An objective never sees a model, a tokenizer or a task.
 
-To add one, write its function, and a record (`Objective`) under `register`: nothing else asks for its name.
+To add an objective, write its function, and a record (`Objective`) with the decorator `register`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ Loss = tuple[Tensor, dict[str, float]]
 def log_weights(log_reward: Tensor, log_probs: PolicyLogProbs, stop_mask: Tensor) -> Tensor:
     """log_w [B, T+1] (module docstring), 0 outside `stop_mask`.
 
-    Raises RewardError where log_reward is not finite at a stopping state (see `targets.base.Softened`).
+    log_reward, stop_mask [B, T+1]; nats. Raises RewardError if log_reward is not finite at a stopping state (see
+    `targets.base.Softened`).
     """
     if not torch.isfinite(log_reward[stop_mask]).all():
         raise RewardError(
@@ -53,10 +54,10 @@ def final_log_w(log_w: Tensor, stop_mask: Tensor) -> Tensor:
 def with_root(
     log_w: Tensor, stop_mask: Tensor, group: Tensor, log_z: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(log_w, stop_mask) with the empty completion as a state, for supports that do not let it stop.
+    """(log_w, stop_mask) with the empty completion as an additional state, for supports in which it may not stop.
 
-    The flow through the root is log Z, so its log_w is log Z by definition. Without it `db` and `subtb` compare
-    only states that share their first min_tokens tokens, and nothing says how likely those tokens should be.
+    The flow through the root is log Z, so its log_w is log Z by definition. Without the root, `db` and `subtb` compare
+    only states that share their first min_tokens tokens, and the loss does not depend on the probability of these.
     group [B]: prompt of each trajectory; log_z [G], or None for the mean of final log_w in the group (no gradient).
     """
     if log_z is None:
@@ -69,7 +70,7 @@ def with_root(
 def db(log_w: Tensor, stop_mask: Tensor) -> Loss:
     """Detailed balance when every state can stop: mean squared difference of neighbouring stopping states
     (Deleu et al. 2022, eq. 8; the pairs j = i + 1 of Hu et al. 2024, eq. 3)."""
-    # Stopping states first, in order: tools leave gaps that neighbours reach across.
+    # Stopping states first, in order: with a tool, neighbouring stopping states may be several tokens apart.
     order = stop_mask.int().argsort(dim=1, descending=True, stable=True)
     ordered, valid = log_w.gather(1, order), stop_mask.gather(1, order)
     pair = valid[:, 1:]
@@ -118,7 +119,7 @@ def vargrad(log_w: Tensor, stop_mask: Tensor, group: Tensor) -> Loss:
     final = final_log_w(log_w, stop_mask)
     size = torch.bincount(group)
     if (size == 1).any():
-        raise DataError("vargrad compares samples of one prompt: it needs num_samples of at least 2")
+        raise DataError("vargrad compares samples of one prompt: num_samples must be at least 2")
     mean = final.new_zeros(len(size)).index_add(0, group, final) / size.clamp(min=1)
     squares = torch.zeros_like(mean).index_add(0, group, (final - mean[group]) ** 2)
     variance = squares / (size - 1).clamp(min=1)
@@ -126,29 +127,29 @@ def vargrad(log_w: Tensor, stop_mask: Tensor, group: Tensor) -> Loss:
 
 
 def forward_kl(log_w: Tensor, stop_mask: Tensor, group: Tensor, drawn_from_p: Tensor | None = None) -> Loss:
-    """KL(p || q) by self-normalised importance weights: maximum likelihood on samples of q, weighted to p.
+    """KL(p || q) by self-normalised importance weights: maximum likelihood on samples of q with weights p / q.
 
         sum_k (w_k - 1/K) log_w[tau_k],   w = softmax of the group's log_w[tau] (no gradient), mean over prompts
 
     d log_w = -d log q, so the gradient is an estimate of -E_p[grad log q] (Parshakova et al. 2019; f-DPG, Go et al.
-    2023; the wake phase of Bornschein & Bengio 2015). E_q[grad log q] = 0, so 1/K changes nothing in expectation;
-    it makes the gradient zero, not merely zero on average, where all weights are equal. The value estimates
-    KL(p || q) + KL(q || p). Self-normalising at small K shortens the steps and keeps the optimum of an
-    unrestricted q: the mean of w_k given tau_k = z rises with R(z) / q(z), so it is 1/K for all z only where q = R / Z.
+    2023; the wake phase of Bornschein & Bengio 2015). E_q[grad log q] = 0, so the term 1/K does not change the
+    expected gradient. With this term the gradient is exactly zero, not only on average, if all weights are equal. The
+    value estimates KL(p || q) + KL(q || p). Self-normalising at small K shortens the steps, but keeps the optimum of an
+    unrestricted q: the mean of w_k given tau_k = z rises with R(z) / q(z), so it is 1/K for all z only if q = R / Z.
 
-    The weights R / q are right for samples of q alone. drawn_from_p [G] bool: prompts whose samples are draws of the
-    posterior (`train.source`); these count 1/K each, and count as 0 in the value.
+    The weights R / q are right only for samples of q. drawn_from_p [G] bool: prompts whose samples are draws of the
+    posterior (`train.source`); each of these samples has weight 1/K, and the value 0.
     Raises DataError for a prompt with a single sample.
     """
     final = final_log_w(log_w, stop_mask)
     size = torch.bincount(group)
     if (size == 1).any():
-        raise DataError("forward_kl weighs samples of one prompt: it needs num_samples of at least 2")
+        raise DataError("forward_kl compares samples of one prompt: num_samples must be at least 2")
     known = final.detach()
     share = (known - group_log_mean_exp(known, group)[group]).exp() - 1  # K w_k - 1
     if drawn_from_p is not None:
         share = torch.where(drawn_from_p[group], 1.0, share)
-    # `share` sums to 0 over samples of q; over draws of p, centring takes log Z out of the value.
+    # `share` sums to 0 over samples of q. For draws of p, centring removes log Z from the value.
     centred = final - _group_mean(known, group)[group]
     return (share / size[group] * centred).sum() / (size > 0).sum(), {}
 
@@ -164,9 +165,9 @@ def _group_mean(values: Tensor, group: Tensor) -> Tensor:
 
 
 def subsample_states(stop_mask: Tensor, keep: int, generator: torch.Generator | None = None) -> Tensor:
-    """stop_mask with at most `keep` random stopping states per trajectory, the last always among them.
+    """stop_mask with at most `keep` random stopping states per trajectory, always including the last.
 
-    Every pair residual is zero at the optimum, so SubTB on a subset keeps its minimiser.
+    Every pair residual is zero at the optimum, so SubTB on a subset of states has the same optimum.
     """
     states = torch.arange(stop_mask.shape[1], device=stop_mask.device)
     score = torch.rand(stop_mask.shape, generator=generator).to(stop_mask.device)
@@ -178,15 +179,15 @@ def subsample_states(stop_mask: Tensor, keep: int, generator: torch.Generator | 
 
 
 def spread(log_w: Tensor, stop_mask: Tensor, group: Tensor) -> dict[str, float]:
-    """Means over the prompts of the batch, for the log: `log_z`, the mean of a prompt's final log_w, and
-    `log_w_variance`, their variance; nats and nats squared. Needs two samples of each prompt."""
+    """Means over the prompts of the batch, for the log: `log_z`, the mean of a prompt's final log_w in nats, and
+    `log_w_variance`, their variance in nats squared. Needs at least two samples of each prompt."""
     final = final_log_w(log_w, stop_mask)
     variance, metrics = vargrad(final[:, None], torch.ones_like(final[:, None], dtype=torch.bool), group)
     return {**metrics, "log_w_variance": variance.item()}
 
 
 def _mean_over_trajectories(total: Tensor, weight: Tensor) -> Loss:
-    """Mean over trajectories of total / weight. Those without a pair count as zero."""
+    """Mean over trajectories of total / weight. Trajectories without a pair of states count as zero."""
     per_trajectory = total / weight.clamp(min=torch.finfo(torch.float32).tiny)
     return per_trajectory.mean(), {"trajectories_without_pair": (weight == 0).sum().item()}
 
@@ -196,13 +197,13 @@ def _mean_over_trajectories(total: Tensor, weight: Tensor) -> Loss:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What an objective sees of B trajectories of N prompts.
+    """The arguments of an objective's loss: B trajectories of N prompts.
 
     log_w           [B, T+1]  log importance weights, nats; 0 outside stop_mask
     stop_mask       [B, T+1]  bool: the stopping states that count
     group           [B] long  the prompt of each trajectory
-    log_z           [N]       log Z of each prompt, nats, where the objective learns it
-    from_posterior  [N] bool  prompts with draws of the posterior among their completions
+    log_z           [N]       log Z of each prompt, nats, if the objective learns it
+    from_posterior  [N] bool  prompts whose completions include corrected samples
     """
 
     log_w: Tensor
@@ -214,14 +215,14 @@ class LossInputs:
 
 @dataclass(frozen=True)
 class Objective:
-    """What training knows of an objective. Each is a frozen dataclass whose fields are its settings.
+    """The record of an objective: its name, loss and requirements. Each is a frozen dataclass; its fields are settings.
 
-    every_prefix    does it compare the rewards of prefixes? Then a target must be able to judge unfinished text
+    every_prefix    does it compare rewards of prefixes? Then the target must be able to score unfinished text
     biased_by       behaviours (names of `GFNConfig.behaviour`, and "epsilon") that move its optimum
-    posterior_only  are the corrected completions of a prompt taken for draws of the posterior? Then all of them are
-                    corrected; else half of them, which are compared with fresh ones
+    posterior_only  does it treat corrected completions as draws of the posterior? Then all completions of a corrected
+                    prompt are corrected; else half of them, which are compared with fresh ones
 
-    Raises ConfigError for settings that cannot be.
+    Raises ConfigError for invalid settings.
     """
 
     name: ClassVar[str]
@@ -231,25 +232,25 @@ class Objective:
 
     @property
     def min_samples(self) -> int:
-        """Completions of a prompt that it needs."""
+        """The least number of completions of a prompt."""
         return 1
 
     @property
     def log_z_rate(self) -> float | None:
-        """The learning rate of log Z of each prompt; None: it learns none."""
+        """The learning rate of log Z of each prompt; None if log Z is not learned."""
         return None
 
     def kept_states(self, stop_mask: Tensor, generator: torch.Generator) -> Tensor:
-        """[B, T+1] bool: the stopping states that it looks at; no others are scored."""
+        """[B, T+1] bool: the stopping states that it uses; only these are scored."""
         return stop_mask
 
     def loss(self, inputs: LossInputs) -> Loss:
-        """(a scalar, figures for the log)."""
+        """(the loss as a scalar, figures for the log)."""
         raise NotImplementedError
 
     @property
     def stated(self) -> str | dict[str, dict[str, Any]]:
-        """As `parse` reads it: its name, with the settings that are not the default."""
+        """The form that `parse` reads: its name, with the settings that differ from the default."""
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         changed = {f.name: own[f.name] for f in fields(self) if own[f.name] != f.default}
         return {self.name: changed} if changed else self.name
@@ -259,13 +260,13 @@ OBJECTIVES: dict[str, type[Objective]] = {}
 
 
 def register(record: type[Objective]) -> type[Objective]:
-    """Make an objective known by its name."""
+    """Add an objective to `OBJECTIVES` under its name."""
     OBJECTIVES[record.name] = record
     return record
 
 
 def parse(given: Any) -> Objective:
-    """The objective that a setting states: a name, or {name: {setting: value, ...}}. Raises ConfigError."""
+    """The objective from a name, or {name: {setting: value, ...}}. Raises ConfigError for unknown names or settings."""
     if isinstance(given, str):
         given = {given: {}}
     if not isinstance(given, Mapping) or len(given) != 1:
@@ -283,7 +284,7 @@ def parse(given: Any) -> Objective:
 
 @dataclass(frozen=True)
 class _WithLogZ(Objective):
-    """log_z: of a prompt, estimated from the "group" of its samples, or "learned" at log_z_learning_rate."""
+    """log_z: log Z of a prompt is estimated from the "group" of its samples, or "learned" at log_z_learning_rate."""
 
     log_z: Literal["group", "learned"] = "group"
     log_z_learning_rate: float = 0.1
@@ -300,8 +301,8 @@ class _WithLogZ(Objective):
 @register
 @dataclass(frozen=True)
 class SubTB(_WithLogZ):
-    """lam: decay of a pair's weight with its distance; states: look at so many random stopping states of each
-    completion (None: all). log Z is the root's, where min_tokens > 0."""
+    """Sub-trajectory balance (`subtb`). lam: decay of a pair's weight with its distance. states: number of random
+    stopping states used of each completion (None: all). log Z is used only at the root, if min_tokens > 0."""
 
     name = "subtb"
     every_prefix = True
@@ -311,7 +312,7 @@ class SubTB(_WithLogZ):
     def __post_init__(self) -> None:
         if self.states is not None and self.states < 2:
             raise ConfigError(
-                f"objective subtb: states must be at least 2, got {self.states}: a pair residual needs two states"
+                f"objective subtb: states must be at least 2, got {self.states}: a residual compares two states"
             )
 
     def kept_states(self, stop_mask: Tensor, generator: torch.Generator) -> Tensor:
@@ -324,7 +325,7 @@ class SubTB(_WithLogZ):
 @register
 @dataclass(frozen=True)
 class DB(_WithLogZ):
-    """log Z is the root's, where min_tokens > 0."""
+    """Detailed balance (`db`). log Z is used only at the root, if min_tokens > 0."""
 
     name = "db"
     every_prefix = True
@@ -343,7 +344,7 @@ class TB(_WithLogZ):
 
 
 class _OfGroup(Objective):
-    """Compares the samples of one prompt, and knows no log Z."""
+    """An objective that compares the samples of one prompt and does not use log Z."""
 
     @property
     def min_samples(self) -> int:
@@ -367,7 +368,7 @@ class ForwardKL(_OfGroup):
         "tempered",
         "replay",
         "epsilon",
-    )  # it weighs samples by R / q, which is right for those of q alone
+    )  # the weights R / q are right only for samples of q
     posterior_only = True
 
     def loss(self, inputs: LossInputs) -> Loss:

@@ -30,18 +30,20 @@ from amortlm.types import Rollouts, Row
 
 Rows = Sequence[Row]
 Data = Row | Rows
-N = 256  # samples that estimates are made of (class docstring)
+N = 256  # default number of samples of an estimate (docstring of Posterior)
 
 
 @dataclass(frozen=True)
 class Sample:
     """One completion.
 
-    text         with its stop symbol, unless that is a special token; tokens: without it
-    log_q        nats; log_reward: nats, None where the posterior has no target
-    weight       importance weight among the samples of its row, which sum to 1 (0 for all where R = 0 for all);
-                 1/n after a correction, None where the posterior has no target
-    statements   those of a completion that is a list (the support has a separator), else None
+    text         with the stop symbol, unless it is a special token
+    tokens       token ids, without the stop symbol
+    log_q        log q of the completion, nats
+    log_reward   log R of the completion, nats; None if the posterior has no target
+    weight       importance weight, normalised over the samples of the row (0 for all if R = 0 for all); 1/n after a
+                 correction; None if the posterior has no target
+    statements   the statements of the list if the support has a separator, else None
     """
 
     text: str
@@ -56,17 +58,18 @@ class Sample:
 
 
 class Samples(list[Sample]):
-    """The n samples of one row, and how they were made. Without a correction they are draws of q with importance
-    weights. With one they are approximate draws of the posterior, of equal weight; where few of the completions drawn
-    are any good, many of the samples are copies of these.
+    """The n samples of one row, and how they were drawn.
+
+    Without a correction they are draws of q with importance weights. With a correction they are approximate draws of
+    the posterior, of equal weight; if few draws of q have high weight, many samples are copies of these few.
 
     method           "none", "sir", "smc" or "mh"
-    draws            completions drawn from q to make them; a suffix that smc or mh redraws counts as one
-    ess              effective sample size of the weights, in draws (for sir and smc before resampling: far below n, the
-                     samples are mostly copies). None for mh, or without a target
-    log_z            log of the mean weight, nats, -inf where R = 0 for all draws; the mean weight is an unbiased
-                     estimate of Z. None for mh, or without a target
-    acceptance_rate  share of the steps of mh that were accepted, else None
+    draws            completions drawn from q in all; a suffix that smc or mh redraws counts as one
+    ess              effective sample size of the weights, in draws, before resampling. If it is far below n, samples
+                     of sir and smc are mostly copies. None for mh, or without a target
+    log_z            log of the mean weight, nats; -inf if R = 0 for all draws. The mean weight is an unbiased estimate
+                     of Z. None for mh, or without a target
+    acceptance_rate  share of accepted steps of mh, else None
     """
 
     def __init__(
@@ -84,17 +87,17 @@ class Samples(list[Sample]):
         self.ess, self.log_z, self.acceptance_rate = ess, log_z, acceptance_rate
 
     def summary(self) -> dict[str, Any]:
-        """How they were made, for JSON: the attributes above."""
+        """The attributes above as a dict, for JSON."""
         return dict(self.__dict__)
 
 
 class Posterior:
-    """A policy and the target it was trained on. `target` may be None: then it samples but cannot weigh.
+    """A policy and the target it was trained on. `target` may be None: then samples have no weights.
 
-    `sample`, `estimate`, `diagnose`, `predict` and `vote` take one row, and give one result, or rows (a list, a
-    DataFrame, a Dataset), and give a list with a result for each. The same seed gives the same samples of a row,
-    whatever other rows there are. What is estimated rests on n = 256 samples by default: then a probability has a
-    standard error of at most 0.03, and the Pareto fit of the weights (k-hat) has a tail of some fifty.
+    `sample`, `estimate`, `diagnose`, `predict` and `vote` take one row and return one result, or take rows (a list, a
+    DataFrame, a Dataset) and return a result for each. The same seed gives the same samples of a row, whatever the
+    other rows are. Estimates use n = 256 samples by default. Then a probability has a standard error of at most 0.03,
+    and the Pareto fit of the weights (k-hat) uses a tail of about fifty samples.
     """
 
     def __init__(self, policy: Policy, target: Target | None):
@@ -115,11 +118,11 @@ class Posterior:
     ) -> Samples | list[Samples]:
         """n completions of a row, or of each row.
 
-        correct: "none" draws from q, one left-to-right pass for each completion. The others converge to the posterior
-        as the budget grows, whatever q is: "sir" resamples `budget` draws by weight; "smc" resamples as many particles
-        on the way, too; "mh" spends a quarter of the budget on where n chains start and the rest on their steps.
+        correct: "none" draws from q, in one left-to-right pass per completion. The other methods converge to the
+        posterior as the budget grows, for any q. "sir" resamples `budget` draws by weight. "smc" draws `budget`
+        particles and also resamples them at prefixes. "mh" uses a quarter of the budget to choose where n chains start,
+        and the rest for their steps. See docs/inference.md.
         budget: completions drawn from q for a row, by default max(256, 16 n); suffixes that smc redraws come on top.
-        See docs/inference.md.
 
         Raises DataError for a missing column, PromptTooLongError for a prompt that does not fit, ConfigError for an
         unknown correction, one without a target, a budget without a correction or too small for n (sir, smc: n; mh:
@@ -199,7 +202,7 @@ class Posterior:
     def estimate(
         self, rows: Data, n: int = N, *, seed: object = 0
     ) -> ImportanceEstimate | list[ImportanceEstimate]:
-        """Importance diagnostics from n fresh samples of each row. With a small n a bad sampler looks better than it
+        """Importance diagnostics from n fresh samples of each row. A small n makes a bad sampler look better than it
         is. Raises ConfigError without a target, DataError for a missing column."""
         target = require_target(self.target)
         pools = [weigh(self.policy, target, row, n, seed=seed) for row in self._checked(rows)]
@@ -240,12 +243,12 @@ class Posterior:
     ) -> RowDiagnosis | Diagnosis:
         """How far the sampler is from the posterior, row by row, with a verdict (`amortlm.diagnostics.diagnose`).
 
-        Importance diagnostics of n samples each; intervals for log Z, KL(q || p) and KL(p || q) that hold jointly at
-        `level`, from draws of the posterior (`amortlm.inference.truth`); and where the support has at most `limit`
-        completions, the exact values by enumeration. It costs four to five times `estimate`, and more where q is so far
-        off that Markov chains must run.
+        It consists of importance diagnostics of n samples for each row; intervals in nats for log Z, KL(q || p) and
+        KL(p || q) that hold jointly with probability `level`, from draws of the posterior (`amortlm.inference.truth`);
+        and, if the support has at most `limit` completions, the exact values by enumeration. It costs four to five
+        times `estimate`, and more if q is so far from the posterior that Markov chains must run.
 
-        gold: a list for each row (also for a single one) of completions known to be good, texts or tokens; they can
+        gold: for each row (also for a single one) a list of completions known to be good, texts or tokens; they can
         show a mode that q misses. Raises ConfigError without a target, DataError for a missing column or a gold
         completion outside the support.
         """
@@ -272,7 +275,7 @@ class Posterior:
     ) -> Prediction | list[Prediction]:
         """p(y | x) for each of the answers: the mean over n samples z of p(y | x z), with its standard error.
 
-        temperature: of the samples; 0 takes the greedy one, token by token. The target must be one log_prob with the
+        temperature: softmax temperature of the samples; 0 is greedy. The target must be one log_prob with the
         answer's column after `{z}`, and the prompt may not show that column (`amortlm.predictive`). Raises ConfigError
         for another target, a temperature below 0 or n < 1, DataError for no answers.
         """
@@ -291,14 +294,14 @@ class Posterior:
     def vote(
         self, rows: Data, n: int = N, *, temperature: float = 1.0, max_tokens: int = 8, seed: object = 0
     ) -> Votes | list[Votes]:
-        """The frozen model's greedy answers after each of n samples z, of at most `max_tokens` tokens, counted. Target
-        and prompt are as for `predict`, and so are the errors."""
+        """Counts of the frozen model's greedy answers after each of n samples z; an answer has at most `max_tokens`
+        tokens. Requirements on target and prompt, and errors, are those of `predict`."""
         options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens, "seed": seed}
         found = vote(self.policy, self.target, rows_or_row(rows), n, **options)
         return found[0] if is_row(rows) else found
 
     def _checked(self, rows: Data) -> list[Row]:
-        """These rows, or this row, as dicts that have the columns of prompt and target."""
+        """The rows (or the one row) as a list of dicts that have the columns of prompt and target."""
         checked: list[Row] = [*rows_or_row(rows)]
         columns = set(self.policy.prompt.columns) | (set(self.target.columns) if self.target else set())
         check_rows(checked, columns, "rows")
@@ -308,7 +311,7 @@ class Posterior:
         """Write a PEFT adapter (or full model) folder with `posterior.json`: model, prompt, support and target.
 
         The tokenizer is saved for other programs; amortlm loads the model's own. A target with a function that cannot
-        be imported by name is left out: pass it to from_pretrained again.
+        be imported by name is not saved: pass the target to from_pretrained again.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -344,8 +347,8 @@ class Posterior:
     ) -> Posterior:
         """Load a saved posterior.
 
-        lm: the frozen model where it is loaded already, or its name or path where it has moved
-        target: takes the place of the saved one
+        lm: the frozen model if it is already loaded, or its name or path if it has moved
+        target: used instead of the saved target
         trust: modules (names, or paths of .py files) whose functions the saved target may call; a predicate or
         verifier is saved as a name, and importing it runs its module. Nothing else in the folder is run or imported
 

@@ -2,7 +2,7 @@
 
 Hu et al. 2024, section 3.2: y is predicted from the mean of p(y | x z) over z ~ q(z | x), or by a vote. The target
 must be one `log_prob` with text after `{z}`, such as `lm.log_prob("{z} The answer is {y}.", given="{x}")`. The column
-in that text is what is predicted; the policy's prompt and `given` may not show it.
+in that text is predicted; the policy's prompt and `given` may not contain it.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from amortlm.text.template import Template
 from amortlm.types import Rollouts, Row
 
 ROWS = 16  # rows at a time
-Text = tuple[int, tuple[int, ...]]  # number of its row, tokens from z on
+Text = tuple[int, tuple[int, ...]]  # (row number, tokens from the start of z)
 
 
 @dataclass(frozen=True)
 class Prediction:
     """p(y | x) over given answers, estimated from n samples of z.
 
+    answers  the given answers
     probs    probability of each answer, normalised over the answers; they sum to 1
     errors   the Monte-Carlo standard errors of `probs`; NaN for n = 1
-    mass     sum over the answers of the mean p(y | x z): their share of the probability of all texts
+    mass     sum over the answers of the mean p(y | x z): their probability before normalisation
+    n        number of samples of z
     """
 
     answers: list[str]
@@ -54,7 +56,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Votes:
-    """Votes for each answer, most first; `share` is that of the first, `error` the standard error of the share."""
+    """Votes for each answer.
+
+    counts   answer -> votes, the most frequent answer first
+    n        number of votes
+    best     the most frequent answer; share: its share of the votes; error: the standard error of that share
+    """
 
     counts: dict[str, int]
     n: int
@@ -106,8 +113,8 @@ def vote(
     max_tokens: int,
     seed: object,
 ) -> list[Votes]:
-    """The votes of `rows`; see `Posterior.vote`. An answer is what the model writes, greedily and in at most
-    `max_tokens`, between the text before the column and the first token of the text after it."""
+    """The votes of `rows`; see `Posterior.vote`. The model writes an answer greedily after the text before the column,
+    and stops at the first token of the text after the column, or after `max_tokens` tokens."""
     term, (lead, _, tail) = _answer(policy, target)
     lm = term.lm
     lead_ids = lm.encode_continuation(lead.rstrip(" "))  # the space belongs to the answer's first token
@@ -157,7 +164,8 @@ def _written(lm: CausalLM, asked: Prefix, first: int, texts: list[Text], support
 
 
 def _answer(policy: Policy, target: Target | None) -> tuple[LogProb, tuple[str, str, str]]:
-    """The target's one log_prob term, and (lead, column, tail): the column after `{z}` and the text around it."""
+    """The target's one log_prob term, and (lead, column, tail): the column after `{z}`, and the text before and after
+    this column. Raises ConfigError for another target, or if the prompt shows the column."""
     terms = target.terms if target is not None else []
     if len(terms) != 1 or not isinstance(term := terms[0][1], LogProb) or not term.of.has_latent:
         raise ConfigError(
@@ -166,12 +174,12 @@ def _answer(policy: Policy, target: Target | None) -> tuple[LogProb, tuple[str, 
         )
     after = Template(term.of.around[1])
     if len(after.fields) != 1:
-        raise ConfigError(f"{term!r}: the text after {{z}} must hold one column, the answer to predict")
+        raise ConfigError(f"{term!r}: the text after {{z}} must contain one column, the answer to predict")
     column = after.fields[0]
     shown = policy.prompt.columns | term.given.columns
     if column in shown:
         raise ConfigError(
-            f"the policy's prompt or the target's `given` shows {{{column}}}, the answer to predict; take it out"
+            f"the policy's prompt or the target's `given` contains {{{column}}}, the answer to predict; take it out"
         )
     first = next(i for i, (_, field) in enumerate(after.parts) if field)
     tail = "".join(literal for literal, _ in after.parts[first + 1 :])
@@ -183,7 +191,7 @@ def _likelihood(term: LogProb) -> LogProb:
     before, after = term.of.around
     if not isinstance(term.given.source, str):
         raise ConfigError(
-            f"{term!r}: predict needs `given` as text, since z follows it; vote() takes messages"
+            f"{term!r}: predict needs `given` as text, because z follows it; vote() also takes messages"
         )
     return LogProb(term.lm, after, term.given.source + before + "".join(f"{{{z}}}" for z in term.of.latents))
 
@@ -197,8 +205,8 @@ def _sample(policy: Policy, rows: Sequence[Row], n: int, temperature: float, see
 
 
 def _score(likelihood: LogProb, rollouts: Rollouts, column: str, answers: Sequence[str]) -> Tensor:
-    """[A, B] log p of each answer after each completion. Equal completions of a row are scored once, and all answers
-    share the pass over prompt and z."""
+    """[A, B] log p of each answer after each completion, nats. Equal completions of a row are scored once, and all
+    answers share the pass over prompt and z."""
     keys = [
         (i, s, *z)
         for i, s, z in zip(
@@ -233,14 +241,14 @@ def _answered(rollouts: Rollouts, column: str, answer: str) -> Rollouts:
 
 
 def _by_length(policy: Policy, rows: Sequence[Row]) -> list[list[int]]:
-    """Row numbers in batches of prompts of similar length, since padding costs as much as text."""
+    """Row numbers in batches of similar prompt length, because padding costs as much as text."""
     lengths = [len(prompt) for prompt in policy.encode_rows(rows)]
     order = sorted(range(len(rows)), key=lengths.__getitem__)
     return [order[start : start + ROWS] for start in range(0, len(order), ROWS)]
 
 
 def _prediction(answers: Sequence[str], log_p: Tensor) -> Prediction:
-    """log_p [A, n]: log p(y | x z) of each answer after each z."""
+    """The prediction from log_p [A, n]: log p(y | x z) of each answer after each z, nats."""
     p = log_p.exp()
     mass = p.mean(1).sum()
     probs = (log_p.logsumexp(1)).softmax(0)
@@ -252,13 +260,13 @@ def _prediction(answers: Sequence[str], log_p: Tensor) -> Prediction:
 
 
 def _asked(term: LogProb, row: Row) -> list[int]:
-    """Tokens before z."""
+    """The tokens before z."""
     blank = dict.fromkeys(Template(term.of.around[1]).columns, "")  # the columns after z are not read
     before = term.of.split({**row, **blank})[0]
     return [*term.lm.encode_prompt(term.given, row), *term.lm.encode_continuation(before)]
 
 
 def _up_to_answer(rollouts: Rollouts, lead: Sequence[int]) -> list[Text]:
-    """The row of each trajectory, and its tokens from z up to where the answer starts."""
+    """For each trajectory: its row, and its tokens from the start of z up to the answer."""
     written = zip(rollouts.row_index.tolist(), rollouts.completions(), rollouts.stops.tolist(), strict=True)
     return [(i, (*z, stop, *lead)) for i, z, stop in written]

@@ -1,4 +1,4 @@
-"""The folder of a saved posterior: `posterior.json`, checked before it is used, and the model that it names."""
+"""The folder of a saved posterior: reading and checking `posterior.json`, and loading the model that it names."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LARGEST = 64 * 2**20  # bytes
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """What `posterior.json` says, every value of the right type. Raises CheckpointError."""
+    """The content of `posterior.json`, with every value of the right type. Raises CheckpointError."""
     file = folder / FILE
     try:
         if not file.is_file() or file.stat().st_size > LARGEST:
-            raise ValueError(f"no file, or more than {LARGEST} bytes")
+            raise ValueError(f"there is no file, or it has more than {LARGEST} bytes")
         spec = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(spec, dict):
             raise TypeError(f"it holds a {type(spec).__name__}, not a mapping")
@@ -47,8 +47,8 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _check(spec: dict[str, Any]) -> None:
-    """Raise KeyError for a missing value, TypeError for one of the wrong type. What a value says is checked where it is
-    used."""
+    """Raise KeyError for a missing value, TypeError for one of the wrong type. The content of a value is checked where
+    it is used."""
     prompt, support, target = spec["prompt"], spec["support"], spec["target"]
     texts = (
         [prompt] if isinstance(prompt, str) else [m["content"] for m in prompt] + [m["role"] for m in prompt]
@@ -83,13 +83,13 @@ def load_model(folder: Path, spec: dict[str, Any], name: str | Path | None) -> L
     wanted = name or spec["model"]
     if not wanted:
         raise ConfigError(
-            f"{folder}: its model had no name when it was saved; say which it is: lm= in from_pretrained, or --model"
+            f"{folder}: its model had no name when it was saved; give the model: lm= in from_pretrained, or --model"
         )
     try:
         lm = LanguageModel.from_pretrained(os.path.expanduser(wanted))
     except ConfigError as e:
         raise ConfigError(
-            f"{folder}: {e}\nIf the model has moved, say where it is: lm= in from_pretrained, or --model."
+            f"{folder}: {e}\nIf the model has moved, give its new place: lm= in from_pretrained, or --model."
         ) from e
     if spec.get("chat_template_kwargs"):
         lm.chat_template_kwargs = dict(spec["chat_template_kwargs"])
@@ -97,26 +97,26 @@ def load_model(folder: Path, spec: dict[str, Any], name: str | Path | None) -> L
 
 
 def check_model(folder: Path, spec: dict[str, Any], lm: LanguageModel) -> None:
-    """Warn where the model makes other tokens of prompts than the one with which the posterior was saved."""
+    """Warn if the model may tokenise prompts differently from the model with which the posterior was saved."""
     if spec.get("tokenizer") not in (None, tokenizer_hash(lm.tokenizer)):
         logger.warning(
-            "%s: the tokenizer of %s is not the one this posterior was saved with; it is used all the same. If texts "
-            "look wrong, give the model that the posterior was trained on: lm= in from_pretrained, or --model",
+            "%s: the tokenizer of %s differs from the one this posterior was saved with, and is used nevertheless. If "
+            "texts look wrong, give the model that the posterior was trained on: lm= in from_pretrained, or --model",
             folder,
             lm.name,
         )
     kwargs = spec.get("chat_template_kwargs") or {}
     if kwargs != lm.chat_template_kwargs:
         logger.warning(
-            "%s: this posterior was saved with chat_template_kwargs=%s, the model given has others; set them: "
-            "lm.chat_template_kwargs = ...",
+            "%s: this posterior was saved with chat_template_kwargs=%s, but the given model has others; set "
+            "lm.chat_template_kwargs",
             folder,
             kwargs,
         )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of all that decides how a tokenizer reads texts and messages."""
+    """A hash of everything that decides how a tokenizer reads texts and messages."""
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         rules = json.loads(tokenizer.backend_tokenizer.to_str())
         told = {key: value for key, value in rules.items() if key not in ("padding", "truncation")}

@@ -1,4 +1,4 @@
-"""Seeds: the same on every machine and in every process."""
+"""Seeds that are the same on every machine and in every process."""
 
 from __future__ import annotations
 

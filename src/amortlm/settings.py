@@ -1,4 +1,4 @@
-"""Settings as data: YAML that is read like JSON, and values checked against the types they are declared with."""
+"""Settings as data: YAML with the scalars of JSON, and values that are checked against declared types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from amortlm.errors import ConfigError, nearest
 
-# PyYAML reads YAML 1.1: `no` is false, `2024-01-01` a date, `1:30` is 90 and `007` is 7. Here these are text.
+# By default PyYAML reads YAML 1.1: `no` is false, `2024-01-01` a date, `1:30` is 90 and `007` is 7. Here all are text.
 SCALARS = {
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", [*"tTfF"]),
@@ -25,13 +25,13 @@ SCALARS = {
     "merge": (r"<<", ["<"]),
 }
 
-LARGEST = 2**63 - 1  # what 64 bits hold
+LARGEST = 2**63 - 1  # the largest 64-bit integer
 
 
 class _Loader(yaml.SafeLoader):
     """Plain scalars as in JSON: true, false, null and decimal numbers are values, everything else is text.
 
-    Refused are tags that JSON has no type for, keys that are given twice, and values that contain themselves.
+    It refuses tags without a JSON type, keys that are given twice, and values that contain themselves.
     """
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
@@ -61,7 +61,7 @@ for _name, (_pattern, _first) in SCALARS.items():
 
 
 def load_yaml(text: str, what: str) -> Any:
-    """What a YAML text says. Raises ConfigError naming the line."""
+    """The value of a YAML text. Raises ConfigError naming the line."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as e:
@@ -73,7 +73,7 @@ def load_yaml(text: str, what: str) -> Any:
 
 
 def check_keys(given: Any, valid: Sequence[str], where: str) -> None:
-    """Raise ConfigError unless `given` is a mapping with valid keys only, naming the nearest to one that is not."""
+    """Raise ConfigError unless `given` is a mapping with only valid keys; the error names the nearest valid key."""
     if not isinstance(given, dict):
         raise ConfigError(f"{where} must be a mapping of settings, got {given!r}")
     for key in given:
@@ -86,8 +86,9 @@ def check_keys(given: Any, valid: Sequence[str], where: str) -> None:
 
 
 def typed(given: Mapping[str, Any], declared: Callable[..., Any], where: str) -> dict[str, Any]:
-    """`given` with its values of the types that `declared` (a dataclass or a function) annotates. Text such as "1e-3",
-    which YAML does not read as a number, becomes one. Raises ConfigError naming the setting and its value."""
+    """`given` with its values converted to the annotated types of `declared` (a dataclass or a function). Text such as
+    "1e-3", which YAML does not read as a number, becomes a number. Raises ConfigError naming the setting and its
+    value."""
     hints = get_type_hints(declared)
     return {key: typed_value(value, hints.get(key, Any), f"{where}: {key}") for key, value in given.items()}
 
@@ -99,12 +100,12 @@ def typed_value(value: Any, hint: Any, where: str) -> Any:
     except TypeError:
         quote = ""
         if isinstance(value, int | float) and _fits("", hint):
-            quote = f"; to mean the text, quote it: '{str(value).lower()}'"
+            quote = f"; to write it as text, quote it: '{str(value).lower()}'"
         raise ConfigError(f"{where} must be {_described(hint)}, got {value!r}{quote}") from None
 
 
 def from_text(text: str, hint: Any) -> Any:
-    """A value of the command line, read as YAML; it stays text where `hint` takes text, and not what YAML reads."""
+    """A value of the command line, read as YAML. It stays text if `hint` allows text but not the value read."""
     value = load_yaml(text, repr(text))
     return (
         text if not isinstance(value, list | dict) and not _fits(value, hint) and _fits(text, hint) else value
@@ -112,7 +113,7 @@ def from_text(text: str, hint: Any) -> Any:
 
 
 def named_texts(texts: Sequence[str], option: str) -> dict[str, str]:
-    """NAME=VALUE of a repeated option, each name once. Raises ConfigError."""
+    """The NAME=VALUE pairs of a repeated option, each name once. Raises ConfigError for other texts."""
     out: dict[str, str] = {}
     for text in texts:
         key, found, value = text.partition("=")
@@ -133,7 +134,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _as(value: Any, hint: Any) -> Any:
-    """`value` as a `hint`, or TypeError."""
+    """`value` converted to the type `hint`. Raises TypeError."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         if isinstance(value, str) and str in args:
@@ -182,7 +183,7 @@ PLAIN = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def _described(hint: Any) -> str:
-    """A type in words, without the alternatives that no file can hold."""
+    """A type in words, without alternatives that cannot be written in a file."""
     kind, args = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, UnionType):
         return " or ".join(dict.fromkeys(filter(None, map(_described, args))))

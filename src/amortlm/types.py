@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 
 class DataRow(dict[str, Any]):
-    """A row that is kept: its key is computed once, so its cells must not change."""
+    """A row that caches its key, so its cells must not change."""
 
     @cached_property
     def key(self) -> str:
@@ -29,7 +29,7 @@ class DataRow(dict[str, Any]):
 
 
 def row_key(row: Row) -> str:
-    """A stable name for a data row: the same on every machine, process and run."""
+    """A hash of a data row: the same on every machine, in every process and run."""
     return row.key if isinstance(row, DataRow) else _key(row)
 
 
@@ -39,17 +39,17 @@ def _key(row: Row) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know: arrays by their values, which their text shortens."""
+    """A JSON value for other types: arrays as lists (their text would be shortened), anything else as text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def to_json(value: Any) -> str:
-    """A line of strict JSON, whatever a row holds: a date as its text, an array as a list, NaN and infinity as null."""
+    """A line of strict JSON for values of any type: a date as text, an array as a list, NaN and infinity as null."""
     return json.dumps(finite(json.loads(json.dumps(value, default=_plain))))
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null stands for both."""
+    """A copy with None for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -104,10 +104,10 @@ class Rollouts:
         )
 
     def distinct(self) -> tuple[Rollouts, Tensor]:
-        """Each completion of a row once, with the stopping states of all its copies, and [B] which one each
-        trajectory is.
+        """(each distinct completion of a row once, with the stopping states of all its copies; [B] long: the number of
+        its distinct completion for each trajectory).
 
-        What a model says of a trajectory depends on neither its stop symbol nor its copies, so one pass will do.
+        Log-probabilities of a completion do not depend on its stop symbol, so one pass is enough for all copies.
         """
         key = torch.cat([self.row_index[:, None], self.lengths[:, None], self.tokens], dim=1)
         unique, place = key.unique(dim=0, return_inverse=True)
@@ -128,7 +128,7 @@ class Rollouts:
 
     @staticmethod
     def cat(parts: Sequence[Rollouts]) -> Rollouts:
-        """Join trajectories of the same rows; those of one row come to stand together."""
+        """Join trajectories of the same rows. Trajectories of one row are next to each other in the result."""
         width = max(p.tokens.shape[1] for p in parts)
         row_index, order = torch.cat([p.row_index for p in parts]).sort(stable=True)
 
@@ -154,17 +154,19 @@ class PolicyLogProbs:
     """log q of a batch of rollouts under the policy, renormalised on its support.
 
     log_pf     [B, T]    log q(z_k | z_<k); 0 where action_mask is False
-    log_pterm  [B, T+1]  log q(stop | z_1:t); 0 at max_tokens (sure stop), -inf below min_tokens
+    log_pterm  [B, T+1]  log q(stop | z_1:t); 0 at max_tokens (certain stop), -inf below min_tokens
+
+    In nats.
     """
 
     log_pf: Tensor
     log_pterm: Tensor
 
     def select(self, index: Tensor) -> PolicyLogProbs:
-        """Those of the trajectories at `index` ([b] long)."""
+        """The log-probabilities of the trajectories at `index` ([b] long)."""
         return PolicyLogProbs(self.log_pf[index], self.log_pterm[index])
 
     def final(self, lengths: Tensor) -> Tensor:
-        """[B] log q(z), the log-probability of the whole trajectory and its stop."""
+        """[B] log q(z), the log-probability of the whole trajectory and its stop. lengths [B], tokens."""
         log_pterm = self.log_pterm.gather(1, lengths[:, None]).squeeze(1)
         return self.log_pf.sum(1) + log_pterm

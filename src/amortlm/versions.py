@@ -1,26 +1,29 @@
-"""What differs between the versions of transformers that amortlm works with; each entry says when it can go."""
+"""Differences between the supported versions of transformers; a comment says when each function can be removed."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import transformers
+from tqdm.auto import tqdm
 
 TRANSFORMERS = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
 
-# Until transformers >= 5.24, and as long as models with code of their own are written for older versions.
+# Needed until transformers >= 5.24, and as long as models with remote code are written for older versions.
 def cache_argument(accepted: Collection[str]) -> str:
-    """The argument of a model that takes its cache. `accepted`: those that it names, empty if it passes on all."""
+    """The name of the cache argument of a model. accepted: the arguments that it names; empty if it passes on all."""
     newest = "cache" if TRANSFORMERS >= (5, 24) else "past_key_values"
     return next((name for name in ("cache", "cache_params", "past_key_values") if name in accepted), newest)
 
 
-# Until transformers >= 5.23.
+# Needed until transformers >= 5.23.
 def checkpoint_activations(model: Any, settings: dict[str, Any]) -> None:
-    """`model.activation_checkpointing_enable`, before transformers 5.23 `gradient_checkpointing_enable`."""
+    """Call `model.activation_checkpointing_enable` (before transformers 5.23: `gradient_checkpointing_enable`)."""
     new = hasattr(model, "activation_checkpointing_enable")
     name = "activation_checkpointing" if new else "gradient_checkpointing"
     changed = {
@@ -29,9 +32,9 @@ def checkpoint_activations(model: Any, settings: dict[str, Any]) -> None:
     getattr(model, f"{name}_enable")(**changed)
 
 
-# Until transformers >= 5.23: what stands below is then an import and two calls in text/codec.py.
+# Needed until transformers >= 5.23: the functions below then become an import and two calls in text/codec.py.
 def control_tokens(tokenizer: Any, template: str) -> Collection[str]:
-    """The tokens that structure a chat: special ones, and those that the chat template writes."""
+    """The tokens that structure a chat: special tokens, and tokens that the chat template writes."""
     if hasattr(tokenizer, "_get_control_tokens"):
         return tuple(tokenizer._get_control_tokens(template))
     added = tokenizer.added_tokens_decoder.values()
@@ -39,7 +42,7 @@ def control_tokens(tokenizer: Any, template: str) -> Collection[str]:
 
 
 def mark_control_token(token: str, pattern: re.Pattern[str]) -> str:
-    """The token, marked as one to be read as text: see `reading_marked`."""
+    """The token with a mark, so that it is read as text: see `reading_marked`."""
     if TRANSFORMERS < (5, 23):
         return token
     from transformers.utils.chat_template_utils import mark_control_tokens
@@ -48,10 +51,11 @@ def mark_control_token(token: str, pattern: re.Pattern[str]) -> str:
 
 
 def reading_marked() -> dict[str, bool]:
-    """Settings of a tokenizer that reads marked tokens as text. Raises NotImplementedError where none does."""
+    """Tokenizer settings with which marked tokens are read as text. Raises NotImplementedError for versions without
+    them."""
     if TRANSFORMERS < (5, 23):
         raise NotImplementedError(
-            f"transformers {transformers.__version__} reads it as a control token; 5.23 does not"
+            f"transformers {transformers.__version__} reads it as a control token; versions from 5.23 do not"
         )
     return {"sanitize_control_tokens": True}
 
@@ -59,9 +63,18 @@ def reading_marked() -> dict[str, bool]:
 # Until transformers >= 5.23, which else would keep GGUF weights packed.
 def dequantise() -> dict[str, Any]:
     """Settings of `from_pretrained` by which the weights of a GGUF file become plain tensors."""
+    _quiet_in_a_pipe()
     if not hasattr(transformers, "GgufConfig"):
         return {}
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
+
+
+# As long as transformers draws the progress of dequantising in a pipe, too.
+def _quiet_in_a_pipe() -> None:
+    with contextlib.suppress(ImportError):
+        from transformers import modeling_gguf_pytorch_utils as reader
+
+        vars(reader)["tqdm"] = partial(tqdm, disable=None)
 
 
 # As long as transformers takes a model that it has dequantised for a quantised one, which it does not train or save.

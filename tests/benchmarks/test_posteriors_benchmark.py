@@ -176,6 +176,15 @@ def test_passes_to_a_level():
     assert digest.at(curve, 4, "tv") == pytest.approx((1 / 2 + 1 / 8) / 2)
 
 
+def test_the_figure_gets_the_points_that_it_shows():
+    """Of a straight line its ends; of what lies below the axis the first point."""
+    tv = [0.5, 0.25, 0.125, 0.12, 0.06, 1e-3, 1e-4, 1e-5]
+    curve = [{"passes": 2.0**i, "tv": v, "kl_qp": 1.0} for i, v in enumerate(tv)]
+    assert digest.drawn(curve) == {"passes": [1, 4, 8, 16, 32], "tv": [0.5, 0.125, 0.12, 0.06, 1e-3]}
+    assert digest.drawn(curve[6:]) == {"passes": [64], "tv": [1e-4]}
+    assert digest.rounded({"a": [1.23456789, None, 3]}) == {"a": [1.234568, None, 3]}
+
+
 @pytest.mark.slow
 def test_the_benchmark_runs_and_reports(lm, tmp_path, monkeypatch):
     """Every table from the digest alone; the curves stay with the runs."""

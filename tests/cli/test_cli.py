@@ -164,13 +164,13 @@ def test_a_used_folder_is_neither_overwritten_nor_taken_for_anothers(
     shutil.copytree(trained, out)
     spec = write_spec(tmp_path, model)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
-    assert "holds a run already" in failure(cli("train", spec, "--output", out, "--model", "no/such/model"))
+    assert "already holds a run" in failure(cli("train", spec, "--output", out, "--model", "no/such/model"))
     other = ["train", spec, "--output", out, "--set", "seed=7"]
     assert "of another run: seed was 42, is 7." in failure(cli(*other, "--resume"))
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"} == before
     status, stdout, _ = cli("train", spec, "--output", out, "--resume")
     assert (status, stdout.splitlines()[0]) == (0, f"saved {out}")
-    assert "training was finished" in caplog.text
+    assert "this run is already finished" in caplog.text
     status, stdout, _ = cli(*other, "--overwrite")
     assert (status, stdout.splitlines()[0]) == (0, f"saved {out}")
     assert json.loads((out / "training_args.json").read_text())["seed"] == 7
@@ -215,7 +215,7 @@ def test_signals_end_a_command_in_order(
         status, _, stderr = cli(*command)
     assert status == 128 + number
     assert f"{number.name}: saved {out / 'checkpoint-1'}" in caplog.text
-    assert f"ended by {number.name}; the same command with --resume goes on from the last" in stderr
+    assert f"ended by {number.name}; the same command with --resume continues from the last" in stderr
     assert cli(*command, "--resume")[0] == 0
     assert signal.getsignal(number) is before
 
@@ -372,7 +372,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample", ["-n", 0], "-n must be at least 1, got 0"),
         ("sample", ["-n", -3], "-n must be at least 1, got -3"),
         ("sample", ["--correct", "sir", "--budget", 0], "--budget must be at least 1, got 0"),
-        ("sample", ["--budget", 9], "--budget is for corrected samples: give --correct sir, smc or mh with it"),
+        ("sample", ["--budget", 9], "--budget is for corrected samples: also give --correct sir, smc or mh"),
         ("sample", ["--correct", "sire"], "unknown correction 'sire'; did you mean 'sir'?"),
         ("sample", ["--column", "x=a", "--column", "x=b"], "--column x= is given twice"),
         ("sample", ["--data", "none.csv"], "cannot read data file none.csv"),
@@ -384,7 +384,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ("evaluate", ["--level", "nan"], "--level must lie between 0 and 1, got nan"),
         ("evaluate", ["--output", "no/f.json"], "cannot write the file no/f.json: there is no folder no"),
         ("evaluate", ["--output", "."], "cannot write the file .: it is a folder"),
-        ("evaluate", ["--check"], "has no certificate to check: a training with --set stop_at_gap=0.05"),
+        ("evaluate", ["--check"], "has no certificate to check: training with --set stop_at_gap=0.05"),
     ],
 )  # fmt: skip
 def test_options_are_checked_before_anything_is_loaded(
@@ -449,13 +449,13 @@ def test_folders_that_are_no_posterior(cli: Cli, trained: Path, tmp_path: Path, 
     shutil.copytree(trained, cut, ignore=shutil.ignore_patterns("checkpoint-*"))
     weights = cut / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    assert "the save was cut short" in failure(cli(command, cut))
+    assert "the save is incomplete" in failure(cli(command, cut))
 
 
 def test_a_posterior_without_rows_asks_for_one(cli: Cli, trained: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(trained, bare, ignore=shutil.ignore_patterns("checkpoint-*", "rows.jsonl"))
-    assert "which row? give --column NAME=TEXT" in failure(cli("sample", bare))
+    assert "no rows are given: give --column NAME=TEXT" in failure(cli("sample", bare))
 
 
 def test_an_interrupt_is_no_traceback(cli: Cli, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

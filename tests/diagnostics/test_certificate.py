@@ -138,7 +138,7 @@ def test_training_goes_on_while_it_is_not(one_lm: LanguageModel, tmp_path: Path)
     trainer.train()
     assert trainer.state.global_step == 10
     assert not (tmp_path / module.FILE).exists()
-    with pytest.raises(CheckpointError, match="stop_at_gap writes one"):
+    with pytest.raises(CheckpointError, match="stop_at_gap writes it"):
         Certificate.load(tmp_path)
 
 
@@ -202,7 +202,7 @@ def test_a_torn_adapter_cannot_be_checked(folder: Path, capfd: pytest.CaptureFix
     weights.write_bytes(weights.read_bytes()[:-9])
     status, line = checked(folder, capfd)
     assert status == 2
-    assert "the save was cut short" in line
+    assert "the save is incomplete" in line
 
 
 @pytest.mark.parametrize("what", ["target", "support", "prompt", "data"])

@@ -78,7 +78,7 @@ def test_equal_weights_are_a_perfect_sampler() -> None:
     got = estimate(torch.full((100,), -321.5))
     assert got == ImportanceEstimate(
         n=100, ess=got.ess, khat=-math.inf, elbo=-321.5, log_z=got.log_z, log_w_variance=0.0,
-        log_reward=-321.5, valid=1.0,
+        log_reward=-321.5, valid=1.0, accepted_elbo=-321.5,
     )  # fmt: skip
     assert got.ess == pytest.approx(1.0, abs=1e-9)
     assert got.log_z == pytest.approx(-321.5, abs=1e-9)
@@ -94,6 +94,7 @@ def test_impossible_samples_count_in_ess_and_log_z_only() -> None:
     assert got.elbo == -math.inf
     assert got.log_w_variance == 0.0
     assert got.log_reward == pytest.approx(-2.0)
+    assert got.accepted_elbo == pytest.approx(math.log(2.0) + math.log(0.4))
 
 
 def test_khat_is_that_of_the_possible_samples() -> None:

@@ -173,11 +173,11 @@ def test_adapters_that_are_not_exact_are_refused(name: str) -> None:
 def test_what_is_no_adapter_is_refused() -> None:
     with pytest.raises(
         ConfigError,
-        match="6.4 is no adapter: give a LoraConfig, a rank, a folder with a saved adapter, or 'full'",
+        match="6.4 is not an adapter: give a LoraConfig, a rank, a folder with a saved adapter, or 'full'",
     ):
         Policy(fresh(), "{x}", SUPPORT, 6.4)  # type: ignore[arg-type]
     for rank in (0, -1, True):
-        with pytest.raises(ConfigError, match=f"{rank} is no rank of an adapter"):
+        with pytest.raises(ConfigError, match=f"{rank} is not a rank of an adapter"):
             Policy(fresh(), "{x}", SUPPORT, rank)
     with pytest.raises(ConfigError, match=r"target_modules name layers that it can wrap"):
         Policy(fresh(), "{x}", SUPPORT, lora(target_modules=["nowhere"]))
@@ -329,12 +329,12 @@ def test_folders_of_another_kind_are_one_error(tmp_path: Path) -> None:
     Policy(lm, "{x}", SUPPORT, tmp_path / "ia3")
     with pytest.raises(CheckpointError, match="missing or unexpected"):
         Policy(lm, "{x}", SUPPORT).load_adapter(tmp_path / "ia3")
-    with pytest.raises(CheckpointError, match="adapter is of another model"):
+    with pytest.raises(CheckpointError, match="adapter belongs to another model"):
         Policy(fresh("gpt2"), "{x}", SUPPORT, tmp_path / "ia3")
     (tmp_path / "prefix").mkdir()
     INEXACT["PREFIX_TUNING"]().save_pretrained(tmp_path / "prefix")
     (tmp_path / "prefix" / "adapter_model.safetensors").write_bytes(
         (tmp_path / "ia3" / "adapter_model.safetensors").read_bytes()
     )
-    with pytest.raises(CheckpointError, match="PREFIX_TUNING is no adapter of weights"):
+    with pytest.raises(CheckpointError, match="PREFIX_TUNING is not an adapter of weights"):
         Policy(lm, "{x}", SUPPORT, tmp_path / "prefix")

@@ -39,6 +39,7 @@ EXACT = [
     "jamba",
     "qwen3_next",
     "lfm2",
+    "blt",  # no cache that transformers could make
     # decoders whose positions are counted from the cache, or from the padding
     "bart",
     "roberta, decoder",

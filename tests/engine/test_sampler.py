@@ -70,13 +70,13 @@ class Wrong(LocalSampler):
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("says q, draws hotter", "frequencies of 2000 draws are not those of q"),
+        ("says q, draws hotter", "the frequencies of 2000 draws differ from q"),
         ("log q of the behaviour", r"evaluate\(\) and the sampler differ"),
-        ("forgets what is kept", "draws that were to begin with"),
+        ("forgets what is kept", "draws do not begin with the kept tokens"),
         ("not greedy", "draws at temperature 0 differ"),
-        ("one draw too few", "1999 draws where 2000"),
-        ("keeps its version", r"after load\(.., 1\) draws say version 0"),
-        ("depends on its calls", "beside another prompt than alone"),
+        ("one draw too few", "1999 draws instead of 2000"),
+        ("keeps its version", r"after load\(.., 1\) draws have version 0"),
+        ("depends on its calls", "different draws alone and together with another prompt"),
     ],
 )
 def test_faults_are_found(one_lm, fault, message):
@@ -114,5 +114,5 @@ def test_a_request_can_be_sent(one_lm, name):
 
 def test_weights_of_another_policy_are_refused(one_lm):
     policy = tiny_policy(one_lm, "{x}", SUPPORTS["one stop"])
-    with pytest.raises(ConfigError, match="the weights are of another policy"):
+    with pytest.raises(ConfigError, match="the weights belong to another policy"):
         local(policy).load({"nothing": torch.zeros(1)}, 1)

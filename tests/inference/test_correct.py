@@ -270,7 +270,7 @@ def test_pieces_are_even() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_to_resample(one_lm: LanguageModel, method: str) -> None:
     posterior = bad(one_lm, constraint.contains("dog"))
-    with pytest.raises(RewardError, match="have R = 0: there is nothing to resample; .* larger budget"):
+    with pytest.raises(RewardError, match="have R = 0, so none can be resampled; .* larger budget"):
         posterior.sample(ROW, 4, correct=method, budget=32)
     plain = posterior.sample(ROW, 4)
     assert (plain.ess, plain.log_z) == (0.0, -math.inf)

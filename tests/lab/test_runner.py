@@ -33,8 +33,9 @@ class Toy:
         self.fail: dict[str, BaseException] = {}
         self.before: Callable[[str, Path], None] = lambda method, folder: None
 
-    def method(self, name: str, value: float) -> Callable[[Context, int, Path], Trained]:
-        def train(context: Context, seed: int, folder: Path) -> Trained:
+    def method(self, name: str, value: float) -> Callable[[Context], Trained]:
+        def train(context: Context) -> Trained:
+            seed, folder = context.seed, context.folder
             self.before(name, folder)
             self.calls.append((name, seed))
             self.dry.append(context.dry_run)
@@ -45,8 +46,8 @@ class Toy:
 
         return train
 
-    def evaluate(self, context: Context, trained: Trained, seed: int) -> Outcome:
-        self.evaluated.append(seed)
+    def evaluate(self, context: Context, trained: Trained) -> Outcome:
+        self.evaluated.append(context.seed)
         return Outcome({"score": trained.sampler, "odd": float("nan")}, {"worst": float("-inf")})
 
     def figures(self, results: dict[str, Any], folder: Path) -> list[str]:
@@ -154,8 +155,8 @@ def test_a_report_is_written_again_from_its_results(
 def test_records_stay_with_their_runs(toy: Toy, tmp_path: Path) -> None:
     """results.json has what the digest makes of them."""
 
-    def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
-        return Outcome({"score": 1.0}, {"note": "x"}, {"score": [float(seed), 2.0]})
+    def evaluate(context: Context, trained: Trained) -> Outcome:
+        return Outcome({"score": 1.0}, {"note": "x"}, {"score": [float(context.seed), 2.0]})
 
     def digest(runs: dict[str, Any]) -> Any:
         return {m: [r["records"]["score"][0] for r in of] for m, of in runs.items()}
@@ -163,6 +164,12 @@ def test_records_stay_with_their_runs(toy: Toy, tmp_path: Path) -> None:
     experiment = replace(toy.experiment(), evaluate=evaluate, digest=digest, metrics={"score": Metric("s")})
     results = runner.execute(runner.make_plan(experiment, "small", tmp_path, seeds=2), lambda _: None)
     assert results["digest"] == {"one": [0.0, 1.0], "two": [0.0, 1.0]}
+    assert json.loads((tmp_path / "digest.json").read_text()) == results["digest"]
+    assert "digest" not in json.loads((tmp_path / "results.json").read_text())
+    assert report.report_again(experiment, tmp_path) == results
+    (tmp_path / "digest.json").unlink()
+    with pytest.raises(ConfigError, match="lacks its digest.json"):
+        report.report_again(experiment, tmp_path)
     assert [r["details"] for r in results["runs"]["one"]] == [{"note": "x"}] * 2
     assert "records" not in results["runs"]["one"][0]
     kept = json.loads((tmp_path / "runs" / "one-seed1.json").read_text())
@@ -302,7 +309,7 @@ def test_a_helper_that_fails_is_told(
     assert main([*ARGV, "--jobs", "2", "--output", str(tmp_path)]) == 2
     out, err = capfd.readouterr()
     assert "4 of 4 runs are not finished" in out
-    assert "ended with exit status 3; the same command makes what is missing" in err
+    assert "ended with exit status 3; the same command runs the missing runs" in err
 
 
 @pytest.mark.parametrize(
@@ -406,7 +413,8 @@ def test_the_commit_is_that_of_the_start(toy: Toy, tmp_path: Path, monkeypatch: 
     commits = iter(["first", "second"])
     monkeypatch.setattr(store, "_commit", lambda: next(commits))
     results, _ = run(toy, tmp_path, seeds=1)
-    assert [r[0]["environment"]["commit"] for r in results["runs"].values()] == ["first", "first"]
+    assert [how["environment"]["commit"] for how in results["made"]] == ["first"]
+    assert [r[0]["made"] for r in results["runs"].values()] == [0, 0]
 
 
 # What is written
@@ -418,7 +426,7 @@ def test_results(toy: Toy, tmp_path: Path) -> None:
     results = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} in JSON"))
     assert results["summary"]["two"]["score"] == {"mean": 3.0, "sd": 1.0}
     assert results["summary"]["two"]["odd"] == {"mean": None, "sd": None}
-    (first, *_), environment = results["runs"]["two"], results["runs"]["two"][0]["environment"]
+    (first, *_), environment = results["runs"]["two"], results["made"][0]["environment"]
     assert first["metrics"] == {"score": 2.0, "odd": None}
     assert first["details"] == {"worst": None}
     assert first["reward_evaluations"] == 10
@@ -499,6 +507,8 @@ def test_every_preset_of_every_experiment_takes_every_field(name: str, preset: s
         ({"overrides": {"step": "3"}}, "did you mean 'steps'?"),
         ({"overrides": {"adam.rl": "3"}}, "did you mean 'adam.lr'?"),
         ({"overrides": {"steps.lr": "3"}}, "no such setting"),
+        ({"overrides": {"lora": "3"}}, "lora is now called adapter: write adapter"),
+        ({"overrides": {"lora.long": "3"}}, "write adapter.long"),
         ({"overrides": {"adam": "3"}}, "set one of adam.lr, adam.name"),
         ({"overrides": {"steps": "few"}}, "expected a number like 5, got 'few'"),
         ({"methods": ["tow"]}, "did you mean 'two'?"),
@@ -546,7 +556,7 @@ def test_the_command_says_in_one_line_what_went_wrong(
     argv = ["reproduce", "numbers", "--output", str(tmp_path)]
     for error, status, words in (
         (MissingExtraError("install it"), 2, "two, seed 0: install it"),
-        (OSError(28, "No space left on device"), 2, "What was saved before is intact"),
+        (OSError(28, "No space left on device"), 2, "Earlier saves are intact"),
         (KeyboardInterrupt(), 130, "the same command goes on"),
     ):
         toy_command.fail = {"two": error}

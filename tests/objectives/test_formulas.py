@@ -236,7 +236,7 @@ def test_tb_reports_log_z_and_learns_it() -> None:
 @pytest.mark.parametrize("objective", [vargrad, forward_kl])
 def test_group_objectives_need_two_samples(objective: Callable[..., Any]) -> None:
     log_w, mask = torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool)
-    with pytest.raises(DataError, match=r"num_samples of at least 2"):
+    with pytest.raises(DataError, match=r"num_samples must be at least 2"):
         objective(log_w, mask, torch.tensor([0, 0, 1]))
 
 

@@ -118,8 +118,8 @@ def test_functions_of_a_saved_target_are_not_imported(
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("harmless:system", "defined elsewhere"),
-        ("harmless:judge", "defined elsewhere"),
+        ("harmless:system", "defined in another module"),
+        ("harmless:judge", "defined in another module"),
         ("harmless:os", "no function 'os'"),
         ("harmless:__import__", "no function '__import__'"),
         ("harmless:__loader__", "function"),
@@ -162,7 +162,7 @@ def test_a_package_is_trusted_with_what_is_below_it(folder: Path, modules: Path)
         assert Posterior.from_pretrained(folder, trust=["pack"]).sample(ROW, 1)[0].log_reward == 0.0
     (modules / "rooted.py").write_text("from pack.rules import judge\n")
     edit(folder / "posterior.json", target=[{"predicate": "rooted:judge"}])
-    with pytest.raises(ConfigError, match="defined elsewhere, in 'pack.rules'"):
+    with pytest.raises(ConfigError, match="defined in another module, 'pack.rules'"):
         Posterior.from_pretrained(folder, trust=["rooted"])
 
 
@@ -279,18 +279,18 @@ FOLDERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a pickled adapter": (pickled_adapter, "cannot read adapter_model.safetensors"),
     "a pickle called safetensors": (pickle_called_safetensors, "cannot read adapter_model.safetensors"),
     "a pickled full model": (pickled_full_model, "cannot read model.safetensors"),
-    "a model with code": (model_with_code, "code of its own, which is not run"),
+    "a model with code": (model_with_code, "it contains code, which is not run"),
     "a tokenizer with code": (tokenizer_with_code, "cannot load a causal LM"),
     "an adapter of megatron": (adapter_of_megatron, "megatron_config"),
     "an adapter of another kind": (adapter(peft_type="EVIL"), "cannot read adapter_config.json"),
-    "an adapter of no layer": (adapter(target_modules=["../x"]), "of another model"),
+    "an adapter of no layer": (adapter(target_modules=["../x"]), "belongs to another model"),
     "an adapter of prompts": (adapter(peft_type="PREFIX_TUNING", num_virtual_tokens=10**9), "adapter_config.json"),
     "a rank that takes all memory": (adapter(r=10**9), "rank 1000000000"),
     "a rank of text": (adapter(r="big"), "cannot read adapter_config.json"),
     "layers by an expression without end": (adapter(target_modules=r"((\w|\.)*)*!"), "adapter"),
-    "max_tokens without end": (support(max_tokens=10**9), "more than any model reads"),
+    "max_tokens without end": (support(max_tokens=10**9), "more than any model can read"),
     "max_tokens beyond the context": (support(max_tokens=10**5), "has a context of"),
-    "statements without end": (support(max_tokens=10**9, separator=","), "more than any model reads"),
+    "statements without end": (support(max_tokens=10**9, separator=","), "more than any model can read"),
     "a tool that does not ship": (support(tool={"hostile": {}}), "unknown tool 'hostile'"),
     "attributes in a template": (posterior(prompt="{x.__class__.__init__.__globals__}"), "not a plain column name"),
     "an index in a target": (posterior(target=[{"log_prob": {"of": "{z}{x[0]}"}}]), "not a plain column name"),

@@ -156,7 +156,7 @@ def test_statements_are_split(one_lm: LanguageModel) -> None:
         ({"separator": ",", "min_statements": 0}, "1 <= min_statements"),
         ({"separator": ",", "min_statements": 3, "max_statements": 2}, "min_statements <= max_statements"),
         ({"separator": ",", "min_statements": 4, "max_tokens": 6}, "max_tokens >= 2 * min_statements - 1"),
-        ({"separator": "."}, "separator '.' is a stop token too"),
+        ({"separator": "."}, "separator '.' is also a stop token"),
         ({"separator": ", a"}, "not one"),
         ({"separator": ",", "allowed_tokens": (",",)}, "no token is left"),
     ],

@@ -1,8 +1,6 @@
-"""Lists in decoding, prediction and RLOO."""
+"""Lists in decoding and prediction."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 from reference import tiny_policy
@@ -10,9 +8,7 @@ from stats import LEVEL
 from structured_cases import ROW, SUPPORTS, log_q, p_value
 
 from amortlm import LanguageModel, Posterior
-from amortlm.errors import ConfigError
 from amortlm.lab.baselines.decoding import decode
-from amortlm.lab.baselines.grpo import train_grpo
 from amortlm.policy.laws import support_completions
 
 
@@ -37,9 +33,3 @@ def test_two_latents_predict_as_one(one_lm: LanguageModel) -> None:
     )
     assert two.predict(row, answers, 8) == one.predict(row, answers, 8)
     assert two.vote(row, 8) == one.vote(row, 8)
-
-
-def test_rloo_is_refused(one_lm: LanguageModel, tmp_path: Path) -> None:
-    policy, target = tiny_policy(one_lm, "{x}", SUPPORTS["any number"]), one_lm.log_prob("{z}", given="{x}")
-    with pytest.raises(ConfigError, match="use GRPO, or a support without separator"):
-        train_grpo(policy, [ROW], target.score_final, method="rloo", num_samples=2, output_dir=tmp_path)

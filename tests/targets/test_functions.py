@@ -51,12 +51,12 @@ WRONG: dict[str, tuple[Callable[[int], Any], str]] = {
     "n x 1": (lambda n: np.zeros((n, 1)), "flat array"),
     "n x 1 of torch": (lambda n: torch.zeros(n, 1), "flat array"),
     "too few": (lambda n: [0.0] * (n - 1), "7 scores for 8 texts"),
-    "text": (lambda n: ["1"] * n, "numbers in a list"),
-    "one text": (lambda n: "11111111", "numbers in a list"),
-    "truth values": (lambda n: [True] * n, "numbers in a list"),
-    "None among numbers": (lambda n: [None, *[0.0] * (n - 1)], "numbers in a list"),
-    "ragged": (lambda n: [[0.0], *[[0.0, 1.0]] * (n - 1)], "numbers in a list"),
-    "complex": (lambda n: [1j] * n, "numbers in a list"),
+    "text": (lambda n: ["1"] * n, "in a list or a flat array"),
+    "one text": (lambda n: "11111111", "in a list or a flat array"),
+    "truth values": (lambda n: [True] * n, "in a list or a flat array"),
+    "None among numbers": (lambda n: [None, *[0.0] * (n - 1)], "in a list or a flat array"),
+    "ragged": (lambda n: [[0.0], *[[0.0, 1.0]] * (n - 1)], "in a list or a flat array"),
+    "complex": (lambda n: [1j] * n, "in a list or a flat array"),
     "NaN": (lambda n: [math.nan] * n, "gave NaN or +inf for"),
     "infinite": (lambda n: [math.inf] * n, "gave NaN or +inf for"),
     "beyond float32": (lambda n: [-1e300] * n, "gave NaN or +inf for"),
@@ -100,7 +100,7 @@ PREDICATES: dict[str, tuple[Callable[[str], Any], str]] = {
 @pytest.mark.parametrize("kind", PREDICATES)
 def test_a_predicate_is_true_or_false(score: Callable[[Any], torch.Tensor], kind: str) -> None:
     fn, message = PREDICATES[kind]
-    with pytest.raises(RewardError, match=r"predicate\(.*asked about") as e:
+    with pytest.raises(RewardError, match=r"predicate\(.*called with") as e:
         score(constraint.predicate(fn))
     assert message in str(e.value)
 
@@ -138,7 +138,7 @@ def test_a_function_that_never_returns_is_left_behind(
 ) -> None:
     go = threading.Event()
     try:
-        with pytest.raises(RewardError, match=r"asked about .* did not return within 0.2 seconds"):
+        with pytest.raises(RewardError, match=r"called with .* did not return within 0.2 seconds"):
             score(make(go.wait))
     finally:
         go.set()
@@ -178,7 +178,7 @@ def test_matches_gives_up() -> None:
     hard = r"(a|b| |.)*\d|(.|.)*!"
     assert not constraint.matches(hard).accepts("ab " * 60 + "!?", {})  # type: ignore[attr-defined]
     term = constraint.matches(hard + r"\b\d")  # not regular: by an engine that backtracks
-    with pytest.raises(ConfigError, match="was not done with .* Leave out repetitions of repetitions"):
+    with pytest.raises(ConfigError, match="did not finish with .* Leave out repetitions of repetitions"):
         term.accepts("ab " * 60 + "!?", {})
 
 
@@ -196,7 +196,7 @@ def test_a_model_without_a_name_is_asked_for(one_lm: LanguageModel, tmp_path: An
     nameless.name = ""
     posterior = Posterior(Policy(nameless, "{x}", SUPPORT), None)
     posterior.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="had no name when it was saved; say which it is: lm="):
+    with pytest.raises(ConfigError, match="had no name when it was saved; give the model: lm="):
         Posterior.from_pretrained(tmp_path)
     assert Posterior.from_pretrained(tmp_path, lm=one_lm).sample(ROWS[0], 2) == posterior.sample(ROWS[0], 2)
 
@@ -220,7 +220,7 @@ def test_nothing_saved_names_the_home_directory(
     out.rename(tmp_path / "moved")
     assert Posterior.from_pretrained(tmp_path / "moved").lm.name == str(model)
     model.rename(home / "gone")
-    with pytest.raises(ConfigError, match="say where it is: lm= in from_pretrained, or --model"):
+    with pytest.raises(ConfigError, match="give its new place: lm= in from_pretrained, or --model"):
         Posterior.from_pretrained(tmp_path / "moved")
     assert Posterior.from_pretrained(tmp_path / "moved", lm=str(home / "gone")).sample(ROWS[0], 1)
 
@@ -233,7 +233,7 @@ def test_another_tokenizer_is_said(
     assert not caplog.messages
     other = LanguageModel(one_lm.model, metaspace_lm.tokenizer, name="other")
     Posterior.from_pretrained(tmp_path, lm=other)
-    assert "the tokenizer of other is not the one this posterior was saved with" in caplog.text
+    assert "the tokenizer of other differs from the one this posterior was saved with" in caplog.text
 
 
 def test_arguments_of_the_chat_template_are_kept(one_lm: LanguageModel, tmp_path: Any) -> None:

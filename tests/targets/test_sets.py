@@ -128,8 +128,8 @@ def test_unordered_needs_a_support_that_fits(one_lm: LanguageModel) -> None:
     target = Unordered(one_lm.log_prob("{z}"), ",")
     six = Support(stop=".", max_tokens=12, separator=",")
     for support, message in (
-        (six, "up to 5 statements, and the support allows 6: lower its max_statements"),
-        (Support(stop=".", max_tokens=4), "the support has another one or none"),
+        (six, "up to 5 statements, but the support allows 6: lower its max_statements"),
+        (Support(stop=".", max_tokens=4), "the support has another separator or none"),
         (Support(stop=".", max_tokens=4, separator=":"), "give both the same separator="),
     ):
         with pytest.raises(SupportError, match=message):

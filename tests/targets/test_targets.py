@@ -146,7 +146,9 @@ def test_an_impossible_text_with_a_negative_weight_is_refused(
 def test_a_verifier_returns_one_score_per_text(one_lm: LanguageModel, rollouts: Rollouts, extra: int) -> None:
     target = constraints.verifier(lambda texts, rows: [0.0] * (len(texts) + extra)).bind(one_lm)
     n = len(rollouts)
-    with pytest.raises(RewardError, match=rf"returned {n + extra} scores for {n} texts; return one per text"):
+    with pytest.raises(
+        RewardError, match=rf"returned {n + extra} scores for {n} texts; return one number per text"
+    ):
         target.score(rollouts)
 
 
@@ -195,7 +197,7 @@ def test_predicates_read_the_text_or_the_row_too(one_lm: LanguageModel) -> None:
     assert holds(one_lm, same, "the dog", "a") == [True, False]
     assert holds(one_lm, same, "the dog", "a", row={"x": "a"}) == [False, True]
     strict = constraints.predicate(lambda text, limit=2: len(text) > limit)
-    with pytest.raises(RewardError, match="asked about 'abc', raised TypeError"):
+    with pytest.raises(RewardError, match="called with 'abc', raised TypeError"):
         holds(one_lm, strict, "abc")
 
 

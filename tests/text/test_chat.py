@@ -197,7 +197,7 @@ def test_template_arguments(chat_lm: LanguageModel) -> None:
     without = chat(chat_lm, CHATML, users("hi"), enable_thinking=False)
     assert marks(chat_lm, without) == [*marks(chat_lm, with_thoughts), "<think>"]
     for key in ("tokenize", "add_generation_prompt", "continue_final_message"):
-        with pytest.raises(ConfigError, match=f"{key!r} follows from the prompt; take it out"):
+        with pytest.raises(ConfigError, match=f"{key!r} is set from the prompt; take it out"):
             LanguageModel(chat_lm.model, chat_lm.tokenizer, chat_template_kwargs={key: True})
     lm = LanguageModel.from_pretrained(
         "embedded", device="cpu", chat_template_kwargs={"enable_thinking": False}
@@ -280,7 +280,7 @@ def test_chats_where_text_belongs_are_refused(one_chat_lm: LanguageModel) -> Non
 
 @pytest.mark.parametrize("prompt", [5, [], ["text"], [{"content": "x"}], None])
 def test_what_is_no_prompt_is_refused(prompt: Any) -> None:
-    with pytest.raises(TemplateError, match="is no prompt: give a text, or messages"):
+    with pytest.raises(TemplateError, match="is not a prompt: give a text, or messages"):
         PromptTemplate(prompt)
 
 

@@ -148,7 +148,9 @@ def test_messages_are_filled_in() -> None:
 
 
 def test_the_latent_cannot_be_inside_messages() -> None:
-    with pytest.raises(TemplateError, match=r"\{z\} cannot be inside chat messages: it follows them"):
+    with pytest.raises(
+        TemplateError, match=r"\{z\} cannot be inside chat messages: the completion follows them"
+    ):
         PromptTemplate([{"role": "user", "content": "{z}"}])
 
 

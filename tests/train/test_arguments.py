@@ -46,8 +46,8 @@ def test_epochs_count_where_no_updates_are_given(one_lm: LanguageModel, tmp_path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_steps": 0}, "whole number of updates from 1"),
-        ({"max_steps": 1.5}, "whole number of updates from 1"),
+        ({"max_steps": 0}, "whole number of updates of at least 1"),
+        ({"max_steps": 1.5}, "whole number of updates of at least 1"),
         ({"num_train_epochs": -1}, "epochs above 0"),
         ({"max_steps": 5, "num_train_epochs": 2}, "give one of them"),
         ({"fp16": True, "use_cpu": True}, "fp16 needs a GPU"),
@@ -81,7 +81,7 @@ def test_arguments_of_the_trainer(one_lm: LanguageModel, tmp_path: Path) -> None
         make_trainer(lm, tmp_path, eval_strategy="steps")
     with pytest.raises(DataError, match="no column 'y'"):
         make_trainer(lm, tmp_path, extra={"eval_dataset": [{"x": "a"}]})
-    with pytest.raises(ConfigError, match="leaves nothing of 5 rows"):
+    with pytest.raises(ConfigError, match="drops all 5 rows"):
         make_trainer(lm, tmp_path, dataloader_drop_last=True, per_device_train_batch_size=8)
 
 

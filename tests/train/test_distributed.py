@@ -103,4 +103,4 @@ def histories(folder: Path) -> list[dict[str, float]]:
 def test_a_late_process_ends_the_others(tmp_path: Path) -> None:
     (status, stderr), (still, _) = two(tmp_path / "late", "late", waits_for=(0,))
     assert (status, still) == (1, None)
-    assert "process 0 of 2 ends: process 1 stopped, or came more than ddp_timeout=10 seconds late" in stderr
+    assert "process 0 of 2 ends: process 1 stopped, or was more than ddp_timeout=10 seconds late" in stderr

@@ -154,7 +154,7 @@ def test_what_cannot_be_read_is_asked_for_again(
             (tmp_path / name).write_bytes(broken)
         caplog.clear()
         memory.load(tmp_path)
-        assert "asked for again" in caplog.text
+        assert "rewards are computed again" in caplog.text
         assert len(memory) == 0
 
 

@@ -23,6 +23,7 @@ from amortlm.errors import (
     TrainingError,
 )
 from amortlm.objectives import log_weights
+from amortlm.targets.base import Target
 
 
 @pytest.mark.parametrize(
@@ -255,7 +256,7 @@ def test_bad_data(one_lm: LanguageModel, tmp_path: Path) -> None:
         ({"objective": {"subtb": {}, "tb": {}}}, "a name, or a name with its settings"),
         ({"objective": 3}, "a name, or a name with its settings"),
         ({"behaviour": {"replay": 1.5}}, "sum to one, and these sum to 1.5"),
-        ({"behaviour": {"replay": -0.5}}, "shares are numbers from 0"),
+        ({"behaviour": {"replay": -0.5}}, "shares must be at least 0"),
         ({"behaviour": {"replay": 0.5, "policy": 0.4}}, "these sum to 0.9"),
         ({"behaviour": {"replai": 0.5}}, "behaviour: unknown key 'replai'; did you mean 'replay'"),
         ({"behaviour": {"replay": "half"}}, "behaviour: replay must be a number, got 'half'"),
@@ -305,3 +306,43 @@ def test_checkpoint_cut_short(one_lm: LanguageModel, tmp_path: Path, victim: str
 def test_nothing_to_resume(one_lm: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         make_trainer(one_lm, tmp_path).train(resume_from_checkpoint=True)
+
+
+def with_floor(floor: float) -> Target:
+    """Accepts what begins with an a: 46 of 2,070 completions."""
+    return verifier(lambda texts, rows: [0.0 if t.startswith("a") else floor for t in texts])
+
+
+@pytest.mark.parametrize(
+    ("floor", "warned"),
+    [
+        (-1.0, True),  # all rejected ones weigh exp(6.6), all accepted ones exp(3.8)
+        (-3.0, True),
+        (-9.0, False),
+        (-torch.inf, False),
+    ],
+)
+def test_a_floor_that_outweighs_what_is_accepted(
+    one_lm: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, floor: float, warned: bool
+) -> None:
+    settings = {"objective": "vargrad", "support": Support(stop=".", min_tokens=1, max_tokens=2)}
+    trainer = make_trainer(
+        one_lm, tmp_path, target=with_floor(floor), num_samples=128, max_steps=3, rows=ROWS[:1], **settings
+    )
+    trainer.train()
+    assert ("rejected completions outweigh accepted ones" in caplog.text) == warned
+    assert caplog.text.count("outweigh") <= 1
+
+
+def test_no_floor_where_rewards_differ(
+    one_lm: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor where all are alike: a uniform posterior."""
+    for name, target in {
+        "model": one_lm.log_prob("{z}{y}", given="{x}"),
+        "uniform": verifier(lambda texts, rows: [0.0] * len(texts)),
+    }.items():
+        make_trainer(
+            one_lm, tmp_path / name, target=target, objective="vargrad", num_samples=32, max_steps=2
+        ).train()
+    assert caplog.text == ""

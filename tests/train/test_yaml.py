@@ -227,7 +227,7 @@ def test_overrides_merge_the_config_and_leave_the_spec_alone() -> None:
     ("text", "message"),
     [
         ("promt: a", "unknown key 'promt'; did you mean 'prompt'?"),
-        ("prompt: a\ntarget: []", "support, data missing; a run states prompt, target, support and data"),
+        ("prompt: a\ntarget: []", "support, data missing; a run needs prompt, target, support and data"),
         ("", "must be a mapping with the keys prompt, target"),
         ("- a list", "must be a mapping"),
         ("prompt: [unclosed", "is not valid YAML"),
@@ -399,14 +399,14 @@ def test_words_and_dates_stay_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"STOP": "false"}, "support: stop must be text or a whole number or a list (of text or a whole number), got False; to mean the text, quote it: 'false'"),
+        ({"STOP": "false"}, "support: stop must be text or a whole number or a list (of text or a whole number), got False; to write it as text, quote it: 'false'"),
         ({"STOP": "1.5"}, "support: stop must be text"),
         ({"STEPS": "1.5"}, "config: max_steps must be a whole number, got 1.5"),
         ({"STEPS": "[1]"}, "config: max_steps must be a whole number, got [1]"),
         ({"STEPS": "true"}, "config: max_steps must be a whole number, got True"),
         ({"STEPS": "null"}, "config: max_steps must be a whole number, got None"),
         ({"STEPS": ".nan"}, "config: max_steps must be a whole number, got nan"),
-        ({"SAVE": "false"}, "config: save_strategy must be text, got False; to mean the text, quote it: 'false'"),
+        ({"SAVE": "false"}, "config: save_strategy must be text, got False; to write it as text, quote it: 'false'"),
         ({"ADAPTER": "0"}, "adapter must be a rank of at least 1, or full, got 0"),
         ({"ADAPTER": "half"}, "adapter must be a rank of at least 1, or full, got 'half'"),
         ({"ADAPTER": "1.5"}, "adapter must be a whole number or text, got 1.5"),

@@ -1,4 +1,4 @@
-"""The command line: `amortlm train | sample | evaluate | doctor | reproduce`. Heavy imports wait for a command."""
+"""The command line: `amortlm train | sample | evaluate | doctor | reproduce`. Slow imports happen in the commands."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from amortlm.cli.status import ending_on_signals, exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit status: 0, 1 where `evaluate --check` finds a certificate that no longer holds, 2
-    after an error, which is printed as one line, or 128 + n where signal n ended it."""
+    """Run a command. Returns the exit status: 0; 1 if `evaluate --check` finds that a certificate no longer holds; 2
+    after an error, which is printed as one line; or 128 + n if signal n ended the command."""
     args = _parser().parse_args(argv)
     args.command_line = shlex.join(["amortlm", *(sys.argv[1:] if argv is None else argv)])
     with ending_on_signals():
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int | None:
-    from amortlm.cli import commands  # takes seconds; a signal that comes meanwhile ends the command, too
+    from amortlm.cli import commands  # takes seconds; a signal during the import also ends the command
 
     status: int | None = getattr(commands, args.command)(args)
     return status
@@ -37,8 +37,12 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_train(commands.add_parser("train", help="train a sampler for a task or a YAML file"))
     _add_sample(commands.add_parser("sample", help="draw from a saved posterior"))
-    _add_evaluate(commands.add_parser("evaluate", help="how far a saved posterior is from the truth"))
-    doctor = commands.add_parser("doctor", help="which ways through a model are exact; see docs/models.md")
+    _add_evaluate(
+        commands.add_parser("evaluate", help="measure how far a saved sampler is from the posterior")
+    )
+    doctor = commands.add_parser(
+        "doctor", help="test which kinds of passes are exact for a model; see docs/models.md"
+    )
     doctor.add_argument("model", help="hub name or local folder")
     doctor.add_argument("--json", action="store_true", help="JSON instead of lines")
     _add_reproduce(commands.add_parser("reproduce", help="run one of the paper's experiments"))
@@ -54,7 +58,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="output folder (default: runs/NAME)")
     _add_trust(parser)
     again = parser.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on from the last complete checkpoint")
+    again.add_argument("--resume", action="store_true", help="continue from the last complete checkpoint")
     again.add_argument("--overwrite", action="store_true", help="delete the run that the output folder holds")
     parser.add_argument(
         "--set",
@@ -72,7 +76,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--correct",
         default="none",
         metavar="METHOD",
-        help="sir, smc or mh, which converge to the posterior as the budget grows; see docs/inference.md",
+        help="sir, smc or mh: corrections that converge to the posterior as the budget grows; see docs/inference.md",
     )
     parser.add_argument(
         "--budget", type=int, help="completions drawn for a correction (default 256, or 16 n if that is more)"
@@ -88,7 +92,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         default=256,
         help="samples per row (default 256; with fewer, a bad sampler looks better)",
     )
-    parser.add_argument("--rows", type=int, default=8, help="evaluate at most so many rows (default 8)")
+    parser.add_argument("--rows", type=int, default=8, help="largest number of rows (default 8)")
     parser.add_argument(
         "--level", type=float, help="probability with which the intervals hold (default 0.99)"
     )
@@ -97,7 +101,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check",
         action="store_true",
-        help="is the certificate in the folder still true? Exit status 0: yes, 1: no, 2: could not be checked",
+        help="check the certificate in the folder. Exit status 0: it holds, 1: it does not, 2: it could not be checked",
     )
 
 
@@ -108,7 +112,7 @@ def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS, help="see docs/reproduce.md")
     add_options(parser, PRESETS)
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="processes that share the runs (default 1)"
+        "--jobs", type=int, default=1, metavar="N", help="number of processes that share the runs (default 1)"
     )
 
 
@@ -118,7 +122,7 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="MODULE",
-        help="a module, or a .py file, whose functions the target may call: its code is run (may be repeated)",
+        help="a module, or a .py file, whose functions the target may call; its code is run (may be repeated)",
     )
 
 
@@ -132,6 +136,6 @@ def _add_posterior(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=TEXT",
         help="one row on the command line, e.g. x='...'",
     )
-    parser.add_argument("--model", help="the frozen model, if it is not where it was in training")
+    parser.add_argument("--model", help="the frozen model, if it has moved since training")
     _add_trust(parser)
     parser.add_argument("--seed", type=int, default=0)

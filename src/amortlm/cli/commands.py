@@ -1,4 +1,4 @@
-"""What the commands do."""
+"""The commands of `amortlm`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def sample(args: Namespace) -> None:
     _check_counts(("-n", args.n), ("--budget", args.budget))
     check_method(args.correct)
     if args.budget is not None and args.correct == "none":
-        raise ConfigError("--budget is for corrected samples: give --correct sir, smc or mh with it")
+        raise ConfigError("--budget is for corrected samples: also give --correct sir, smc or mh")
     posterior, rows = _load(args)
     for row in rows[: None if args.data else 1]:
         samples = posterior.sample(row, args.n, correct=args.correct, budget=args.budget, seed=args.seed)
@@ -82,7 +82,7 @@ def sample(args: Namespace) -> None:
 
 
 def _how(samples: Samples) -> str:
-    """How corrected samples were made, in a line."""
+    """One line on how corrected samples were drawn."""
     if samples.method == "mh":
         return f"mh: {samples.draws} draws, acceptance rate {samples.acceptance_rate:.2f}"
     return f"{samples.method}: {samples.draws} draws, ESS {samples.ess:.1f}, log Z {samples.log_z:.3f}"
@@ -112,7 +112,7 @@ def _check(args: Namespace) -> int:
     folder = Path(args.folder)
     if (folder / "posterior.json").exists() and not (folder / certificate.FILE).exists():
         raise CheckpointError(
-            f"{folder} has no certificate to check: a training with --set stop_at_gap=0.05 (in YAML: config: "
+            f"{folder} has no certificate to check: training with --set stop_at_gap=0.05 (in YAML: config: "
             "{stop_at_gap: 0.05}) saves one when it reaches that gap"
         )
     known = args.data or args.column or (folder / "rows.jsonl").exists()
@@ -155,15 +155,16 @@ def reproduce(args: Namespace) -> None:
     failed = [helper.exitcode for helper in helpers if helper.exitcode]
     if failed:
         raise TrainingError(
-            f"a process of --jobs ended with exit status {failed[0]}; the same command makes what is missing"
+            f"a process of --jobs ended with exit status {failed[0]}; the same command runs the missing runs"
         )
 
 
 @contextmanager
 def processes(args: Namespace, runs: int, helpers: list[SpawnProcess]) -> Iterator[int]:
-    """Start helper processes for the same runs in the same folder (`Store.taken`); yields how many.
+    """Start helper processes for the same runs in the same folder (`Store.taken`); yields their number.
 
-    Without --jobs there are none. At the end they are waited for; an error here ends them, and their checkpoints stay.
+    Without --jobs there are none. At the end this process waits for them. An error here ends them; their checkpoints
+    stay.
     """
     count = 0 if args.is_helper else min(args.jobs, runs) - 1
     if count < 1:
@@ -174,7 +175,9 @@ def processes(args: Namespace, runs: int, helpers: list[SpawnProcess]) -> Iterat
     helper = Namespace(**{**vars(args), "is_helper": True})
     helpers += [get_context("spawn").Process(target=_help, args=(helper, share)) for _ in range(count)]
     torch.set_num_threads(share)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # helpers do not outlive us
+    before = signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # so that helpers do not outlive this process
     try:
         for each in helpers:
             each.start()
@@ -198,7 +201,7 @@ def _help(args: Namespace, threads: int) -> None:
 
 
 def _load(args: Namespace) -> tuple[Posterior, Sequence[Row]]:
-    """The posterior and its rows. Rows on the command line are read first, since a model takes its time to load."""
+    """The posterior and its rows. Rows of --column and --data are read first, because loading a model takes long."""
     given = _rows(args) if args.column or args.data else None
     return _posterior(args), given or _rows(args)
 
@@ -215,7 +218,7 @@ def _rows(args: Namespace) -> Sequence[Row]:
         return load_rows(args.data)
     saved = Path(args.folder) / "rows.jsonl"
     if not saved.exists():
-        raise DataError("which row? give --column NAME=TEXT (once per column) or --data FILE")
+        raise DataError("no rows are given: give --column NAME=TEXT (once per column) or --data FILE")
     return load_rows(saved)
 
 
@@ -226,7 +229,7 @@ def _check_counts(*options: tuple[str, int | None]) -> None:
 
 
 def _check_folder(name: str | Path) -> None:
-    """Raise ConfigError for an output folder that cannot be made or written, before any work is done for it."""
+    """Raise ConfigError for an output folder that cannot be created or written, before any work is done."""
     folder = next(path for path in (Path(name), *Path(name).parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         why = "may not be written" if folder.is_dir() else "is a file"
@@ -234,7 +237,7 @@ def _check_folder(name: str | Path) -> None:
 
 
 def _check_file(name: str) -> None:
-    """The same for a file, whose folder must be there."""
+    """Raise ConfigError for an output file that cannot be written; its folder must exist."""
     path = Path(name)
     if path.is_dir() or not path.parent.is_dir():
         why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"

@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and the line that says why."""
+"""The end of a command: its exit status, and the line that states the reason."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from amortlm.errors import AmortLMError
 
 
 class Ended(BaseException):
-    """Raised by SIGTERM and SIGHUP, as KeyboardInterrupt is by SIGINT."""
+    """Raised on SIGTERM and SIGHUP, as KeyboardInterrupt is on SIGINT."""
 
 
 @contextlib.contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a command as Ctrl-C does: files are closed, and a line says what happened."""
+    """SIGTERM and SIGHUP end a command as Ctrl-C does: files are closed, and a line names the signal."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Ended(number)
@@ -38,16 +38,16 @@ def ending_on_signals() -> Iterator[None]:
 
 
 def exit_status(work: Callable[[], int | None], args: Namespace) -> int:
-    """The exit status of `work`, which does what `args` say; where it ends early, a line on stderr says why."""
+    """Run `work`, the command of `args`, and return its exit status. If it fails, a line on stderr says why."""
     try:
         return work() or 0
     except AmortLMError as e:
         print(
             "amortlm:", " ".join(str(e).split()), file=sys.stderr
-        )  # one line, whatever a library says in it
+        )  # in one line, even if a library's message has several
         return 2
     except OSError as e:
-        print(f"amortlm: {e}. What was saved before is intact.", file=sys.stderr)
+        print(f"amortlm: {e}. Earlier saves are intact.", file=sys.stderr)
         return 2
     except (KeyboardInterrupt, Ended) as e:
         number = e.args[0] if isinstance(e, Ended) else signal.SIGINT
@@ -57,19 +57,19 @@ def exit_status(work: Callable[[], int | None], args: Namespace) -> int:
 
 def _what_remains(args: Namespace) -> str:
     if args.command == "reproduce":
-        return "; the same command goes on from the last checkpoint"
+        return "; the same command continues from the last checkpoint"
     if args.command != "train":
         return ""
     if (run := sys.modules.get("amortlm.train.run")) is None:
-        return " before anything was started"
+        return " before training was started"
     folder = run_folder(args)
     if run.is_finished(folder):
         return f"; {folder} holds a finished run"
     if run.can_resume(folder):
-        return f"; the same command with --resume goes on from the last checkpoint in {folder}"
+        return f"; the same command with --resume continues from the last checkpoint in {folder}"
     return "; nothing was saved yet: the same command starts again"
 
 
 def run_folder(args: Namespace) -> Path:
-    """Where `amortlm train` writes."""
+    """The output folder of `amortlm train`."""
     return Path(args.output or f"runs/{Path(args.spec).stem}")

@@ -7,12 +7,13 @@ expectation from below by betting (Waudby-Smith & Ramdas 2024). If E[x] <= mu, t
 
     prod_i (1 + lambda (x_i / mu - 1)),    0 < lambda < 1
 
-is non-negative with expectation at most 1, so it exceeds 1 / delta with probability at most delta. Every mu for which
-it does is rejected, and the largest of them is the lower bound on E[x]. Nothing is assumed about the variance or the
-tail of w. A small K suits a good q, a large K a bad one; each K of a grid is tried, at an equal share of delta.
+is non-negative with expectation at most 1, so the capital exceeds 1 / delta with probability at most delta. Every mu
+for which the capital exceeds 1 / delta is rejected, and the largest rejected mu is the lower bound on E[x]. Nothing is
+assumed about the variance or the tail of w. A small K is better for a good q, a large K for a bad one; each K of a grid
+is tried, with an equal share of delta.
 
-The lower bound on log Z needs draws of q alone. The upper bound is as valid as its draws of the posterior: exact draws
-come from enumeration, approximate ones from resampling or Markov chains.
+The lower bound on log Z needs only draws of q. The upper bound also needs draws of the posterior, and is only as valid
+as these: exact draws come from enumeration, approximate draws from resampling or Markov chains.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from amortlm.errors import ConfigError
 from amortlm.weights import check_log_weights, log_mean_exp
 
 GRID = 16  # ratio between the group sizes K that are tried
-# Values of lambda: 0.97 suits weights that are nearly equal, 0.002 weights that differ by orders of magnitude.
+# Values of lambda: 0.97 is good for nearly equal weights, 0.002 for weights that differ by orders of magnitude.
 BETS = 1 / (1 + 2.0 ** torch.arange(-5, 10, dtype=torch.float64))
 
 
@@ -53,10 +54,12 @@ class Interval:
 class Bounds:
     """Three intervals that hold together with probability `level`. Nats.
 
-    log_z   of the target on the support; it holds whatever q is
-    kl_qp   KL(q || p) = log Z - mean log w under q, which grows with what q makes up
-    kl_pq   KL(p || q) = mean log w under p - log Z, which grows with what q misses
-    Both divergences take the mean of log w to be normal, so they need some dozens of draws.
+    log_z   log Z of the target on the support; valid for any q
+    kl_qp   KL(q || p) = log Z - mean log w under q; large if q has probability where p has little
+    kl_pq   KL(p || q) = mean log w under p - log Z; large if q misses probability of p
+    level   the joint probability
+
+    The intervals of the divergences treat the mean of log w as normal, so they need some dozens of draws.
     """
 
     log_z: Interval
@@ -66,10 +69,12 @@ class Bounds:
 
 
 def log_z_bounds(log_w: Tensor, log_w_true: Tensor | None, level: float = 0.99) -> Interval:
-    """An interval that holds log Z with probability `level`. log_w [n]: of draws of q, -inf where R = 0; log_w_true
-    [m]: of draws of the posterior, or None, which gives no upper bound.
+    """An interval in nats that contains log Z with probability `level`.
 
-    Raises DataError for NaN or no draws, ConfigError for a level outside (0, 1).
+    log_w [n]: log weights of draws of q, nats, -inf where R = 0. log_w_true [m]: log weights of draws of the posterior,
+    or None; then there is no upper bound.
+
+    Raises DataError for NaN, +inf or no draws, ConfigError for a level outside (0, 1).
     """
     log_w = check_log_weights(log_w)
     if not 0 < level < 1:
@@ -88,8 +93,8 @@ def lower_bound(log_w: Tensor, delta: float) -> float:
 
 
 def upper_bound(log_w: Tensor, log_w_true: Tensor, delta: float) -> float:
-    """A number that falls below log Z with probability at most delta. log_w_true: of independent draws of the
-    posterior."""
+    """A number that is below log Z with probability at most delta. log_w_true [m]: log weights of independent draws of
+    the posterior."""
     sizes = _grid(len(log_w))
     found = []
     for size in sizes:
@@ -103,8 +108,8 @@ def upper_bound(log_w: Tensor, log_w_true: Tensor, delta: float) -> float:
 
 
 def _largest_rejected(log_x: Tensor, delta: float) -> float:
-    """The largest log mu for which E[x] <= mu is rejected at error rate delta, given independent x [m] >= 0; -inf where
-    none is. The capital is averaged over BETS; it falls as mu grows, so bisection finds the value."""
+    """The largest log mu for which E[x] <= mu is rejected at error rate delta, given independent x [m] >= 0; -inf if
+    none is rejected. The capital is averaged over BETS; it falls as mu grows, so bisection finds the value."""
 
     def rejects(log_mu: float) -> bool:
         gain = torch.log1p(BETS[:, None] * torch.expm1((log_x - log_mu).clamp(max=600.0))).sum(1)
@@ -122,10 +127,10 @@ def _largest_rejected(log_x: Tensor, delta: float) -> float:
 
 
 def bounds(log_w: Tensor, log_w_true: Tensor | None, level: float = 0.99, margin: float = 0.0) -> Bounds:
-    """Intervals for log Z and both KL divergences, from the same as `log_z_bounds`, which says what is raised.
+    """Intervals for log Z and both KL divergences. Arguments and errors are those of `log_z_bounds`.
 
-    margin: nats by which log Z may be off since log_w_true come from draws that are only nearly of the posterior; what
-    rests on these is wider by it.
+    margin: nats by which log Z may be off because the draws behind log_w_true are only approximate draws of the
+    posterior; the ends that depend on these draws are wider by the margin.
     """
     third = 1 - (1 - level) / 3
     log_z = log_z_bounds(log_w, log_w_true, third)
@@ -140,7 +145,7 @@ def bounds(log_w: Tensor, log_w_true: Tensor | None, level: float = 0.99, margin
 
 
 def _difference(a: Interval, b: Interval, below: float = 0.0, above: float = 0.0) -> Interval:
-    """a - b where it cannot be negative, wider by `below` and `above`."""
+    """The interval of a - b, given that a - b >= 0, wider by `below` and `above`."""
     lower, upper = a.lower - b.upper, a.upper - b.lower
     lower = 0.0 if math.isnan(lower) else max(0.0, lower)
     upper = math.inf if math.isnan(upper) else max(0.0, upper)
@@ -148,7 +153,7 @@ def _difference(a: Interval, b: Interval, below: float = 0.0, above: float = 0.0
 
 
 def _mean(values: Tensor, level: float) -> Interval:
-    """An interval for the mean of a population, by the normal limit; -inf among the values makes it -inf."""
+    """An interval for the mean of a population, by the central limit theorem; -inf if a value is -inf."""
     if torch.isneginf(values).any():
         return Interval(-math.inf, -math.inf)
     mean = values.mean().item()

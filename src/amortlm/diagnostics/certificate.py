@@ -1,17 +1,17 @@
-"""A certificate: a file that says how near a sampler was to its posterior, so that anybody can check it again.
+"""A certificate: a file that states how near a sampler was to its posterior, and allows anybody to check this again.
 
-Certified is that the gap of `amortlm.diagnostics.diagnose`, the smaller of KL(q || p) and KL(p || q), is at most `mark`
-nats on each of a few rows: by its exact value where the support can be enumerated, else by its upper end at `level`.
+A certificate states that the gap of `amortlm.diagnostics.diagnose`, the smaller of KL(q || p) and KL(p || q), is at
+most `mark` nats on each of a few rows: by its exact value if the support can be enumerated, else by its upper end at
+`level`.
 
-**Looking often.** Training looks every few steps and stops at the first gap below the mark, so a lucky draw has many
-chances. Look k therefore has level 1 - (1 - level) / (k (k + 1)). Then training stops at a gap that is really above the
-mark with probability at most 1 - level, however often it looks.
+**Repeated looks.** Training measures the gap every few steps and stops at the first gap below the mark, so a wrong
+measurement has many chances. Look k therefore has level 1 - (1 - level) / (k (k + 1)). Then the probability that
+training stops although a true gap is above the mark is at most 1 - level, for any number of looks.
 
-**Checking** takes fresh samples. When training stops, the upper end lies just below the mark, and from as many fresh
-samples it would lie above the mark half of the time. So a check takes TIMES[0] times as many samples as training, and
-where the upper end is still above the mark, TIMES[1] times as many, unless the lower end is above it, too. It fails
-where the true gap is closer to the mark than the interval is wide: training then stopped by luck. Exact gaps must agree
-to TOLERANCE.
+**Checking** takes fresh samples. When training stops, the upper end is just below the mark; from as many fresh samples
+it would be above the mark half of the time. So a check takes TIMES[0] times as many samples as training. If the upper
+end is still above the mark, but the lower end is not, the check takes TIMES[1] times as many. The check fails if the
+true gap is closer to the mark than the interval is wide. Exact gaps may differ by TOLERANCE.
 """
 
 from __future__ import annotations
@@ -36,24 +36,26 @@ from amortlm.types import Row, finite, row_key
 
 FILE = "certificate.json"
 FORMAT = 1
-LIMIT = 5_000  # completions enumerated at a look, which has to be quicker than a diagnosis
+LIMIT = 5_000  # completions enumerated at a look: a look has to be faster than a diagnosis
 TIMES = (4, 16)  # samples of a check, as multiples of those in training
 MOST = 10**6  # samples for a row
-TOLERANCE = 1e-3  # nats, by which exact gaps differ between machines and library versions
+TOLERANCE = 1e-3  # nats by which exact gaps may differ between machines and library versions
 LIBRARIES = ("amortlm", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was measured, and all that it takes to measure it again. Saved as JSON.
+    """The measured gap, and everything that is needed to measure it again. Saved as JSON.
 
-    mark, reached    nats: the gap that was asked for, and the largest gap of the rows
+    mark             nats: the gap that was asked for (`stop_at_gap`)
+    reached          nats: the largest gap of the rows
     level            probability with which every gap is at most the mark
-    step, n, seed    the update after which it was measured, samples for each row, seed
-    rows, gold       the rows, and for each the completions that counted as known to be good
+    step, n, seed    the update after which the gap was measured, samples per row, seed
+    rows, gold       the rows, and for each row the completions known to be good
     reports          the figures of each row (`RowDiagnosis.to_dict`)
-    target           its JSON form; None where it has none (a function that cannot be imported by name)
-    data_hash        of all training rows, whatever their order; adapter_hash: of the weights beside the certificate
+    target           its JSON form; None if it has none (a function that cannot be imported by name)
+    data_hash        of all training rows, in any order
+    adapter_hash     of the weights beside the certificate
     """
 
     mark: float
@@ -81,7 +83,7 @@ class Certificate:
 
     @classmethod
     def load(cls, folder: str | Path) -> Certificate:
-        """Read that of a folder. Raises CheckpointError where it is missing, damaged or of another format."""
+        """Read the certificate of a folder. Raises CheckpointError if it is missing, damaged or of another format."""
         file = Path(folder) / FILE
         try:
             saved = json.loads(file.read_text(encoding="utf-8"))
@@ -93,11 +95,11 @@ class Certificate:
             return found
         except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as e:
             raise CheckpointError(
-                f"{file} is missing or damaged ({e}); a training with stop_at_gap writes one when it stops"
+                f"{file} is missing or damaged ({e}); training with stop_at_gap writes it when it stops"
             ) from e
 
     def _check(self) -> None:
-        """Raise TypeError for a value of another kind than `save` writes."""
+        """Raise TypeError for a value of another type than `save` writes."""
         right = {
             "mark": _positive(self.mark),
             "level": _positive(self.level) and self.level < 1,
@@ -125,25 +127,25 @@ def _listed(value: Any, kind: type) -> bool:
 
 @dataclass(frozen=True)
 class Finding:
-    """Does a certificate still hold, and one line that says why."""
+    """Whether a certificate still holds, and one line with the reason."""
 
     holds: bool
     line: str
 
 
 def samples_for(mark: float) -> int:
-    """How many samples a row needs for an interval that is narrower than the mark, in nats. Near the posterior the
-    interval of n samples is about 20 / n nats wide. At most 4,096, so a mark below 0.01 needs exact gaps."""
+    """Number of samples per row for an interval that is narrower than the mark (nats). Near the posterior the interval
+    of n samples is about 20 / n nats wide. At most 4,096, so a mark below 0.01 needs exact gaps."""
     return min(4096, max(256, math.ceil(40 / mark)))
 
 
 def look_level(look: int, level: float = LEVEL) -> float:
-    """The level of look 1, 2, .. of a training: the error rates of all looks sum to at most 1 - level."""
+    """The level of look 1, 2, .. in training: the error rates of all looks sum to at most 1 - level."""
     return 1 - (1 - level) / (look * (look + 1))
 
 
 def worst(diagnosis: Diagnosis) -> float:
-    """The largest gap of the rows, nats; inf where one is unknown."""
+    """The largest gap of the rows, nats; inf if one is unknown."""
     return max(row.gap for row in diagnosis.rows)
 
 
@@ -193,9 +195,9 @@ def check(
 ) -> Finding:
     """Measure the gap again, with fresh samples (module docstring).
 
-    data_hash, adapter_hash: of the data and weights there are now, if known. Where target, prompt, support or data have
-    changed, the certificate does not apply, and nothing is measured; where the gap is too large and the adapter is
-    another one, the finding says so. Raises ConfigError without a target.
+    data_hash, adapter_hash: of the current data and weights, if known. If target, prompt, support or data have changed,
+    the certificate does not apply, and nothing is measured. If the gap is too large and the adapter is another one, the
+    finding says so. Raises ConfigError without a target.
     """
     now = json.loads(json.dumps(_stated(policy, target), default=str))
     then = {name: getattr(certificate, name) for name in now}
@@ -237,11 +239,11 @@ def _complaint(
         f"{high:.3g}" if low == high else f"between {low:.3g} and {high:.3g} (truth: {worst.truth.source})"
     )
     if _log_z_moved(worst, certificate.reports[row]):
-        why = "log Z is not what it was: another model or verifier behind the same target"
+        why = "log Z changed: the same target has another model or verifier"
     elif adapter_hash not in (None, certificate.adapter_hash):
         why = "the adapter is not the one that was certified"
     else:
-        why = "adapter and target are as certified: other library versions or hardware, or a gap at the mark"
+        why = "adapter and target are as certified: the libraries or the hardware changed, or the gap is at the mark"
     return (
         f"certificate does not hold: gap of row {row} {found} nats, mark {certificate.mark:g}, "
         f"{len(bad)} of {_rows(certificate)} above it; {why}"
@@ -249,10 +251,10 @@ def _complaint(
 
 
 def _log_z_moved(now: RowDiagnosis, old: dict[str, Any]) -> bool:
-    """log Z depends on the target alone: exact values must agree, and intervals overlap."""
+    """Did log Z change? It depends only on the target, so exact values must agree, and intervals must overlap."""
     if now.exact_log_z is not None and "exact_log_z" in old:
         return abs(now.exact_log_z - old["exact_log_z"]) > TOLERANCE * max(1.0, abs(old["exact_log_z"]))
-    low, high = old["log_z_low"], old["log_z_high"]  # None: infinite
+    low, high = old["log_z_low"], old["log_z_high"]  # None means infinite
     is_above = high is not None and now.bounds.log_z.lower > high
     return is_above or (low is not None and now.bounds.log_z.upper < low)
 
@@ -275,7 +277,7 @@ def _stated(policy: Policy, target: Target | None) -> dict[str, Any]:
 
 
 def _renamed(value: Any) -> Any:
-    """The same, with the functions that ship called by the names they have today."""
+    """A copy of `value` with the old names of amortlm's own functions replaced by their current names."""
     if isinstance(value, dict):
         return {k: _renamed(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -284,12 +286,12 @@ def _renamed(value: Any) -> Any:
 
 
 def hash_rows(rows: Sequence[Row]) -> str:
-    """A name for the rows, whatever their order."""
+    """A hash of the rows, independent of their order."""
     return hashlib.sha256(" ".join(sorted(map(row_key, rows))).encode()).hexdigest()
 
 
 def hash_adapter(folder: str | Path) -> str:
-    """A name for the weights saved in a folder."""
+    """A hash of the weights saved in a folder."""
     found = hashlib.sha256()
     for file in sorted(Path(folder).glob("*.safetensors")):
         found.update(file.read_bytes())

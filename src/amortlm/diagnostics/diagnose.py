@@ -1,18 +1,18 @@
 """How far a sampler is from its posterior: figures, intervals and a verdict for each row.
 
-The figure that decides is `gap`, the smaller of KL(q || p) and KL(p || q): exact where the support can be enumerated,
-else the smaller of the upper ends of their intervals. It bounds the total variation (Pinsker; Bretagnolle and Huber
-where KL is large). One of the two often says nothing: KL(q || p) is infinite as soon as q writes a completion with
-R = 0, and KL(p || q) is then still finite.
+Decisions use `gap`, the smaller of KL(q || p) and KL(p || q): exact if the support can be enumerated, else the smaller
+of the upper ends of their intervals. The gap bounds the total variation (by Pinsker; by Bretagnolle and Huber if KL is
+large). The smaller of the two is used because one is often useless: KL(q || p) is infinite if q writes any completion
+with R = 0, while KL(p || q) can still be finite.
 
 Verdicts:
 
-- "trust it": the samples may be used as they are. The exact total variation is at most TRUST_TV, or the gap at most
-  TRUST_KL.
-- "use with correction": not as they are, but a correction works here. By importance weights ("sir"): these need about
-  exp(KL(p || q)) samples (Chatterjee and Diaconis 2018), so EFFECTIVE times as many must fit into n, and the effective
-  sample size must be EFFECTIVE, too; or by Metropolis-Hastings ("mh"): chains from different starts agreed.
-- "do not use": neither was shown. More samples, gold completions or training may change that.
+- "trust it": the samples may be used as they are. The exact total variation is at most TRUST_TV; or, if it is unknown,
+  the gap is at most TRUST_KL.
+- "use with correction": the samples may be used after a correction. Either by importance weights ("sir"): they need
+  about exp(KL(p || q)) samples (Chatterjee and Diaconis 2018), so n must be at least EFFECTIVE times as many, and the
+  effective sample size at least EFFECTIVE. Or by Metropolis-Hastings ("mh"): chains from different starts agreed.
+- "do not use": no rule above was shown to hold. More samples, gold completions or training may change that.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from amortlm.targets.base import Target
 from amortlm.types import Row
 
 LEVEL = 0.99
-TRUST_TV = 0.1  # exact: the probability of any event is off by at most 10 points
-TRUST_KL = 0.1  # an upper end, in nats: the total variation is at most 0.22, and commonly a third of that
-EFFECTIVE = 10  # samples that reweighting must leave: with fewer, estimates have errors above a third
+TRUST_TV = 0.1  # exact total variation: the probability of any event is off by at most 10 percentage points
+TRUST_KL = 0.1  # upper end of a KL, nats: the total variation is at most 0.22, and commonly a third of that
+EFFECTIVE = 10  # least effective sample size after reweighting: below it, estimates have errors above a third
 
 TRUST, CORRECT, AVOID = "trust it", "use with correction", "do not use"
 Completions = Sequence[str | Sequence[int]]
@@ -45,13 +45,14 @@ Gold = Sequence[Completions]  # for each row
 
 @dataclass(frozen=True)
 class Evidence:
-    """The draws of the posterior that the upper ends rest on (`amortlm.inference.truth`), and what speaks for them.
+    """The draws of the posterior from which the upper ends are computed (`amortlm.inference.truth`), and the figures
+    that tell whether they can be trusted.
 
-    source      "enumeration", "sir" or "mcmc"; "mcmc (not converged)", "none": there are none to rest on
-    draws       how many were used; 0 where none could be trusted
-    rhat        R-hat of the chains; NaN for other sources
-    pool_khat, pool_ess   k-hat, and effective sample size as a share, of the weights of the draws of q that they were
-                resampled from; NaN for enumeration
+    source     "enumeration", "sir" or "mcmc"; or "mcmc (not converged)", "none": no draws could be trusted
+    draws      number of draws used; 0 if none could be trusted
+    rhat       R-hat of the chains; NaN for other sources
+    pool_khat  k-hat of the weights of the pool of draws of q; NaN for enumeration
+    pool_ess   effective sample size of these weights, as a share; NaN for enumeration
     """
 
     source: str
@@ -63,14 +64,14 @@ class Evidence:
 
 @dataclass(frozen=True)
 class RowDiagnosis:
-    """What is known of the sampler on one row. Prints as a table of what a person decides by.
+    """The diagnosis of the sampler on one row. Prints as a table of the main figures.
 
-    importance   of n draws of q by themselves: ESS, k-hat, ELBO, log Z, ...
+    importance   figures of n draws of q alone: ESS, k-hat, ELBO, log Z, ...
     diversity    of these n completions
     bounds       intervals for log Z, KL(q || p) and KL(p || q) that hold jointly at bounds.level; nats
-    truth        the draws of the posterior that the upper ends rest on
-    exact_log_z  nats, by enumeration; distance: total variation and both KL divergences, too. None where the support
-                 is too large
+    truth        the draws of the posterior from which the upper ends are computed
+    exact_log_z  log Z by enumeration, nats; None if the support is too large
+    distance     total variation and both KL divergences by enumeration; None if the support is too large
     """
 
     importance: ImportanceEstimate
@@ -110,7 +111,7 @@ class RowDiagnosis:
 
     @property
     def correct(self) -> str | None:
-        """The correction that the verdict CORRECT speaks of, "sir" or "mh"; None for the other verdicts."""
+        """The correction to use if the verdict is CORRECT, "sir" or "mh"; None for the other verdicts."""
         return self._correction() if self.verdict == CORRECT else None
 
     def _correction(self) -> str | None:
@@ -122,7 +123,8 @@ class RowDiagnosis:
         return "sir" if self.truth.draws > 0 and enough else None
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures by name, as `amortlm evaluate --output` and certificates have them (docs/diagnostics.md)."""
+        """All figures by name, as in certificates and in the file of `amortlm evaluate --output`
+        (docs/diagnostics.md)."""
         figures: dict[str, Any] = {**self.importance.to_dict(), **asdict(self.diversity)}
         for name in ("log_z", "kl_qp", "kl_pq"):
             interval: Interval = getattr(self.bounds, name)
@@ -145,8 +147,8 @@ class Diagnosis:
     rows: list[RowDiagnosis]
 
     def mean(self, name: str) -> float:
-        """The mean over rows of a figure, by its name in `RowDiagnosis.to_dict`. Raises DataError where a row has no
-        such figure (exact ones are known only where the support was enumerated)."""
+        """The mean over rows of a figure, by its name in `RowDiagnosis.to_dict`. Raises DataError if a row has no such
+        figure (exact figures exist only if the support was enumerated)."""
         figures = [row.to_dict() for row in self.rows]
         if not all(name in f for f in figures):
             raise DataError(f"not every row has the figure {name!r}; {nearest(name, figures[0])}")
@@ -193,7 +195,7 @@ def diagnose_row(
     level: float = LEVEL,
     gold: Completions = (),
 ) -> RowDiagnosis:
-    """The diagnosis of one row. gold: completions of it that are known to be good."""
+    """The diagnosis of one row. gold: completions of the row that are known to be good."""
     pool = weigh(policy, target, row, n, seed=seed)
     truth = posterior_draws(policy, target, row, n, seed=seed, limit=limit, gold=gold)
     log_w_true = truth.log_w if truth.trusted else None
@@ -251,15 +253,15 @@ def _number(x: float) -> str:
 def _legend(rows: Sequence[RowDiagnosis]) -> str:
     level, n = rows[0].bounds.level, rows[0].importance.n
     lines = [
-        "off by: total variation, the share of the probability in the wrong place. KL, log Z: in nats, exact or",
-        f"an interval at level {level:g} ('?': not known). KL(q||p) grows with what q makes up, KL(p||q) with what",
-        f"it misses. ESS: effective share of {n} samples. k-hat: importance weights hold below 0.7. truth: where the",
-        "draws of the posterior come from that q was compared with. (sir), (mh): what to give as correct= of",
-        "posterior.sample, or as --correct of amortlm sample.",
+        "off by: total variation, the share of the probability in the wrong place. KL, log Z: in nats, exact or an",
+        f"interval at level {level:g} ('?': unknown). KL(q||p) grows with probability of q where p has little,",
+        f"KL(p||q) with probability of p that q misses. ESS: effective share of {n} samples. k-hat: importance weights",
+        "can be trusted below 0.7. truth: source of the draws of the posterior p. (sir), (mh): the value for correct=",
+        "of posterior.sample, or for --correct of amortlm sample.",
     ]
     if any(row.distance is None for row in rows):
         lines.append(
-            "Truth from sir and mcmc starts from q: it cannot show a mode that q never visits, unless a gold"
+            "Truth from sir and mcmc starts from q: it cannot show a mode that q never visits, unless a gold completion"
         )
-        lines.append("completion lies in it.")
+        lines.append("lies in that mode.")
     return "\n".join(lines)

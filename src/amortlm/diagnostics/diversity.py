@@ -1,8 +1,8 @@
-"""How different are the samples of one prompt?
+"""Diversity: how different the samples of one prompt are.
 
-A completion is a text or a list of tokens. Texts are compared by words (split at whitespace), token lists by
-tokens. More diverse is not better: the exact posterior has a diversity of its own, neither 0 nor 1. So read these
-figures next to the diagnostics of the posterior.
+A completion is a text or a list of tokens. Texts are compared by words (split at white space), token lists by tokens.
+Higher is not better: the exact posterior has a diversity between 0 and 1. So read these figures together with the
+diagnostics of the posterior. All functions raise DataError for no completions, and for a single text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Completion = str | Sequence[Hashable]
 
 
 def num_distinct(completions: Sequence[Completion]) -> int:
-    """Number of different completions, 1 to n. Texts differ if their words do, whatever the whitespace."""
+    """Number of different completions, 1 to n. White space between words does not count."""
     return len(set(_units(completions)))
 
 
@@ -30,7 +30,8 @@ def distinct(completions: Sequence[Completion]) -> float:
 def distinct_ngrams(completions: Sequence[Completion], n: int) -> float:
     """Distinct-n (Li et al. 2016): different n-grams / all n-grams, over all completions; in (0, 1].
 
-    It falls with the number and length of completions, so compare equal counts only. nan without any n-gram.
+    It falls with the number and length of completions, so compare only equal counts. NaN without any n-gram. Raises
+    ValueError for n < 1.
     """
     if n < 1:
         raise ValueError(f"n-grams need n of at least 1, not {n}")
@@ -41,7 +42,8 @@ def distinct_ngrams(completions: Sequence[Completion], n: int) -> float:
 def edit_distance(completions: Sequence[Completion]) -> float:
     """Mean over pairs of samples of Levenshtein distance / length of the longer one, in [0, 1].
 
-    0: all the same; 1: no unit shared at any place. nan for fewer than two completions. O(n^2) pairs.
+    0: all are equal; 1: no pair has a unit in common at an aligned position. NaN for fewer than two completions. O(n^2)
+    pairs.
     """
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
@@ -56,7 +58,7 @@ def edit_distance(completions: Sequence[Completion]) -> float:
 
 @dataclass(frozen=True)
 class Diversity:
-    """The measures of this module, each as the function of its name says; distinct_1, distinct_2: of n-grams."""
+    """The measures of this module, named as their functions; distinct_1, distinct_2: `distinct_ngrams` for n = 1, 2."""
 
     num_distinct: int
     distinct: float

@@ -1,1 +1,1 @@
-"""The only room that calls a language model: its passes, the adapter, the decoding loop."""
+"""The only package that calls a language model: its passes, the adapter, the decoding loop."""

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 FULL = "full"
 WEIGHTS = "adapter_model.safetensors"
 DEFAULT_RANK = 64  # Hu et al. 2024: r = 64, alpha = 16 on GPT-2 XL
-INITIAL = "adapter_initial.safetensors"  # of a LoRA that begins with a part of the frozen weights: that part
-# Those of peft's kinds that change modules one by one: a token then depends on what is before it and on nothing else,
-# with a cache as without. Virtual tokens, experts chosen by the text, and noise are not of this sort.
+INITIAL = (
+    "adapter_initial.safetensors"  # initial weights of a LoRA that starts with a part of the frozen weights
+)
+# The adapters of peft that change modules one by one: then log q of a token depends only on the tokens before it, with
+# a cache as without. This is not so for virtual tokens, experts chosen by the text, and noise.
 KINDS = (
     *(
         "LORA",
@@ -45,17 +47,17 @@ KINDS = (
     ),
     *("LN_TUNING", "TRAINABLE_TOKENS", "MISS", "C3A", "ROAD", "SHIRA", "DELORA", "WAVEFT"),
 )
-# Of LoRA: what begins at a token of the text, mixes adapters by the text, or draws noise.
+# Settings of LoRA that start at a token of the text, mix adapters by the text, or draw noise.
 INEXACT = ("alora_invocation_tokens", "arrow_config", "monteclora_config")
 MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # peft refuses their out_proj
-PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")  # leave the frozen weights alone
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")  # do not change the frozen weights
 
 
 def default_lora(rank: int = DEFAULT_RANK) -> LoraConfig:
-    """LoRA on every linear layer but the output head. Dropout 0: with dropout, the policy that samples and
-    the policy that is trained are not the same. Raises ConfigError for a rank below 1."""
+    """LoRA on every linear layer except the output head. Dropout is 0: with dropout, the sampling policy and the
+    trained policy would differ. Raises ConfigError for a rank below 1."""
     if isinstance(rank, bool) or rank < 1:
-        raise ConfigError(f"{rank!r} is no rank of an adapter: give a number of at least 1")
+        raise ConfigError(f"{rank!r} is not a rank of an adapter: give a number of at least 1")
     from peft import LoraConfig
 
     return LoraConfig(
@@ -64,13 +66,13 @@ def default_lora(rank: int = DEFAULT_RANK) -> LoraConfig:
 
 
 def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) -> Any:
-    """The model with an adapter (a PEFT config, the rank of a LoRA, a folder with a saved one, None for the default
-    LoRA), or a full copy ("full"); what trains requires gradients.
+    """The model with an adapter (a PEFT config, the rank of a LoRA, the folder of a saved adapter, None for the default
+    LoRA), or a full copy ("full"). Trained tensors require gradients.
 
-    `lm` stays as it is, whatever the adapter does. A tensor that the adapter trains, changes or is merged into is the
-    copy's own; the others are those of `lm`. To find them, all but plain LoRA takes the memory of a second model for
-    a moment. Raises ConfigError for an adapter that is not exact or does not fit the model, CheckpointError for a
-    folder that cannot be read."""
+    `lm` never changes. Tensors that the adapter trains, changes or is merged into are copies; all others are shared
+    with `lm`. To find them, any adapter except plain LoRA needs the memory of a second model for a moment. Raises
+    ConfigError for an adapter that is not exact or does not fit the model, CheckpointError for a folder that cannot be
+    read."""
     if adapter == FULL:
         return copy.deepcopy(lm.model).requires_grad_(True)
     if isinstance(adapter, int):
@@ -89,7 +91,7 @@ def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) 
     plain = _is_plain(config)
     pairs = [(p, p if plain else copy.deepcopy(p)) for p in lm.model.parameters()]
     shared = copy.deepcopy(lm.model, {id(p): q for p, q in pairs})
-    # What peft writes into the saved adapter and its card: a hub name, but no path of this machine.
+    # The name that peft writes into the saved adapter and its card: a hub name, but not a path of this machine.
     name = Path(lm.name).name if Path(lm.name).is_absolute() or Path(lm.name).is_dir() else lm.name
     shared.name_or_path = shared.config._name_or_path = name
     config.base_model_name_or_path = None  # peft fills it in
@@ -98,13 +100,13 @@ def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) 
         _share(model, {id(q): p for p, q in pairs}, config)
         if initial is not None:
             _begin_from(model, initial)
-            config.init_lora_weights = init  # where peft loads what is saved from here
+            config.init_lora_weights = init  # for peft, when it loads the saved adapter
     except AmortLMError:
         raise
-    except Exception as e:  # whatever peft makes of a config or weights that do not fit
+    except Exception as e:  # peft raises many types of errors for a config or weights that do not fit
         if folder is not None:
             raise CheckpointError(
-                f"{folder}: the adapter is of another model ({e}); give the model it is of"
+                f"{folder}: the adapter belongs to another model ({e}); give the model that it was trained on"
             ) from e
         raise ConfigError(
             f"peft cannot put this {config.peft_type.value} adapter into {lm.name}: {e}\nGive a LoraConfig whose "
@@ -120,9 +122,9 @@ def save_weights(model: Any, folder: str | Path) -> None:
     from safetensors.torch import save_file
 
     if hasattr(model, "peft_config"):
-        # The embeddings are those of the frozen model: peft's guess whether they changed asks the hub for its config.
+        # The embeddings are those of the frozen model. Otherwise peft asks the hub whether they changed.
         model.save_pretrained(str(folder), save_embedding_layers=False)
-        (Path(folder) / INITIAL).unlink(missing_ok=True)  # of another adapter
+        (Path(folder) / INITIAL).unlink(missing_ok=True)  # a file of another adapter
         if initial := getattr(model, "initial", None):
             save_file(initial, str(Path(folder) / INITIAL))
     else:
@@ -140,10 +142,10 @@ def load_weights(model: Any, is_full: bool, folder: str | Path) -> None:
     name = "model.safetensors" if is_full else WEIGHTS
     try:
         if is_full:
-            # By transformers, which renames weights on disk (the head of GPT-NeoX, for one).
+            # Loaded by transformers, which renames weights on disk (for example the head of GPT-NeoX).
             saved, info = type(model).from_pretrained(
                 str(folder),
-                config=copy.deepcopy(model.config),  # of the model given, whatever the folder says
+                config=copy.deepcopy(model.config),  # of the given model, not the config in the folder
                 dtype=model.dtype,
                 local_files_only=True,
                 use_safetensors=True,
@@ -163,21 +165,22 @@ def load_weights(model: Any, is_full: bool, folder: str | Path) -> None:
 
 
 def _saved_config(folder: Path, model: Any) -> Any:
-    """adapter_config.json, for this model. What it says of other models, modules to import and files is left unread."""
+    """The config in adapter_config.json, for this model. Entries that name other models, modules to import or files are
+    ignored. Raises CheckpointError."""
     from peft import PeftConfig
 
     try:
         saved = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if not isinstance(saved, dict):
-            raise TypeError(f"a mapping is due, not {type(saved).__name__}")
+            raise TypeError(f"it holds a {type(saved).__name__}, not a mapping")
         if saved.get("megatron_config"):
-            raise ValueError("megatron_config names a module to import, which is not done")
+            raise ValueError("megatron_config names a module, which is not imported")
         for key in ("auto_mapping", "base_model_name_or_path", "revision", "runtime_config"):
             saved.pop(key, None)
         _check_ranks(saved, folder)
         config = PeftConfig.from_peft_type(**saved)
         if config.is_prompt_learning:
-            raise ValueError(f"{config.peft_type} is no adapter of weights")
+            raise ValueError(f"{config.peft_type} is not an adapter of weights")
         for key in ("target_modules", "exclude_modules"):
             pattern = getattr(config, key, None)
             if isinstance(pattern, str) and pattern != "all-linear":
@@ -187,7 +190,7 @@ def _saved_config(folder: Path, model: Any) -> Any:
                 _matching(pattern, model)
     except CheckpointError:
         raise
-    except Exception as e:  # whatever peft makes of values of the wrong kind
+    except Exception as e:  # peft raises many types of errors for values of the wrong type
         raise CheckpointError(
             f"{folder}: cannot read adapter_config.json ({type(e).__name__}: {e}); the save is incomplete or damaged"
         ) from e
@@ -196,7 +199,7 @@ def _saved_config(folder: Path, model: Any) -> Any:
 
 
 def _check_ranks(saved: dict[str, Any], folder: Path) -> None:
-    """Raise ValueError for a rank that the weights beside do not have: it would be memory, not an adapter."""
+    """Raise ValueError for a rank larger than any dimension of the saved weights: it would only use up memory."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -207,32 +210,32 @@ def _check_ranks(saved: dict[str, Any], folder: Path) -> None:
         raise _unreadable(folder, WEIGHTS, e) from e
     for rank in (saved.get("r", 0), *(saved.get("rank_pattern") or {}).values()):
         if rank > largest:
-            raise ValueError(f"rank {rank}, where the largest dimension of the weights is {largest}")
+            raise ValueError(f"rank {rank} is more than the largest dimension of the weights, {largest}")
 
 
 def _unreadable(folder: str | Path, name: str, why: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{folder}: cannot read {name} ({why}); the save was cut short or is of another model: "
-        "resume from an earlier checkpoint"
+        f"{folder}: cannot read {name} ({why}); the save is incomplete or of another model: resume from an earlier "
+        "checkpoint"
     )
 
 
 def _matching(pattern: str, model: Any) -> list[str]:
-    """The modules whose whole name matches; by an engine that gives up. Raises TimeoutError."""
+    """The modules whose whole name matches the pattern. Raises TimeoutError if a match takes more than a second."""
     return [name for name, _ in model.named_modules() if regex.fullmatch(pattern, name, timeout=1)]
 
 
 def _check(config: Any) -> None:
-    """Refuse what is not exact, and take out dropout. The config becomes one of a causal LM."""
+    """Raise ConfigError for an adapter that is not exact; set dropout to 0 and the task to causal LM."""
     kind = getattr(config, "peft_type", None)
     if kind is None:
         raise ConfigError(
-            f"{config!r} is no adapter: give a LoraConfig, a rank, a folder with a saved adapter, or 'full'"
+            f"{config!r} is not an adapter: give a LoraConfig, a rank, a folder with a saved adapter, or 'full'"
         )
     if kind.value not in KINDS:
         raise ConfigError(
-            f"a {kind.value} adapter is not supported: its log q would depend on how a text is cut into passes, or on "
-            f"chance; use LoRA, or one of {', '.join(KINDS[1:])}"
+            f"a {kind.value} adapter is not supported: its log q would depend on how a text is divided into passes, or "
+            f"on chance; use LoRA, or one of {', '.join(KINDS[1:])}"
         )
     inexact = [name for name in INEXACT if getattr(config, name, None)]
     if inexact or getattr(config, "init_lora_weights", None) == "loftq":
@@ -246,13 +249,14 @@ def _check(config: Any) -> None:
 
 
 def _leave_out_routers(config: Any, model: nn.Module) -> None:
-    """Take out of "all-linear" what a model makes of a linear layer: a router that returns more than one tensor, for
-    one. An adapter would call it as a linear layer; also the layers of Mamba that peft refuses."""
+    """Exclude from "all-linear" the subclasses of nn.Linear that do not compute a linear map (for example a router that
+    returns several tensors), because an adapter would call them as linear layers. Also exclude the layers of Mamba that
+    peft refuses."""
     if str(getattr(config, "target_modules", None)).lower() != "all-linear" or isinstance(
         config.exclude_modules, str
     ):
         return
-    kinds: dict[type, bool] = {}  # the model's own kinds of linear layers: are they linear?
+    kinds: dict[type, bool] = {}  # the model's own subclasses of nn.Linear: are they linear?
     own = []
     for name, module in model.named_modules():
         kind = type(module)
@@ -271,7 +275,7 @@ def _is_linear(module: nn.Linear) -> bool:
     x = torch.linspace(-1, 1, 2 * module.in_features).to(module.weight).view(2, -1)
     try:
         out = module(x)
-    except Exception:  # it wants other inputs than a linear layer
+    except Exception:  # it needs other inputs than a linear layer
         return False
     expected = nn.functional.linear(x, module.weight, module.bias)
     return (
@@ -282,7 +286,7 @@ def _is_linear(module: nn.Linear) -> bool:
 
 
 def _is_plain(config: Any) -> bool:
-    """LoRA that neither trains nor changes a tensor of the model: it can have the model's own from the start."""
+    """Is it LoRA that neither trains nor changes a tensor of the model? Then all tensors can be shared at once."""
     others = ("modules_to_save", "trainable_token_indices", "velora_config", "kasa_config", "lora_ga_config")
     return (
         config.peft_type.value == "LORA"
@@ -303,9 +307,10 @@ def _with_adapter(model: Any, config: Any) -> Any:
 
 
 def _share(model: Any, originals: dict[int, nn.Parameter], config: Any) -> None:
-    """Put the frozen model's tensors back where the adapter left its copies of them alone (id of a copy: original).
+    """Replace the copies that the adapter did not change by the frozen model's tensors. originals: id of a copy -> the
+    original.
 
-    What LoRA moved from the frozen weights into itself (PiSSA, OLoRA, ...) is kept as `model.initial`."""
+    If LoRA moved a part of the frozen weights into its own (PiSSA, OLoRA, ...), `model.initial` keeps these weights."""
     moved: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
@@ -330,15 +335,15 @@ def _share(model: Any, originals: dict[int, nn.Parameter], config: Any) -> None:
 
 
 def _begin_from(model: Any, initial: dict[str, Tensor]) -> None:
-    """Take what the adapter says with the weights `initial` out of the frozen weights: with them q is p. Afterwards
-    these are the adapter's weights."""
+    """Load the adapter weights `initial`, and subtract their contribution from the frozen weights, so that q equals p
+    with these weights."""
     _load_adapter(model, initial)
     for layer in _layers(model):
         if "lora_A" not in dict(layer.named_children()) or not layer.lora_A:
             continue
         base = layer.get_base_layer()
         if not hasattr(base, "original"):
-            base.original = (base.weight,)  # a tuple: not for this module to train or save
+            base.original = (base.weight,)  # in a tuple, so that the module does not train or save it
         with torch.no_grad():
             rest = base.original[0] - layer.get_delta_weight(layer.active_adapters[0])
         base.weight = nn.Parameter(rest.to(base.original[0].dtype), requires_grad=False)
@@ -373,7 +378,7 @@ def _layers(model: nn.Module) -> list[Any]:
 
 
 def _merge(layer: Any, *args: Any, **kwargs: Any) -> None:
-    """peft's merge, which writes into the weights of the model: into copies of them."""
+    """The merge of peft, which writes into the model's weights, applied to copies of them."""
     base = layer.get_base_layer()
     for name, p in list(base._parameters.items()):
         if p is not None:

@@ -1,8 +1,8 @@
 """The one loop that writes completions, left to right on a support, without gradient.
 
-Drawing is redrawing from state 0: completions may begin with tokens that are kept. Each consumes its own stream of
-uniform numbers (inverse-CDF sampling), so what is drawn for a prompt does not depend on which other prompts share the
-batch, on padding or on the number of processes.
+Completions may begin with kept tokens; drawing is the case of no kept tokens. Each completion uses its own stream of
+uniform numbers (inverse-CDF sampling), so the draws of a prompt do not depend on the other prompts in the batch, on
+padding or on the number of processes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from amortlm.types import PolicyLogProbs
 
 @dataclass(frozen=True)
 class Exploration:
-    """How the behaviour departs from the policy: softmax temperature [B] and a share of uniform choices. At temperature
-    0 it takes the likeliest token. Raises ConfigError for temperatures below 0 or infinite, epsilon outside [0, 1]."""
+    """How sampling differs from the policy: a softmax temperature [B] for each completion, and a share `epsilon` of
+    uniformly drawn tokens. Temperature 0 is greedy. Raises ConfigError for a temperature that is negative or infinite,
+    and for epsilon outside [0, 1]."""
 
     temperature: Tensor | None = None
     epsilon: float = 0.0
@@ -37,14 +38,14 @@ class Exploration:
                 f"a temperature must be a finite number, 0 (greedy) or above, not {heat.tolist()}"
             )
         if not 0 <= self.epsilon <= 1:
-            raise ConfigError(f"epsilon is a share of uniform choices, between 0 and 1, not {self.epsilon}")
+            raise ConfigError(f"epsilon is a share of uniform tokens, between 0 and 1, not {self.epsilon}")
 
     def select(self, index: Tensor) -> Exploration:
         """That of the completions at `index`."""
         return self if self.temperature is None else replace(self, temperature=self.temperature[index])
 
     def probabilities(self, step: Step, text: Tensor, completion: Tensor) -> Tensor:
-        """[b, V] of completions [b], each at one of the step's texts [b]."""
+        """[b, V] probabilities of the next token of `completion` [b] (numbers), after the step's texts `text` [b]."""
         if self.temperature is None and self.epsilon == 0:
             return step.log_q[text].exp_()
         log_p = (
@@ -57,7 +58,7 @@ class Exploration:
     def _tempered(self, logits: Tensor, completion: Tensor) -> Tensor:
         assert self.temperature is not None
         heat = self.temperature.to(logits)[completion, None]
-        # Relative to the likeliest token, so that no temperature overflows; the first of equals at temperature 0.
+        # Relative to the likeliest token, so that no temperature overflows. At temperature 0, the first of equal ones.
         scaled = (logits - logits.amax(-1, keepdim=True)) / heat
         greedy = torch.full_like(logits, -torch.inf).scatter(-1, logits.argmax(-1, keepdim=True), 0.0)
         return torch.where(heat > 0, scaled, greedy).log_softmax(-1)
@@ -65,11 +66,14 @@ class Exploration:
 
 @dataclass(frozen=True)
 class Draws:
-    """B completions and their log q under the policy itself, nats.
+    """B completions and their log q under the policy itself, nats. T is max_tokens, or the length of the longest.
 
-    tokens [B, T], lengths [B], stops [B], log_pf [B, T] (0 beyond the length, and for what a tool wrote),
-    log_pterm [B, T+1] (log q(stop) at the states reached, -inf else). T is max_tokens, or what the longest takes.
-    version: of the weights that drew them.
+    tokens     [B, T]    0 beyond the length
+    lengths    [B]       tokens, without the stop
+    stops      [B]       stop symbols
+    log_pf     [B, T]    log q of each token; 0 beyond the length and for tokens of a tool
+    log_pterm  [B, T+1]  log q(stop) at the states reached, -inf at others
+    version    version of the weights that drew them
     """
 
     tokens: Tensor
@@ -81,7 +85,7 @@ class Draws:
 
     @classmethod
     def blank(cls, count: int, law: SupportLaw, device: torch.device) -> Draws:
-        """Nothing written yet, at the full width."""
+        """Draws without any token yet, with T = max_tokens."""
         width = law.max_tokens
         return cls(
             tokens=torch.zeros(count, width, dtype=torch.long, device=device),
@@ -103,15 +107,15 @@ class Draws:
         return self._map(lambda x: x[index])
 
     def where(self, mask: Tensor, other: Draws) -> Draws:
-        """`other` where mask [B], else these."""
+        """A copy with the draws of `other` where mask [B] is True."""
         return self._map(lambda x, y: torch.where(mask if x.dim() == 1 else mask[:, None], y, x), other)
 
     def put(self, index: Tensor, other: Draws) -> Draws:
-        """These with those at `index` replaced by `other`."""
+        """A copy in which `other` replaces the draws at `index`."""
         return self._map(lambda x, y: x.index_copy(0, index, y), other)
 
     def cut(self, keep: Tensor) -> Draws:
-        """A copy in which the first keep [B] tokens stay, with their log q, and the rest is still to be drawn."""
+        """A copy with only the first keep [B] tokens and their log q; the rest is still to be drawn."""
         t = torch.arange(self.log_pterm.shape[1], device=keep.device)
         gone = t >= keep[:, None]
         return replace(
@@ -124,7 +128,7 @@ class Draws:
         )
 
     def trimmed(self) -> Draws:
-        """Without the columns that no completion reaches."""
+        """A copy without the columns that no completion reaches."""
         width = max(int(self.lengths.max()), 1)
         return replace(
             self,
@@ -147,7 +151,8 @@ class Draws:
 
 
 class Frontier:
-    """Texts under construction. Completions that begin alike share one, which goes through the model once."""
+    """The distinct texts (prompt and tokens so far) of the completions being drawn. Completions with the same text
+    share it, so it goes through the model once."""
 
     def __init__(
         self,
@@ -157,8 +162,10 @@ class Frontier:
         index: Tensor,
         kept: Sequence[Sequence[int]] | None = None,
     ):
-        """B completions of the prompts at index [B], which begin with the tokens kept[b]. `text` [B]: that of each;
-        t, node [n] of each text."""
+        """B completions of the prompts at index [B], which begin with the tokens kept[b].
+
+        Attributes: text [B], the number of each completion's text; t, node [n], length and automaton node of each text.
+        """
         self.law = law
         if kept is None:
             prompt, self.text = index.unique(return_inverse=True)
@@ -175,11 +182,11 @@ class Frontier:
         self._writer = passes.write(passes.extend(prefix, prompt, [z for _, *z in number]), texts)
 
     def step(self) -> Step:
-        """What comes next after each of the n texts; once after each `append`."""
+        """The next step of each of the n texts. Call it once after each `append`."""
         return self.law.step(self._writer.logits(), self.t, self.node)
 
     def append(self, text: Tensor, token: Tensor) -> Tensor:
-        """Go on from texts [b] by tokens [b], and from no others; returns the texts [b] that they have become."""
+        """Append tokens [b] to texts [b], and drop all other texts. Returns the numbers [b] of the new texts."""
         size = len(self.law.allowed)
         pairs, text = (text * size + token).unique(return_inverse=True)
         parent, ids = pairs // size, pairs % size
@@ -199,7 +206,8 @@ def decode(
     kept: Draws | None = None,
     keep: Tensor | None = None,
 ) -> Draws:
-    """Draw one completion for each entry of `index` [B], its prompt in `prefix`. uniforms [B, max_tokens + 1].
+    """Draw one completion for each entry of `index` [B], the number of its prompt in `prefix`. uniforms [B, max_tokens
+    + 1].
 
     kept, keep [B]: completion b begins with the first keep[b] tokens of `kept`, whose log q stays. Exploration
     changes what is drawn, not the log q. Draws come at the full width, max_tokens. They are made in packs that fit the
@@ -249,7 +257,7 @@ def _decode(
         out.stops.fill_(law.stop_ids[0])
     tools = ToolRun(law.tool, len(index)) if law.tool is not None else None
     symbols = torch.tensor(law.stop_ids, device=index.device)
-    # The stop at max_tokens is sure; only which symbol it is can take a pass to say.
+    # The stop at max_tokens is certain; a pass is needed only to choose among several stop symbols.
     last = width if len(law.stop_ids) > 1 else width - 1
     alive = (frontier.t[frontier.text] <= last).nonzero().squeeze(1)
     text = frontier.text[alive]

@@ -1,9 +1,10 @@
-"""Which ways through a model give the log-probabilities of whole texts: a check on the model itself, before it is used.
+"""The self-check of a model: which kinds of passes give the log-probabilities of whole texts.
 
 Sharing a prompt between completions, padding a batch, packing branches under one mask: each is exact for some
-architectures and silently wrong for others (windows, relative biases, recurrent states, positions that are counted from
-padding). So each is tried on two short texts of random tokens and compared with what the model says of each text
-alone, with no mask, no cache and no padding. What fails is not used. A model that fails even so is refused.
+architectures and silently wrong for others (windows, relative biases, recurrent states, positions counted from
+padding). So each is tried on two short texts of random tokens, and compared with plain passes of each text alone, with
+no mask, cache or padding. A kind of pass that fails is not used. A model for which padded batches of whole texts fail,
+or that is not causal, is refused.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ from torch import Tensor
 from amortlm.engine.passes import Passes, Sharing
 from amortlm.errors import ModelError
 
-# Nats between two orders of the same sums on random tokens; what is wrong is off by tenths at least.
+# Nats by which correct passes may differ (order of sums, on random tokens); wrong passes differ by tenths at least.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
-WINDOW = 4  # tokens that windows are narrowed to, so that short texts reach beyond them
+WINDOW = 4  # windows are narrowed to so many tokens, so that the short texts are longer than a window
 WINDOWS = re.compile(r"(sliding|attention|attn|local)_?(window|chunk)\w*|window_size|index_topk")
 NONE = Sharing(steps=False, spans=False, packed=False)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was compared, and the largest difference of log-probabilities in nats (None: the model raised). note: the
-    error, or what follows."""
+    """One comparison.
+
+    what   the kind of pass
+    error  the largest difference of log-probabilities, nats; None if the model raised an error
+    exact  is the difference within the tolerance?
+    note   the error, or the consequence
+    """
 
     what: str
     error: float | None
@@ -40,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Exactness:
-    """The verdict on a model: how it shares prompts, and what that rests on."""
+    """The result of the self-check: how prompts may be shared, and the comparisons behind it."""
 
     sharing: Sharing
     findings: tuple[Finding, ...]
@@ -54,7 +60,7 @@ class Exactness:
 
     @property
     def summary(self) -> list[str]:
-        """What it means for a user, a sentence each."""
+        """The consequences for a user, one sentence each."""
         s, out = self.sharing, []
         if s.steps and s.spans:
             out.append("prompts are encoded once for all their completions" + _up_to(s.longest))
@@ -64,7 +70,7 @@ class Exactness:
             )
         else:
             out.append(
-                "every text goes through whole, at each step of sampling too: exact, and slow for long texts"
+                "whole texts pass through the model, also at each step of sampling: exact, but slow for long texts"
             )
         if s.packed:
             out.append("text after {z} is scored for many prefixes in one pass" + _up_to(s.window))
@@ -82,9 +88,9 @@ class Exactness:
 
 @torch.no_grad()
 def examine(model: Any, name: str) -> Exactness:
-    """Find out how a causal model may be used (module docstring). In evaluation mode, on its device and in its dtype.
+    """The self-check (module docstring) of a causal model in evaluation mode, on its device and in its dtype.
 
-    Raises ModelError for a model that no way through is exact for.
+    Raises ModelError for a model that is not causal, or for which no kind of pass is exact.
     """
     check = Check(model, name)
     check.is_causal()
@@ -107,7 +113,7 @@ def examine(model: Any, name: str) -> Exactness:
                         "windows could not be narrowed",
                         None,
                         True,
-                        f"longer texts than {narrowest} tokens go through whole",
+                        f"texts of more than {narrowest} tokens are passed whole",
                     )
                 )
                 sharing = replace(sharing, longest=narrowest)
@@ -121,7 +127,7 @@ def examine(model: Any, name: str) -> Exactness:
 
 
 class Check:
-    """Two texts: a prompt of 1 and one of 9 tokens, with completions of 6 and 3, and 3 tokens of text after them."""
+    """Comparisons on two texts: prompts of 1 and 9 tokens, completions of 6 tokens, and 3 tokens of text after z."""
 
     def __init__(self, model: Any, name: str):
         self.model, self.name = model, name
@@ -138,7 +144,7 @@ class Check:
         self.index = torch.arange(2, device=model.device)
 
     def alone(self, text: Sequence[int]) -> Tensor:
-        """[len(text), V] log-probabilities after each token of a text by itself: what is meant by the model's."""
+        """[len(text), V] log-probabilities after each token, by a plain pass of this text alone: the reference."""
         logits = self.model(
             input_ids=torch.tensor([list(text)], device=self.model.device), use_cache=False
         ).logits[0]
@@ -225,11 +231,11 @@ class Check:
         return self._compare("branches side by side under a mask", run)
 
     def sees_change(self) -> bool:
-        """Do the narrowed windows change what the model says of a whole text? What it says now is compared with."""
+        """Do the narrowed windows change the log-probabilities of whole texts? The new ones become the reference."""
         before = self.whole
         try:
             self.whole = [self.alone(text) for text in self.texts]
-        except Exception:  # tables made for the old width
+        except Exception:  # the model has tables made for the old width
             return False
         pairs = zip(before, self.whole, strict=True)
         return max((a - b).abs().nan_to_num().max().item() for a, b in pairs) > self.tolerance
@@ -242,7 +248,7 @@ class Check:
         return self._pairs(passes.state_logits(passes.encode(self.prompts), self.index, self.tokens))
 
     def _pairs(self, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Logits [2, 7, V] of the states, each row with what the text alone gives."""
+        """Pairs (logits of the states of a text, reference of that text), from logits [2, 7, V]."""
         firsts = [len(p) - 1 for p in self.prompts]
         return [
             (x, self.whole[b][first : first + 7])
@@ -252,7 +258,7 @@ class Check:
     def _compare(self, what: str, run: Callable[[], list[tuple[Tensor, Tensor]]]) -> bool:
         try:
             pairs = run()
-        except Exception as e:  # whatever a model raises where it was not made for this
+        except Exception as e:  # models raise many types of errors for passes that they do not support
             self.findings.append(
                 Finding(
                     what,
@@ -274,9 +280,10 @@ class Check:
 
 
 def branch_mask(past: Tensor, state: Tensor, branch: Tensor, n_states: int) -> Tensor:
-    """[b, Q, P-1 + n_states + Q] bool: what tokens of packed branches see: prompt, z_1:t, then their branch, causally.
+    """[b, Q, P-1 + n_states + Q] bool: the keys that each token of packed branches sees: the prompt, z_1:t, and the
+    tokens of its own branch up to itself.
 
-    past [b, P-1] bool: the prompts; state, branch [b, Q]: of each token.
+    past [b, P-1] bool: the mask of the prompts. state, branch [b, Q]: state t and branch number of each token.
     """
     width = state.shape[1]
     seen = torch.arange(n_states, device=state.device) <= state[..., None]
@@ -286,7 +293,7 @@ def branch_mask(past: Tensor, state: Tensor, branch: Tensor, n_states: int) -> T
 
 
 def attention_windows(config: Any) -> dict[str, int]:
-    """The settings of a model that say how far attention looks: windows, chunks, keys that an index picks; tokens."""
+    """The settings of a model that limit how far attention reaches, in tokens: windows, chunks, keys of an index."""
     settings = config.get_text_config(decoder=True).to_dict()
     return {
         k: v
@@ -296,7 +303,7 @@ def attention_windows(config: Any) -> dict[str, int]:
 
 
 def rotary_switch(config: Any) -> int | None:
-    """The length in tokens at which LongRoPE changes the embedding of all positions; None where nothing does."""
+    """The length in tokens at which LongRoPE changes the embedding of all positions; None without LongRoPE."""
     return min(_rope_lengths(config, "longrope"), default=None)
 
 
@@ -317,7 +324,7 @@ def _rope_lengths(config: Any, kind: str) -> list[int]:
 
 @contextmanager
 def _narrowed(model: Any, windows: dict[str, int]) -> Iterator[None]:
-    """The model with its windows narrowed to WINDOW tokens, wherever they are noted."""
+    """Narrows the windows of a model to WINDOW tokens, in its config and in all modules that store them."""
     changed: list[tuple[Any, str, int]] = []
     owners = [model.config.get_text_config(decoder=True), model.config, *model.modules()]
     for owner in owners:

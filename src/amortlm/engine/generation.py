@@ -1,4 +1,4 @@
-"""`generate` of transformers on a support: its decoders, drawing from q."""
+"""`generate` of transformers on a support: its decoders with q."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from amortlm.support.law import SupportLaw
 
 @dataclass(frozen=True)
 class Generated:
-    """completions: token lists with their stop symbols, those of a prompt together; token_passes: see `Decoded`."""
+    """completions: token lists with their stop symbols, grouped by prompt. token_passes: see `Decoded`."""
 
     completions: list[list[int]]
     token_passes: int
@@ -31,7 +31,8 @@ def generate(
     config: GenerationConfig,
     merge_stops: bool,
 ) -> Generated:
-    """What `generate` makes of prompts. merge_stops: one stop symbol stands for all, as searches need it."""
+    """The completions of prompts by `generate`. merge_stops: the first stop symbol gets the probability of all, as
+    searches need it."""
     config = copy.deepcopy(config)
     config.max_new_tokens = law.max_tokens + 1
     config.eos_token_id, config.pad_token_id = list(law.stop_ids), law.stop_ids[0]
@@ -49,7 +50,7 @@ def generate(
 
 
 class SupportProcessor(LogitsProcessor):
-    """Makes `generate` decode from q on its support. Counts the sequences it sees."""
+    """Makes `generate` decode from q on its support. token_passes counts the tokens that pass through the model."""
 
     def __init__(self, law: SupportLaw, prompt_width: int, merge_stops: bool):
         self.law, self.prompt_width, self.merge_stops = law, prompt_width, merge_stops
@@ -62,13 +63,13 @@ class SupportProcessor(LogitsProcessor):
         step = self.law.step(scores, t, self.law.nodes(tokens)[:, -1])
         if self.merge_stops:
             return step.merged(self.law.stop_ids)
-        # Sampling asks for ratios alone: relative to the likeliest token no temperature overflows.
+        # Sampling uses only ratios: relative to the likeliest token, no temperature overflows.
         return step.log_q - step.log_q.amax(-1, keepdim=True)
 
 
 @contextmanager
 def _own_defaults(model: Any) -> Iterator[Any]:
-    """The network without the checkpoint's generation config, which `generate` would fall back on."""
+    """The model without the generation config of its checkpoint, which `generate` would otherwise use."""
     if hasattr(model, "peft_config"):
         model = model.get_base_model()
     saved, model.generation_config = model.generation_config, GenerationConfig()

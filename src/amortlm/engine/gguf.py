@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amortlm.errors import ConfigError, ModelError
+from amortlm.text.codec import Codec
 
 SUFFIX = ".gguf"
 
@@ -31,20 +32,27 @@ COMPUTATION = {
 def locate(path: str | Path) -> tuple[str, dict[str, str]]:
     """(folder or repository, settings of `from_pretrained`) of a model: those of a file inside it, if it is GGUF.
 
-    Raises ConfigError where the reader is not installed."""
+    Raises ConfigError where there is no such file, or the reader is not installed."""
     folder, file = os.path.split(path)
     if not file.endswith(SUFFIX):
         return str(path), {}
+    is_of_hub = folder.count("/") == 1 and not folder.startswith((".", "/"))  # user/name
+    if not is_of_hub and not os.path.isfile(path):
+        raise ConfigError(
+            f"{str(path)!r}: there is no such file; give a {SUFFIX} file, or user/name/file{SUFFIX}"
+        )
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"{str(path)!r} is a GGUF file: to read it, pip install 'amortlm[gguf]'")
     return folder or os.curdir, {"gguf_file": file}
 
 
 def check_complete(file: str | Path, model: Any) -> None:
-    """Raises ModelError where a local GGUF file holds what did not become part of the model: transformers passes
-    over tensors and settings that it does not know (the rotary factors of Llama 3.1, for one)."""
+    """Raises ModelError where a local GGUF file (not one of the hub) holds what did not become part of the model:
+    transformers passes over tensors and settings that it does not know (the rotary factors of Llama 3.1, for one)."""
     from gguf import GGUFReader
 
+    if not os.path.isfile(file):
+        return
     reader = GGUFReader(file)
     held = sum(math.prod(tensor.shape.tolist()) for tensor in reader.tensors)
     taken = sum(p.numel() for p in model.parameters())
@@ -67,6 +75,16 @@ def check_complete(file: str | Path, model: Any) -> None:
                 f"{file}: its {prefix}{key} is {stated}, which transformers does not read: the model would compute "
                 "something else. Use the model's safetensors"
             )
+
+
+def check_spaces(codec: Codec) -> None:
+    """Raises ModelError where a continuation does not keep its first space: transformers 5.17 decodes so."""
+    text = " a b"
+    if codec.decode(codec.encode_continuation(text)) != text:
+        raise ModelError(
+            f"{codec.name}: the tokenizer that transformers makes of it loses spaces; use transformers 5.18 or newer, "
+            "or the model's safetensors"
+        )
 
 
 def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

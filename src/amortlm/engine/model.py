@@ -1,4 +1,4 @@
-"""A frozen causal language model as the engine sees it: its weights, and which ways through it are exact."""
+"""A frozen causal language model in the engine: its weights, and the kinds of passes that are exact for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from amortlm.text.codec import Codec
 
 
 class CausalLM(Codec):
-    """The frozen p: `amortlm.LanguageModel` without the ways to load one and to state targets."""
+    """The frozen p: the base of `amortlm.LanguageModel`, which adds loading and targets."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class CausalLM(Codec):
 
     @cached_property
     def codec(self) -> Codec:
-        """The tokenizer's side alone, without weights: what a support is bound to, and can be sent elsewhere."""
+        """The tokenizer and its sizes without the weights: a support is bound to it, and it can be pickled."""
         return Codec(
             self.tokenizer,
             name=self.name,
@@ -58,7 +58,8 @@ class CausalLM(Codec):
         return self.codec.special_ids
 
     def with_model(self, model: Any) -> Self:
-        """The same with a copy of the model that has weights of its own; what is exact for one is for the other."""
+        """A copy that uses `model`, a model of the same architecture with other weights. It keeps the result of the
+        self-check."""
         other = copy.copy(self)
         other.memory = copy.copy(self.memory)
         other.model = model.eval().requires_grad_(False)
@@ -79,12 +80,12 @@ class CausalLM(Codec):
 
     @cached_property
     def exactness(self) -> Exactness:
-        """What the self-check found. Raises ModelError."""
+        """The result of the self-check. Raises ModelError for a model that cannot be used."""
         return examine(self.model, self.name)
 
     @cached_property
     def sharing(self) -> Sharing:
-        """How prompts are shared: by the self-check, or as full attention allows."""
+        """How prompts are shared: by the self-check, or, without it, as for full attention."""
         if self.self_check:
             return self.exactness.sharing
         return Sharing(switch=rotary_switch(self.model.config))
@@ -95,7 +96,7 @@ class CausalLM(Codec):
         return Passes(self.model, self.sharing, self.memory)
 
     def check_context(self, prompt: int, total: int, what: str) -> None:
-        """Raise PromptTooLongError when `total` tokens, the first `prompt` of which are given, do not fit the model."""
+        """Raise PromptTooLongError if `total` tokens, of which the first `prompt` are given, do not fit the model."""
         if self.context is not None and total > self.context:
             raise PromptTooLongError(
                 f"{what} needs {total} tokens, but {self.name} has a context of {self.context}; "
@@ -105,7 +106,7 @@ class CausalLM(Codec):
         if switch is not None and prompt - 1 <= switch < total:
             raise PromptTooLongError(
                 f"{what} goes from {prompt} to {total} tokens, and at {switch} {self.name} changes the rotary "
-                "embedding of the whole text (LongRoPE): what is written before and after would be of two models. "
+                "embedding of the whole text (LongRoPE): tokens before and after would come from two different models. "
                 f"Keep texts below {switch} tokens, or give prompts that are longer, or drop such rows"
             )
 

@@ -1,10 +1,10 @@
 """Forward passes of a causal LM in which a prompt is encoded once for all its completions.
 
-A prompt of P tokens is split: its first P-1 tokens fill a key/value cache (one row per prompt), its last
-token starts every completion. So one pass over `[last, z_1 .. z_T]` gives the logits of all T+1 states.
+A prompt of P tokens is split: its first P-1 tokens fill a key/value cache (one row per prompt), its last token starts
+every completion. So one pass over `[last, z_1 .. z_T]` gives the logits of all T+1 states.
 
-Where a model cannot share a prompt exactly (`Sharing`, found out in `amortlm.engine.exactness`), texts go through
-whole, padded on the right, and the model is given nothing but tokens, which is exact for every causal architecture.
+If a model cannot share a prompt exactly (`Sharing`, determined in `amortlm.engine.exactness`), whole texts are passed,
+padded on the right, with tokens as the only input. This is exact for every causal architecture.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from amortlm.support.log_probs import at_once
 
 @dataclass(frozen=True)
 class Sharing:
-    """What is exact for a model: the same log-probabilities as whole texts give, one at a time.
+    """The kinds of passes that are exact for a model: they give the log-probabilities of plain passes of single texts.
 
-    steps    a cached prompt goes on token by token (without gradient)
-    spans    a cached prompt goes on by several tokens at once
-    packed   several continuations stand side by side behind it, under a 4-D mask
-    window   the longest text, in tokens, for which packed holds: what the narrowest attention layer sees
-    longest  the longest text, in tokens, for which steps and spans hold; None: any
-    switch   the length in tokens beyond which a text is read by other rotary embeddings (LongRoPE)
+    steps    a cached prompt is continued token by token (without gradient)
+    spans    a cached prompt is continued by several tokens at once
+    packed   several continuations are side by side after a cached prompt, under a 4-D mask
+    window   the longest text, in tokens, for which packed is exact: the reach of the narrowest attention layer
+    longest  the longest text, in tokens, for which steps and spans are exact; None: no limit
+    switch   the length in tokens beyond which a text has other rotary embeddings (LongRoPE); None: none
     """
 
     steps: bool = True
@@ -57,8 +57,11 @@ class Sharing:
 class Prefix:
     """N encoded prompts.
 
-    cache over the first P-1 tokens, padded on the left (None where P = 1, or where prompts are not shared), mask
-    [N, P-1] bool, last [N] long: the last token of each, prompts: the token lists, shared: may the cache be used?
+    cache    over the first P-1 tokens, padded on the left; None if P = 1 or if prompts are not shared
+    mask     [N, P-1] bool: False at padding
+    last     [N] long: the last token of each prompt
+    prompts  the token lists
+    shared   may the cache be used?
     """
 
     cache: Cache | None
@@ -78,7 +81,7 @@ class Prefix:
         return cache_bytes(self.cache)
 
     def select(self, index: Tensor) -> Prefix:
-        """The prompts at `index` (repeats allowed); gradients flow back to these."""
+        """The prompts at `index` (repeats allowed); gradients flow back to the selected ones."""
         prompts = [self.prompts[i] for i in index.tolist()]
         return Prefix(
             select_cache(self.cache, index), self.mask[index], self.last[index], prompts, self.shared
@@ -103,13 +106,13 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device | str) -> tupl
 
 
 ARGUMENTS = ("attention_mask", "position_ids", "logits_to_keep")
-MIN_SAVED = 128  # tokens of padding: about what the fixed work of one more pass costs on a CPU
+MIN_SAVED = 128  # tokens of padding that cost about as much as the fixed work of one more pass on a CPU
 
 
 def length_groups(lengths: Tensor) -> list[Tensor]:
-    """The rows 0..B-1 in groups of similar length, longest first: passes that waste little on padding.
+    """The rows 0..B-1 in groups of similar length, longest first, so that passes have little padding.
 
-    One group on a GPU, where a pass more costs more than padding does.
+    One group on a GPU, where one more pass costs more than padding.
     """
     by_length, order = lengths.sort(descending=True, stable=True)
     if lengths.device.type != "cpu" or len(lengths) < 2:
@@ -147,7 +150,9 @@ def _map_cache(cache: Cache, change: Any, own: bool = False) -> Cache:
         out.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in out.layers:
         for name, value in vars(layer).items():
-            if isinstance(value, Tensor) and value.dim() > 1:  # one number is a setting, not a state
+            if (
+                isinstance(value, Tensor) and value.dim() > 1
+            ):  # a one-dimensional tensor is a setting, not a state
                 setattr(layer, name, change(value))
             elif isinstance(value, dict):  # convolutional and recurrent states
                 setattr(layer, name, {k: change(x) if isinstance(x, Tensor) else x for k, x in value.items()})
@@ -236,9 +241,7 @@ class Passes:
         heads = [list(p[:-1]) for p in prompts]
         last = torch.tensor([p[-1] for p in prompts], device=self.model.device)
         ids, mask = pad_left(heads, self.model.device)
-        # Recurrent states are written in place, which gradients cannot go back through.
-        vain = torch.is_grad_enabled() and (self._recurrent or bool(self._checkpointed()))
-        if vain or not self._shares([len(p) for p in prompts]):
+        if not self._shares([len(p) for p in prompts]) or self._in_vain():
             return Prefix(None, mask, last, prompts, shared=False)
         if ids.shape[1] == 0:
             return Prefix(None, mask, last, prompts)
@@ -247,7 +250,8 @@ class Passes:
         return Prefix(cache, mask, last, prompts)
 
     def extend(self, prefix: Prefix, index: Tensor, texts: Sequence[Sequence[int]]) -> Prefix:
-        """B prompts: prompt index[b] of `prefix` and then the tokens texts[b], which alone are passed."""
+        """B prompts, each prompt index[b] of `prefix` followed by the tokens texts[b]. Only texts[b] pass through the
+        model."""
         old = prefix.select(index)
         prompts = [[*p, *text] for p, text in zip(old.prompts, texts, strict=True)]
         heads = [[p[-1], *text][:-1] for p, text in zip(old.prompts, texts, strict=True)]
@@ -259,11 +263,11 @@ class Passes:
         mask = torch.cat([old.mask, own], dim=1)
         cache = old.cache if old.cache is not None else self._new_cache() if old.shared else None
         shared = old.shared and self.sharing.spans and self._shares([len(p) for p in prompts])
-        if not shared or self._recurrent:  # padding on the right would go into the states
+        if not shared or self._recurrent:  # padding on the right would enter the recurrent states
             return Prefix(None, _left_aligned(mask, mask), last, prompts, shared=False)
         assert cache is not None
         self._cached(ids, torch.cat([old.mask, torch.ones_like(own)], dim=1), cache, keep=1)
-        # What attends by distance wants no holes: padding moves to the left.
+        # Relative distances must not count padding between tokens: move padding to the left.
         return Prefix(
             _map_cache(cache, lambda x: _left_aligned(x, mask)), _left_aligned(mask, mask), last, prompts
         )
@@ -271,13 +275,13 @@ class Passes:
     def state_logits(self, prefix: Prefix, index: Tensor, tokens: Tensor) -> Tensor:
         """Logits of every state of B completions: [B, T+1, V], differentiable.
 
-        index [B] names each completion's prompt; tokens [B, T] is right-padded (what follows the end of a
-        completion cannot influence what comes before it, so no mask is needed there).
+        index [B]: the number of each completion's prompt. tokens [B, T] is padded on the right; this padding needs no
+        mask, because later tokens do not change the logits of earlier states.
         """
         return self.states(prefix, index, tokens)[0]
 
     def states(self, prefix: Prefix, index: Tensor, tokens: Tensor) -> tuple[Tensor, Cache | None]:
-        """`state_logits`, and the cache over prompt and completion (None where it is not shared)."""
+        """`state_logits`, and the cache over prompt and completion (None if prompts are not shared)."""
         lengths = [len(prefix.prompts[i]) + tokens.shape[1] for i in index.tolist()]
         with self._recomputing() as recomputes:
             if recomputes or not (prefix.shared and self.sharing.spans and self._shares(lengths)):
@@ -293,7 +297,8 @@ class Passes:
         return self.sharing.packed and (self.sharing.window is None or longest <= self.sharing.window)
 
     def branch_logits(self, ids: Tensor, positions: Tensor, allowed: Tensor, cache: Cache) -> Tensor:
-        """Logits [b, Q, V] of branches side by side behind a cache. allowed [b, Q, keys] bool: what each token sees."""
+        """Logits [b, Q, V] of branches side by side after a cache. ids, positions [b, Q]. allowed [b, Q, keys] bool:
+        the keys that each token sees."""
         dtype = self.model.dtype
         mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
         mask = mask.masked_fill(~allowed, torch.finfo(dtype).min)[:, None]
@@ -306,18 +311,18 @@ class Passes:
         )
 
     def write(self, prefix: Prefix, index: Tensor) -> Writer:
-        """Texts that start as the prompts at `index` and grow token by token; to be used without gradient."""
+        """A `Writer` of texts that start as the prompts at `index`. Use it without gradient."""
         return Writer(self, prefix, index)
 
     def whole(self, texts: Sequence[Sequence[int]], first: Sequence[int], count: int) -> Tensor:
-        """Logits [B, count, V] after the tokens first[b] .. first[b] + count - 1 of whole texts, each by itself.
+        """Logits [B, count, V] after the tokens first[b] .. first[b] + count - 1 of whole texts, without a cache.
 
-        Texts may be shorter than that: what lies beyond their end means nothing.
+        If a text is shorter, its logits beyond its end have no meaning.
         """
         out: list[Tensor] = [torch.empty(0)] * len(texts)
         for rows in self._sides([len(text) for text in texts]):
             width = max(max(len(texts[b]) for b in rows), max(first[b] for b in rows) + count)
-            # Any token may pad on the right of a causal model; its own last one is at least a known one.
+            # Any token may pad a causal model on the right; the last token of the text is in the vocabulary.
             ids = torch.tensor(
                 [[*texts[b], *[texts[b][-1]] * (width - len(texts[b]))] for b in rows],
                 device=self.model.device,
@@ -331,9 +336,10 @@ class Passes:
         return torch.stack(out)
 
     def log_probs(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """[B, L-1] log p of each token of whole texts but their first, given those before it; nats, differentiable.
+        """[B, L-1] log p of each token of whole texts except the first, given the tokens before it; nats,
+        differentiable.
 
-        L: the longest. What lies beyond the end of a text means nothing.
+        L: length of the longest text. Entries beyond the end of a text have no meaning.
         """
         ids, lengths = pad_right(texts, self.model.device)
         logits = self.whole(texts, [0] * len(texts), max(1, int(lengths.max()) - 1))
@@ -349,12 +355,13 @@ class Passes:
 
     @property
     def hidden_size(self) -> int:
-        """H of the last hidden state."""
+        """The size H of the last hidden state."""
         return int(self.model.get_output_embeddings().weight.shape[1])
 
     @contextmanager
     def watched(self) -> Iterator[list[Tensor]]:
-        """The last hidden states [b, Q, H] of every pass within, in order: what enters the output layer."""
+        """Yields a list that gets the last hidden states [b, Q, H] (the input of the output layer) of every pass in the
+        block, in order."""
         seen: list[Tensor] = []
         layer = self.model.get_output_embeddings()
         hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -376,6 +383,11 @@ class Passes:
         texts = [p + z for p, z in zip(prompts, tokens.tolist(), strict=True)]
         return self.whole(texts, [len(p) - 1 for p in prompts], tokens.shape[1] + 1)
 
+    def _in_vain(self) -> bool:
+        """Would a cache be useless? Recurrent states are written in place, so gradients cannot flow through them, and
+        activation checkpointing keeps no cache."""
+        return torch.is_grad_enabled() and (self._recurrent or bool(self._checkpointed()))
+
     def _shares(self, lengths: Sequence[int]) -> bool:
         """May texts of these lengths, in tokens, share a cache and a batch?"""
         found = self.sharing
@@ -384,7 +396,8 @@ class Passes:
         return found.longest is None or max(lengths) <= found.longest
 
     def _sides(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Rows that may share a pass: on one side of where rotary embeddings switch, which the longest row decides."""
+        """The rows in groups that may share a pass: LongRoPE chooses the embedding of a batch by its longest row, so
+        rows below and above the switch are separated."""
         if self.sharing.switch is None:
             return [list(range(len(lengths)))]
         long = [n > self.sharing.switch for n in lengths]
@@ -393,7 +406,8 @@ class Passes:
 
     @contextmanager
     def _recomputing(self) -> Iterator[bool]:
-        """Does activation checkpointing recompute this pass? It keeps no cache, and wants layers in training mode."""
+        """Yields whether activation checkpointing recomputes this pass: then there is no cache, and layers must be in
+        training mode."""
         layers = self._checkpointed() if torch.is_grad_enabled() else []
         before = [m.training for m in layers]
         for m in layers:
@@ -407,13 +421,13 @@ class Passes:
     def _checkpointed(self) -> list[Any]:
         return [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) is True]
 
-    # The model
+    # Calls of the model
 
     @cached_property
     def _accepts(self) -> frozenset[str]:
         base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         named = frozenset(inspect.signature(base.forward).parameters)
-        # A wrapper that names nothing passes on everything.
+        # A wrapper without named arguments passes all of them on.
         return named if "input_ids" in named else frozenset(ARGUMENTS)
 
     @property
@@ -421,8 +435,8 @@ class Passes:
         return versions.cache_argument(self._accepts)
 
     def _new_cache(self) -> Cache:
-        """The cache that the model would make, but its windows keep all keys: what falls out of one for a completion
-        may be in it for another, and the mask says so."""
+        """The model's own kind of cache, except that sliding windows keep all keys: a key that is outside the window of
+        one completion may be inside that of another. The mask applies the window."""
         cache = DynamicCache(config=self.model.config)
         for i, layer in enumerate(cache.layers):
             if type(layer) is DynamicSlidingWindowLayer:
@@ -435,7 +449,8 @@ class Passes:
         return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
     def _cached(self, ids: Tensor, mask: Tensor, cache: Cache, keep: int | None = None) -> Tensor:
-        """Logits [B, Q, V] of ids [B, Q] (of the last `keep`), which join the cache. mask [B, keys]: ids included."""
+        """Logits [B, Q, V] of ids [B, Q] (or only of the last `keep`); ids are added to the cache. mask [B, keys]
+        includes ids."""
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         asked = {"attention_mask": mask.long(), "position_ids": positions}
         return self._call(
@@ -447,7 +462,7 @@ class Passes:
         )
 
     def _keep(self, count: int | None) -> dict[str, int]:
-        """The argument that asks for the last `count` logits only, of models that know it."""
+        """The argument for only the last `count` logits, if the model has it."""
         return {} if count is None or "logits_to_keep" not in self._accepts else {"logits_to_keep": count}
 
     def _call(self, **arguments: Any) -> Tensor:
@@ -455,7 +470,7 @@ class Passes:
 
 
 class Writer:
-    """n texts that grow. `logits` after what is written; `append` goes on from any of the texts."""
+    """n texts that grow token by token. `logits`: after the current texts. `append`: continue any of the texts."""
 
     def __init__(self, passes: Passes, prefix: Prefix, index: Tensor):
         self.passes = passes
@@ -466,14 +481,14 @@ class Writer:
         self._texts = [] if self._shared else [list(p) for p in start.prompts]
 
     def logits(self) -> Tensor:
-        """[n, V]; once after each `append`."""
+        """[n, V] logits of the next token. Call it once after each `append`."""
         if self._cache is None:
             return self.passes.whole(self._texts, [len(text) - 1 for text in self._texts], 1)[:, 0]
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._ids), 1)], dim=1)
         return self.passes._cached(self._ids[:, None], self._mask, self._cache)[:, -1]
 
     def append(self, parents: Tensor, ids: Tensor) -> None:
-        """The texts are now those of `parents` [m], each with a token of ids [m] behind it."""
+        """Replace the texts by the texts `parents` [m], each followed by a token of ids [m]."""
         if self._cache is None:
             pairs = zip(parents.tolist(), ids.tolist(), strict=True)
             self._texts = [[*self._texts[i], token] for i, token in pairs]
@@ -485,7 +500,7 @@ class Writer:
 
 
 def _left_aligned(x: Tensor, mask: Tensor) -> Tensor:
-    """x [B, W] or [B, .., W, D], the columns where mask [B, W] is False brought to the left."""
+    """x [B, W] or [B, .., W, D] with the columns where mask [B, W] is False moved to the left."""
     order = mask.int().argsort(dim=1, stable=True)
     if x.dim() == 2:
         return x.gather(1, order)

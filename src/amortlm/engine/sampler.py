@@ -1,6 +1,6 @@
-"""What draws completions: a protocol, so that they may be drawn elsewhere, and the engine in this process.
+"""Samplers draw completions from q: a protocol, which other processes or servers can implement, and the local engine.
 
-`amortlm.policy.laws.check_sampler` is the law of whatever implements it.
+`amortlm.policy.laws.check_sampler` tests an implementation.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from amortlm.support.law import SupportLaw
 
 @dataclass(frozen=True)
 class Request:
-    """Completions to draw for N prompts. Can be pickled: it holds no model.
+    """A request for B completions of N prompts. It holds no model and can be pickled.
 
-    prompts  N token lists; counts: completions of each, B in all; seeds: of the stream of random numbers of each
-    kept     B token lists that the completions begin with (default: nothing); not drawn, they count 0 in log q
+    prompts      N token lists
+    counts       completions of each prompt, B in all
+    seeds        seed of each prompt's stream of random numbers
+    law          the law of the support
+    exploration  how sampling differs from q (default: not at all)
+    kept         B token lists with which the completions begin (default: none); they add 0 to log q
     """
 
     prompts: Sequence[Sequence[int]]
@@ -41,7 +45,7 @@ class Request:
 
 
 class Sampler(Protocol):
-    """Draws completions from q, and says with what log q and by which weights it drew them.
+    """Draws completions from q, and reports their log q and the version of its weights.
 
     reproducible: does a prompt get the same completions for the same seed, whatever else is in the request?
     """
@@ -49,16 +53,17 @@ class Sampler(Protocol):
     reproducible: bool
 
     def sample(self, request: Request) -> Draws:
-        """B completions in the order of `request.index`, drawn with its exploration, and their log q without it."""
+        """B completions in the order of `request.index`, drawn with the exploration, and their log q (nats) without
+        it."""
         ...
 
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Take over the trainable weights of a policy, by name. Raises ConfigError if they do not fit."""
+        """Load the trainable weights of a policy, by name. Raises ConfigError if they do not fit."""
         ...
 
 
 class LocalSampler:
-    """The engine of this process, on the very modules that are trained."""
+    """The sampler in this process; it uses the same modules that are trained."""
 
     reproducible = True
 
@@ -98,7 +103,7 @@ class LocalSampler:
         ]
         if odd:
             raise ConfigError(
-                f"the weights are of another policy: {odd[0]} is missing, unknown or of another shape"
+                f"the weights belong to another policy: {odd[0]} is missing, unknown or of another shape"
             )
         for name, p in own.items():
             p.copy_(weights[name])
@@ -106,11 +111,11 @@ class LocalSampler:
 
 
 def _given(request: Request, device: torch.device) -> tuple[Draws | None, Tensor | None]:
-    """What the completions begin with, at the full width, and how many tokens of each that is."""
+    """(the kept tokens as draws with T = max_tokens, [B] their numbers), or (None, None)."""
     if request.kept is None:
         return None, None
     if request.law.tool is not None:
-        raise ConfigError("a completion that a tool writes into cannot be gone on with: leave `kept` out")
+        raise ConfigError("a completion that a tool writes into cannot be continued: leave `kept` out")
     blank = Draws.blank(len(request.kept), request.law, device)
     tokens, keep = pad_right(request.kept, device)
     blank.tokens[:, : tokens.shape[1]] = tokens
@@ -119,7 +124,7 @@ def _given(request: Request, device: torch.device) -> tuple[Draws | None, Tensor
 
 
 def uniform_streams(seeds: Sequence[int], counts: Sequence[int], length: int) -> Tensor:
-    """[sum of counts, length] uniforms in [0, 1): a generator for each seed."""
+    """[sum of counts, length] uniform numbers in [0, 1), from one generator per seed."""
     out = []
     for seed, count in zip(seeds, counts, strict=True):
         out.append(torch.rand(count, length, generator=torch.Generator().manual_seed(seed)))

@@ -1,8 +1,8 @@
-"""Draws of the posterior from a policy that is not right yet: SIR, SMC and Metropolis-Hastings by one argument.
+"""Draws of the posterior with a policy as proposal: SIR, SMC and Metropolis-Hastings behind one function.
 
-All three converge to the exact posterior on the policy's support as the budget grows, whatever the policy. Completions
-are drawn in batches that fit in memory: for SIR these are parts of one pool, for SMC independent runs ("islands"), for
-Metropolis-Hastings independent chains.
+All three converge to the exact posterior on the policy's support as the budget grows, for any policy. Completions are
+drawn in batches that fit in memory: parts of one pool for SIR, independent runs ("islands") for SMC, independent chains
+for Metropolis-Hastings.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from amortlm.weights import effective_sample_size, log_mean_exp, resample
 
 BATCH = 256  # completions sampled and scored at once
 METHODS = ("none", "sir", "smc", "mh")
-START = 4  # Metropolis-Hastings spends a quarter of its budget on where its chains start
+START = 4  # Metropolis-Hastings uses 1 / START of its budget to choose where its chains start
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """N completions with log weights, by which they represent the posterior. Nats.
+    """N completions whose weights make them represent the posterior. Logs are in nats.
 
-    log_q, log_reward, log_weights   [N], on the CPU; the mean weight is unbiased for Z
-    draws                            completions drawn from q to get them; a suffix that was redrawn counts as one
+    log_q, log_reward, log_weights   [N], on the CPU; the mean weight is an unbiased estimate of Z
+    draws                            completions drawn from q in all; a redrawn suffix counts as one
     """
 
     rollouts: Rollouts
@@ -50,16 +50,16 @@ class Weighted:
 
     @property
     def ess(self) -> float:
-        """Effective sample size, 1 to N; 0 where R = 0 for all."""
+        """Effective sample size, 1 to N; 0 if R = 0 for all."""
         return effective_sample_size(self.log_weights.double())
 
     def resample(self, n: int, seed: object) -> Weighted:
-        """n of them by weight, with replacement, in random order, each of log weight 0.
+        """n completions drawn by weight, with replacement, in random order, each with log weight 0.
 
-        Raises RewardError where every weight is zero.
+        Raises RewardError if every weight is zero.
         """
         generator = torch.Generator().manual_seed(seed_of(("resample", seed, row_key(self.rollouts.rows[0]))))
-        # Equal completions side by side, so that each appears as often as their weights together say, give or take 1.
+        # Sort equal completions next to each other: then the number of copies of each is within 1 of its expectation.
         completions = self.rollouts.completions()
         order = torch.tensor(sorted(range(len(completions)), key=completions.__getitem__))
         picked = order[resample(self.log_weights[order], n, generator)]
@@ -75,7 +75,7 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Corrected:
-    """n draws of the posterior, of equal weight, and how they were made (see `posterior.Samples`)."""
+    """n draws of the posterior, of equal weight, and figures of the correction (see `posterior.Samples`)."""
 
     drawn: Weighted
     ess: float | None = None
@@ -95,13 +95,13 @@ def corrected(
 ) -> Corrected:
     """n draws of the posterior of `row` by "sir", "smc" or "mh". budget: see `Posterior.sample`.
 
-    Raises ConfigError for an unknown method, a budget too small for n and, "sir" apart, a support with a tool;
-    RewardError where everything drawn has R = 0.
+    Raises ConfigError for an unknown method, n < 1, a budget too small for n and, for "smc" and "mh", a support with a
+    tool; RewardError if every completion drawn has R = 0.
     """
     check_method(method)
     check_n(n)
     budget = max(256, 16 * n) if budget is None else budget
-    least = 2 * n if method == "mh" else n  # a chain takes a step at least
+    least = 2 * n if method == "mh" else n  # a chain takes at least one step
     if budget < least:
         raise ConfigError(f"a budget of {budget} is too small for n={n}: {method} needs at least {least}")
     if method == "mh":
@@ -116,11 +116,11 @@ def check_method(method: str) -> None:
 
 
 def require_target(target: Target | None) -> Target:
-    """The target of a posterior. Raises ConfigError where it has none."""
+    """The target of a posterior. Raises ConfigError if there is none."""
     if target is None:
         raise ConfigError(
             "this posterior has no target, so its samples cannot be weighed or corrected: pass target= to Posterior "
-            "or from_pretrained. A posterior is saved without its target where a function cannot be imported by name; "
+            "or from_pretrained. A posterior is saved without its target if a function cannot be imported by name; "
             "for the command line, define the function in a module, save again, and give --trust MODULE"
         )
     return target
@@ -157,8 +157,8 @@ def weigh(policy: Policy, target: Target, row: Row, n: int, *, seed: object) -> 
 
 
 def islands(policy: Policy, target: Target, row: Row, n: int, *, seed: object) -> Weighted:
-    """n particles from independent runs of `smc`, of even size; the mean weight of all is unbiased for Z, as that of
-    each run is."""
+    """n particles from independent runs of `smc` of about equal size; their mean weight is an unbiased estimate of Z,
+    as in each run."""
     parts = [
         smc(policy, target, row, num_particles=high - low, seed=(seed, low)) for low, high in even(n, BATCH)
     ]
@@ -174,8 +174,8 @@ def islands(policy: Policy, target: Target, row: Row, n: int, *, seed: object) -
 def mh(policy: Policy, target: Target, row: Row, n: int, *, budget: int, seed: object) -> Corrected:
     """The last states of n Metropolis-Hastings chains.
 
-    A share of the budget, 1 / START, is drawn from q and resampled by weight: chains that start there are nearer to
-    the posterior than chains that start at draws of q, and all of them start, and so stay, where R > 0.
+    1 / START of the budget is drawn from q and resampled by weight. Chains that start at these completions are nearer
+    to the posterior than chains that start at draws of q, and all of them start, and so stay, where R > 0.
     """
     refuse_tool(policy)
     pool = weigh(policy, target, row, max(1, budget // START), seed=seed)
@@ -207,7 +207,7 @@ def mh(policy: Policy, target: Target, row: Row, n: int, *, budget: int, seed: o
 
 
 def even(n: int, batch: int) -> Iterator[tuple[int, int]]:
-    """[low, high) of as few pieces of at most `batch` as possible, whose sizes differ by at most one."""
+    """[low, high) of the fewest pieces of at most `batch`, with sizes that differ by at most one."""
     count = math.ceil(n / batch)
     bounds = [n * i // count for i in range(count + 1)]
     return pairwise(bounds)

@@ -36,11 +36,12 @@ class ExactPosterior:
 
 @dataclass(frozen=True)
 class Distance:
-    """How far q is from the posterior p on an enumerated support. Nats; inf where supports differ.
+    """How far q is from the posterior p on an enumerated support. KL in nats.
 
     total_variation   in [0, 1]
-    kl_qp, kl_pq      KL(q || p), which grows with what q makes up, and KL(p || q), which grows with what q misses
-    mass              total probability of q on the support: 1, but for rounding
+    kl_qp             KL(q || p); inf if q gives probability to a completion with p = 0
+    kl_pq             KL(p || q); inf if p gives probability to a completion with q = 0
+    mass              total probability of q on the support: 1, up to rounding
     """
 
     total_variation: float
@@ -50,8 +51,8 @@ class Distance:
 
 
 def enumerate_posterior(target: Target, support: SupportLaw, row: Row, limit: int = LIMIT) -> ExactPosterior:
-    """Score every completion of the support. Raises SupportError if there are more than `limit`, or if the target's
-    latents are not the statements of the support."""
+    """Score every completion of the support. Raises SupportError if there are more than `limit`, if the target's
+    latents do not fit the statements of the support, or if R = 0 for every completion."""
     check_statements(target, support)
     if (size := support.size()) > limit:
         count = str(size) if size < 10**6 else f"10^{math.log10(size):.1f}"  # too large for a float, maybe
@@ -77,7 +78,7 @@ def enumerate_posterior(target: Target, support: SupportLaw, row: Row, limit: in
 
 @torch.no_grad()
 def policy_log_probs(policy: Policy, row: Row) -> Tensor:
-    """[M] log q of every completion of the policy's support, in the order of `enumerate_posterior`."""
+    """[M] log q of every completion of the policy's support, nats, in the order of `enumerate_posterior`."""
     out = []
     for chunk in _chunks(policy.support):
         rollouts = policy.rollouts([row], [chunk])
@@ -86,7 +87,7 @@ def policy_log_probs(policy: Policy, row: Row) -> Tensor:
 
 
 def distance(log_q: Tensor, log_p: Tensor) -> Distance:
-    """Exact distances between two distributions over the same M completions. log_q, log_p [M]."""
+    """Exact distances between two distributions over the same M completions. log_q, log_p [M], nats."""
     q, p = log_q.double().exp(), log_p.double().exp()
     return Distance(
         total_variation=0.5 * (q - p).abs().sum().item(),

@@ -1,17 +1,17 @@
 """Metropolis-Hastings over completions: redraw a suffix from the policy, accept or keep.
 
-The stationary distribution of the chain is the posterior R / Z on the policy's support, whatever the policy; the
-policy decides only how fast the chain gets there.
+The stationary distribution of the chain is the posterior R / Z on the policy's support, for any policy; the policy
+changes only how fast the chain converges.
 
-A step on z of L tokens: t is uniform on {0, .., L}, z_1:t is kept, and the rest of z' (tokens and stop) is
-drawn from q(. | z_1:t). t = 0 proposes a new completion; t = L asks again whether to stop. Given t, which is a
-choice of the reverse move too since z' keeps t tokens, the density of the move is
+A step on z of L tokens: t is uniform on {0, .., L}, z_1:t is kept, and the rest of z' (tokens and stop) is drawn from
+q(. | z_1:t). t = 0 proposes a new completion; t = L draws again whether to stop after L tokens. Since z' has at least t
+tokens, the reverse move can choose the same t. Given t, the density of the move is
 q(z' | z_1:t) / (L + 1) = q(z') / (q(z_1:t) (L + 1)), so q(z_1:t) cancels and
 
     accept with min(1, w(z') (L + 1) / (w(z) (L' + 1))),    w(z) = R(z) / q(z)
 
-does not depend on t. Completions are strings of tokens: q(z) and R(z) both sum over the stop symbols, and the
-one shown is drawn from q given z.
+does not depend on t. Completions are strings of tokens: q(z) and R(z) both sum over the stop symbols, and the stop
+symbol of a result is drawn from q given z.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from amortlm.types import Rollouts, Row, row_key
 
 @dataclass(frozen=True)
 class Chains:
-    """The last states of C independent chains and how they got there. Nats.
+    """The last states of C independent chains, and their history over S steps. Logs are in nats.
 
     rollouts            C completions, one per chain
-    log_reward, log_q   [C] of those; log_reward is -inf for a chain that has not found R > 0 yet
-    accepted            [C, S] which proposals were accepted (a proposal equal to the current completion always is)
-    trace               [C, S+1] log R after 0..S steps: what to judge burn-in by
-    tokens_decoded      policy tokens and stops drawn, one model step each, initial completions included
+    log_reward, log_q   [C] of these completions; log_reward is -inf for a chain that has not found R > 0 yet
+    accepted            [C, S] bool: accepted proposals (one equal to the current completion is always accepted)
+    trace               [C, S+1] log R after 0..S steps, to judge burn-in
+    tokens_decoded      policy tokens and stops drawn, one model step each, including the initial completions
     completions_scored  completions judged by the target
     """
 
@@ -68,13 +68,13 @@ def metropolis_hastings(
 ) -> Chains:
     """`num_chains` chains of `num_steps` steps each, as one batch. Exact for num_steps -> infinity.
 
-    initial: where chains start, `num_chains` completions in the support (default: draws of the policy). From R = 0
-    every proposal is accepted; chains never return there. Raises DataError for completions outside the support or
-    of another count, ConfigError for a support with a tool or counts that make no sense.
+    initial: `num_chains` completions in the support at which the chains start (default: draws of the policy). At
+    R = 0 every proposal is accepted; a chain with R > 0 never moves to R = 0. Raises DataError for completions outside
+    the support or a wrong number of them, ConfigError for a support with a tool, num_chains < 1 or num_steps < 0.
     """
     if num_chains < 1 or num_steps < 0:
         raise ConfigError(
-            f"num_chains={num_chains}, num_steps={num_steps}: need at least one chain and no fewer than 0 steps"
+            f"num_chains={num_chains}, num_steps={num_steps}: need at least one chain and at least 0 steps"
         )
     target, prefix = prepare(policy, target, row)
     generator = torch.Generator().manual_seed(seed_of(("mh", seed, row_key(row))))

@@ -1,7 +1,4 @@
-"""Completions under construction: draw them, and redraw the rest of them from any prefix on.
-
-What Metropolis-Hastings and sequential Monte Carlo share.
-"""
+"""Drawing completions, and redrawing their rest after any prefix: used by Metropolis-Hastings and SMC."""
 
 from __future__ import annotations
 
@@ -26,10 +23,10 @@ def rollouts_of(draws: Draws, policy: Policy, row: Row) -> Rollouts:
 
 
 def prepare(policy: Policy, target: Target, row: Row) -> tuple[Target, Prefix]:
-    """The target bound to the policy's tokenizer and the encoded prompt of `row`.
+    """The target bound to the policy's tokenizer, and the encoded prompt of `row`.
 
-    Raises ConfigError for a support with a tool, SupportError for one that the target's latents do not fit,
-    DataError for a missing column, PromptTooLongError.
+    Raises ConfigError for a support with a tool, SupportError if the target's latents do not fit the support, DataError
+    for a missing column, PromptTooLongError for a prompt that does not fit the model.
     """
     refuse_tool(policy)
     check_rows([row], set(policy.prompt.columns) | set(target.columns), "the row")
@@ -49,14 +46,14 @@ def refuse_tool(policy: Policy) -> None:
 
 
 def sample_paths(policy: Policy, prefix: Prefix, n: int, generator: torch.Generator) -> tuple[Draws, int]:
-    """n draws of the policy and the number of tokens and stops drawn."""
+    """n draws of the policy, and the number of tokens and stops drawn."""
     draws = redraw(policy, prefix, None, torch.zeros(n, dtype=torch.long, device=policy.device), generator)
     return draws, int((draws.lengths + 1).sum())
 
 
 @torch.no_grad()
 def paths_of(policy: Policy, row: Row, rollouts: Rollouts, n: int) -> Draws:
-    """n given completions as draws. Raises DataError for another count or a completion outside the support."""
+    """n given completions as `Draws`. Raises DataError for another number, or for one outside the support."""
     if len(rollouts) != n:
         raise DataError(f"initial has {len(rollouts)} completions for {n} chains; give one per chain")
     completions = [[*z, s] for z, s in zip(rollouts.completions(), rollouts.stops.tolist(), strict=True)]

@@ -1,34 +1,33 @@
-"""Sequential Monte Carlo over completions, with twists that a target which scores prefixes gives at no extra cost.
+"""Sequential Monte Carlo over completions. If the target scores prefixes, the twists cost nothing extra.
 
-N particles are drawn from q. Each carries a correction c, 1 at first. Its final weight is c w(z) with w = R / q, and
-Z-hat is the mean weight. After t tokens a particle that has stopped has the value c w(z), and a live one the value c
-psi(z_1:t), where the twist psi > 0 is a guess of w. Where the effective sample size of the values is low, N ancestors
-are drawn in proportion to their values (systematic resampling), and the correction of a copy becomes (mean value) /
-psi, or (mean value) / w, so that all copies have the same value. This leaves the expectation of the mean of c f(z) as
-it was for every f, so E[Z-hat] = Z for any positive psi that depends on the first t tokens alone. The variance is low
-where psi is close to the expected w given the prefix.
+N particles are drawn from q. Each has a correction c, 1 at first. The final weight of a particle is c w(z) with
+w = R / q, and Z-hat is the mean weight. After t tokens a particle that has stopped has the value c w(z); a live
+particle has the value c psi(z_1:t), where the twist psi > 0 is a guess of w. If the effective sample size of the values
+is low, N ancestors are drawn in proportion to their values (systematic resampling). The correction of a copy becomes
+(mean value) / psi, or (mean value) / w if it has stopped, so that all copies have the same value. Resampling does not
+change the expectation of the mean of c f(z), for any f. So E[Z-hat] = Z for any positive psi that depends only on the
+first t tokens. The variance is low if psi is close to the expected w given the prefix.
 
 The twist psi of z_1:t is half the weight of stopping there,
 
     log_w[t] = log R(z_1:t) - log q(z_1:t) - log q(stop | z_1:t),
 
-and half the mean over the particles. R(z_1:t) / q(z_1:t) would not do: it punishes a prefix for being in the middle
-of a sentence. For q = p and R = p(z y | x) the weight of stopping is p(y | x z_1:t stop). At q = R / Z it is Z at
-every state, so all values are equal and nothing is ever resampled. The mean, weighted by c, is over the particles
-whose w or weight of stopping is known. Because of it a live particle keeps at least a third of the copies that c
-alone would give it (half where none has stopped), even where the weight of stopping now says little about that of
-stopping later.
+and half the mean of such weights over the particles. R(z_1:t) / q(z_1:t) is no good twist: it is small in the middle
+of every sentence. For q = p and R = p(z y | x) the weight of stopping is p(y | x z_1:t stop). At q = R / Z it is Z at
+every state, so all values are equal and nothing is resampled. The mean, weighted by c, is over the particles whose w or
+weight of stopping is known. Because of the mean, a live particle keeps at least a third of the copies that c alone
+would give it (half if no particle has stopped), even if the weight of stopping now is a bad guess of w.
 
-Where the weight of stopping is not known - before min_tokens, for a target that only judges finished text, or where
-R = 0 at a prefix that may still come right - psi is the mean alone, of what is known at t, or 1 where nothing is. A psi
-of zero would put some completions out of reach, and any other constant would compare live particles with stopped ones
-on an arbitrary scale. So before min_tokens psi = 1, and for a target that only judges finished text particles that
-stopped with R = 0 are replaced by live ones.
+The weight of stopping is not known before min_tokens, for a target that only judges finished text, and where R = 0 at a
+prefix that can still become valid. There psi is the mean over the particles whose weights are known at t, or 1 if none
+is known. With psi = 0 some completions could not be reached, and any other constant would compare live particles with
+stopped ones on an arbitrary scale. So before min_tokens psi = 1; and for a target that only judges finished text,
+particles that stopped with R = 0 are replaced by live ones.
 
-Completions are drawn to their end and all their states scored in one `target.score`, which is far cheaper than a call
-per token. A resampling at t discards what the copies have after t and draws it anew. The decision to resample at t
-depends on nothing beyond t, so the result has the distribution of the step-by-step algorithm, at 1 + (resamplings)
-rounds of decoding.
+Completions are drawn to their end, and all their states are scored in one `target.score`, which is far cheaper than a
+call per token. Resampling at t discards the tokens of the copies after t and redraws them. The decision to resample at
+t depends only on the first t tokens, so the result has the distribution of the step-by-step algorithm, with
+1 + (resamplings) rounds of decoding.
 """
 
 from __future__ import annotations
@@ -52,17 +51,18 @@ from amortlm.weights import effective_sample_size, log_mean_exp, resample, syste
 
 @dataclass(frozen=True)
 class Particles:
-    """N weighted completions of one row: sum of exp(log_weights) f(z) / N estimates Z E[f]. Nats.
+    """N weighted completions of one row: the mean of exp(log_weights) f(z) estimates Z E[f]. Logs are in nats.
 
-    rollouts            N completions; copies that shared a history may be equal
+    rollouts            N completions; copies of one ancestor may be equal
     log_weights         [N] -inf where R = 0
     log_reward, log_q   [N] of the completions
-    log_z               log of the mean weight; exp(log_z) is unbiased for Z. -inf where every particle has R = 0:
-                        an estimate of 0, kept so that averages over runs stay unbiased (`resample` then raises)
-    ess                 effective sample size in particles at states 1, 2, .. before resampling, and at last that of
-                        log_weights; 0 where R = 0 for all
+    log_z               log of the mean weight; exp(log_z) is an unbiased estimate of Z. -inf if every particle has
+                        R = 0: an estimate of 0, kept so that averages over runs stay unbiased (`resample` then raises)
+    ess                 effective sample size, in particles, of the values at states 1, 2, .. before resampling; the
+                        last entry is that of log_weights. 0 if R = 0 for all
     resampled_at        the states at which particles were resampled
-    tokens_decoded      policy tokens and stops drawn; completions_scored: completions judged by the target
+    tokens_decoded      policy tokens and stops drawn
+    completions_scored  completions judged by the target
     """
 
     rollouts: Rollouts
@@ -76,7 +76,7 @@ class Particles:
     completions_scored: int
 
     def resample(self, n: int, seed: object) -> Rollouts:
-        """n completions drawn by weight, with replacement. Raises RewardError where every weight is zero."""
+        """n completions drawn by weight, with replacement. Raises RewardError if every weight is zero."""
         generator = torch.Generator().manual_seed(seed_of(("resample", seed)))
         return self.rollouts.select(resample(self.log_weights, n, generator))
 
@@ -92,11 +92,9 @@ def smc(
 ) -> Particles:
     """Sequential Monte Carlo from the policy to the posterior (module docstring).
 
-    Resamples at states where ESS < ess_threshold * num_particles; a threshold of 0 never does, which is plain
-    importance
-    sampling with only finished completions scored. Raises ConfigError for counts or thresholds that make no sense and
-    for a
-    support with a tool.
+    Resamples at states where ESS < ess_threshold * num_particles. With ess_threshold=0 it never resamples: this is
+    plain importance sampling, and only finished completions are scored. Raises ConfigError for num_particles < 1, an
+    ess_threshold outside [0, 1] and a support with a tool; other errors as `paths.prepare`.
     """
     if num_particles < 1 or not 0 <= ess_threshold <= 1:
         raise ConfigError(
@@ -110,11 +108,11 @@ def smc(
     history: list[float] = []
     resampled_at: list[int] = []
     t = 1
-    # At max_tokens nothing is left to draw: resampling there would only add noise.
+    # At max_tokens no token is left to draw: resampling there would only add noise.
     while ess_threshold > 0 and t < policy.support.max_tokens and bool((cloud.paths.lengths >= t).any()):
         log_twist = twists(cloud.log_w, cloud.log_c, cloud.paths.lengths, t, cloud.twisted)
         history.append(effective_sample_size(cloud.log_c + log_twist))
-        # The margin keeps rounding from resampling equal values at a threshold of 1.
+        # With the margin, rounding does not cause resampling of equal values at a threshold of 1.
         if history[-1] < ess_threshold * num_particles * (1 - 1e-9):
             cloud.resample(t, log_twist)
             resampled_at.append(t)
@@ -123,7 +121,7 @@ def smc(
 
 
 class _Cloud:
-    """The particles of a run: completions drawn to their end, their weights of stopping, and c."""
+    """The particles of a run: completions drawn to their end, their weights of stopping, and their corrections c."""
 
     paths: Draws
     log_w: Tensor
@@ -147,7 +145,7 @@ class _Cloud:
         self.log_c = torch.zeros(n, dtype=torch.float64, device=self.policy.device)
 
     def resample(self, t: int, log_twist: Tensor) -> None:
-        """Resample at t tokens, and draw the futures of live particles anew."""
+        """Resample after t tokens, and redraw the tokens of live particles after t."""
         u = uniforms(self.generator, (), self.policy)
         ancestors, self.log_c = resampled(self.log_c, log_twist, u)
         self.paths, self.log_w = self.paths.select(ancestors), self.log_w[ancestors]
@@ -184,7 +182,8 @@ class _Cloud:
 def state_log_weights(
     policy: Policy, target: Target, row: Row, paths: Draws, start: int, every_state: bool
 ) -> Tensor:
-    """log_w [B, max_tokens + 1] float64 at the stopping states from `start` on (or the last only), -inf elsewhere."""
+    """log_w [B, max_tokens + 1] float64, nats, at the stopping states from `start` on (every_state), else at the last
+    state only; -inf elsewhere."""
     rollouts = rollouts_of(paths, policy, row)
     if every_state:
         states = torch.arange(rollouts.stop_mask.shape[1], device=rollouts.stop_mask.device)
@@ -202,8 +201,8 @@ def state_log_weights(
 def twists(log_w: Tensor, log_c: Tensor, lengths: Tensor, t: int, every_state: bool = True) -> Tensor:
     """[N] log psi after t tokens, or log w of particles that stopped before t. log_w [N, T+1], log_c, lengths [N].
 
-    A particle of length t is live: its stop is not drawn yet. Where log_w is that of finished completions alone (not
-    every_state), a live one has none: an entry at t would tell that it is going to stop there.
+    A particle of length t is live: its stop is not drawn yet. Without every_state, log_w has entries for finished
+    completions only, and those of live particles are not used: an entry at t would reveal that the particle stops at t.
     """
     stopped = lengths < t
     log_live = log_w[:, t] if every_state else torch.full_like(log_w[:, t], -torch.inf)
@@ -217,7 +216,7 @@ def twists(log_w: Tensor, log_c: Tensor, lengths: Tensor, t: int, every_state: b
 
 
 def resampled(log_c: Tensor, log_twist: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """(ancestors [N], their new log c [N]): copies share the mean value, whatever their twist."""
+    """(ancestors [N], log c of the copies [N]): every copy has the mean value. u: a uniform number in [0, 1)."""
     log_value = log_c + log_twist
     ancestors = systematic(log_value, len(log_value), u)
     return ancestors, log_mean_exp(log_value) - log_twist[ancestors]

@@ -1,21 +1,21 @@
-"""Draws of the posterior to compare a sampler with, and whether they can be trusted.
+"""Draws of the posterior with which a sampler is compared, and whether they can be trusted.
 
-The upper bound on log Z (`amortlm.diagnostics.bounds`) and KL(p || q) need independent draws of the posterior p. They
-come from the first of these sources that works:
+The upper bound on log Z (`amortlm.diagnostics.bounds`) and KL(p || q) need independent draws of the posterior p. The
+first of these sources that works is used:
 
 - "enumeration": the support is small enough to list. The draws are exact and independent.
-- "sir": a pool of draws of q is cut into disjoint groups, and one draw of each group is chosen by importance weight,
-  so the draws are independent. Their distribution differs from p by about chi^2(p || q) / group size. Groups are made
-  so large that, by the estimated chi^2, this is at most BIAS nats, and `margin` is what remains. It is used where
-  k-hat of the pool is below KHAT, or where the largest weight came up REPEATS times. The pool does not show a mode
-  that q never visits; where a gold completion outweighs the whole pool there is such a mode, and this source is not
-  used.
-- "mcmc": the last states of Metropolis-Hastings chains, one draw per chain. Half of them start at particles of
-  sequential Monte Carlo, half at gold completions (at draws of q where there are none). They are trusted where R-hat,
-  over the second half of the run, shows that both halves agree on log R and on log w. A mode where no chain starts and
-  that q never proposes stays unseen; gold completions can show it.
+- "sir": a pool of draws of q is divided into disjoint groups, and one draw of each group is chosen by importance
+  weight, so the draws are independent. Their distribution differs from p by about chi^2(p || q) / group size. Groups
+  are so large that, by the estimated chi^2, this difference is at most BIAS nats; `margin` is twice the estimated
+  difference, as a log factor. The source is used if k-hat of the pool is below KHAT, or if the largest weight occurs at
+  least REPEATS times. The pool does not show a mode that q never visits. If a gold completion outweighs the whole pool,
+  there is such a mode, and the source is not used.
+- "mcmc": the last states of Metropolis-Hastings chains, one draw per chain. Half of the chains start at particles of
+  sequential Monte Carlo, half at gold completions (at draws of q if there are none). The draws are trusted if R-hat of
+  log R and of log w, over the second half of the run, is below RHAT. A mode where no chain starts and that q never
+  proposes stays unseen; gold completions can show it.
 
-Draws that cannot be trusted have `trusted` false, and no bound may rest on them.
+Draws that cannot be trusted have `trusted` false, and no bound may be computed from them.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from amortlm.weights import effective_sample_size, pareto_khat
 
 POOL, LARGE_POOL = 4, 16  # draws of q for each draw of the posterior; the second where the first are too few
 KHAT = 0.7  # importance weights with a heavier tail cannot be resampled (Vehtari et al. 2024)
-REPEATS = 10  # of the largest weight, after which it counts as found; a heavy tail would show it once
+REPEATS = 10  # if the largest weight occurs so often, it is not from a heavy tail, which shows it once
 BIAS = 0.02  # nats by which the distribution of an SIR draw may differ from p
 MIN_DRAWS = 16  # with fewer draws of the posterior, bounds are too wide to be of use
-CHAINS = 32  # with a draw from each; two halves, which R-hat compares
+CHAINS = 32  # one draw from each; they start in two different ways
 THIN = 4  # Metropolis-Hastings steps between two recorded states
 RECORDED = 16  # states, the first half of them burn-in
 RHAT = 1.1  # of 32 chains by 8 states: independent ones give at most 1.08, correlations of 0.5 at least 1.10
@@ -62,17 +62,16 @@ RHAT = 1.1  # of 32 chains by 8 states: independent ones give at most 1.08, corr
 class Truth:
     """Draws of the posterior of one row (module docstring). Nats.
 
-    rollouts      m completions; None where there are none (no completion with R > 0 was found, or a support with a
-                  tool,
-                  which takes no chains)
-    log_reward, log_q   [m] of them
-    source        "enumeration", "sir", "mcmc" or "none"
-    trusted       may they be used as independent draws of p?
-    margin        by how much log Z may be off because their distribution is not quite p; 0 for enumeration, and for
-                  chains, where it is not known
-    khat, ess     of the weights of the pool of draws of q (ess as a share); NaN for enumeration
-    rhat          of the chains; NaN for other sources
-    exact, distance   the enumerated posterior, and how far q is from it; None for other sources
+    rollouts            m completions; None if there are none ("none": the pool was no good, and a support with a tool
+                        has no chains)
+    log_reward, log_q   [m] of these completions
+    source              "enumeration", "sir", "mcmc" or "none"
+    trusted             may the completions be used as independent draws of p?
+    margin              nats by which log Z may be off because their distribution is not exactly p; 0 for enumeration,
+                        and for chains, where it is not known
+    khat, ess           of the weights of the pool of draws of q (ess as a share); NaN for enumeration
+    rhat                R-hat of the chains; NaN for other sources
+    exact, distance     the enumerated posterior, and the distance of q from it; None for other sources
     """
 
     rollouts: Rollouts | None
@@ -110,7 +109,7 @@ def posterior_draws(
     limit: int = LIMIT,
     gold: Sequence[str | Sequence[int]] = (),
 ) -> Truth:
-    """At most n draws of the posterior, from the best source there is.
+    """At most n draws of the posterior, from the first source of the module docstring that works.
 
     limit: the largest support to enumerate; gold: completions (texts or tokens) known to be good. Raises ConfigError
     for n < 1, DataError for a gold completion outside the support, SupportError for an empty enumerated posterior.
@@ -147,8 +146,7 @@ def _enumerated(policy: Policy, target: Target, row: Row, n: int, seed: object, 
 
 
 def _resampled(policy: Policy, target: Target, row: Row, n: int, seed: object, log_w_gold: Tensor) -> Truth:
-    """One draw by weight from each disjoint group of a pool; none, and not trusted, where the weights are too
-    uneven."""
+    """One draw by weight from each disjoint group of a pool. If the weights are too uneven: no draws, not trusted."""
     nothing = torch.zeros(0, dtype=torch.float64)
     log_r, log_q, parts = nothing, nothing, []
     khat = share = math.nan
@@ -171,7 +169,7 @@ def _resampled(policy: Policy, target: Target, row: Row, n: int, seed: object, l
             break
         if count >= min(n, MIN_DRAWS):
             index = _one_per_group(log_w[: count * size].view(count, size), _generator("sir", seed, row))
-            # Twice the leading term, for chi^2 is itself estimated.
+            # Twice the leading term, because chi^2 is itself an estimate.
             margin = math.log1p(2 * chi2 / size)
             drawn = Rollouts.cat(parts).select(index.to(policy.device))
             return Truth(drawn, log_r[index], log_q[index], "sir", True, margin, khat, share)
@@ -179,12 +177,13 @@ def _resampled(policy: Policy, target: Target, row: Row, n: int, seed: object, l
 
 
 def _seen_often(log_w: Tensor) -> bool:
-    """Is the largest weight that of completions drawn again and again? A heavy tail would show it once."""
+    """Does the largest weight occur at least REPEATS times? In a heavy tail it would occur once."""
     return int((log_w > log_w.max() - 1e-4).sum()) >= REPEATS
 
 
 def _one_per_group(groups: Tensor, generator: torch.Generator) -> Tensor:
-    """[at most m] positions in the flattened log_w [m, K]: one of each group by weight, none where R = 0 for all K."""
+    """[at most m] positions in the flattened log_w [m, K]: one of each group, by weight; none of a group with R = 0
+    for all K."""
     uniform = torch.rand(groups.shape, generator=generator, dtype=torch.float64).clamp_min(1e-300)
     chosen = (groups - (-uniform.log()).log()).argmax(1)  # Gumbel-max
     first = torch.arange(len(groups)) * groups.shape[1]
@@ -223,7 +222,7 @@ def _chains(
 
 
 def _cycled(rollouts: Rollouts, n: int, from_end: bool = False) -> list[list[int]]:
-    """n completions with their stop symbols; where there are fewer, they are repeated."""
+    """n completions with their stop symbols; if there are fewer, they are repeated."""
     pairs = zip(rollouts.completions(), rollouts.stops.tolist(), strict=True)
     completions = [[*tokens, stop] for tokens, stop in pairs]
     completions = completions[::-1] if from_end else completions
@@ -231,7 +230,7 @@ def _cycled(rollouts: Rollouts, n: int, from_end: bool = False) -> list[list[int
 
 
 def _rhat(trace: Tensor) -> float:
-    """Rank-normalised split R-hat of [chains, states], by arviz; inf where a chain is at R = 0 or none moves."""
+    """Rank-normalised split R-hat of [chains, states], by arviz; inf if a chain is at R = 0 or R-hat is not finite."""
     if not torch.isfinite(trace).all():
         return math.inf
     if trace.max() - trace.min() < 1e-6:

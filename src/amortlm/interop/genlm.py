@@ -1,16 +1,16 @@
 """Targets and policies as potentials of `genlm-control`, and its potentials as targets.
 
-A potential weighs a token string twice: `complete`, if it ends there, and `prefix`, if it goes on. Here complete is
-exactly log R, log q or log R / q. Any positive prefix weight is correct, since a sampler divides it out again; only
-the variance depends on it (see `inference.smc`). What is written here, in genlm's terms:
+A potential gives a token string two log weights: `complete`, if the string ends there, and `prefix`, if it continues.
+Here `complete` is exactly log R, log q or log R - log q. Any positive prefix weight is correct, since a sampler divides
+it out again; only the variance depends on it (see `inference.smc`).
 
-    proposal(policy, row)           q: draws tokens on the policy's support, EOS = "one of the stop symbols"
-    critic(target, policy, row)     R / q: what the draws of q weigh; the prefix weight is that of stopping now
+    proposal(policy, row)           q on the policy's support, EOS = "one of the stop symbols"
+    critic(target, policy, row)     R / q: the weight of draws of q; the prefix weight is the weight of stopping now
     to_potential(target, ...)       R itself: to multiply with other potentials, or to sample from directly
     from_potential(potential)       a target term with log R(z_1:t) = complete(z_1:t)
 
-Vocabulary: every token of the model but the stop symbols, as genlm's `Token` (equal by id), so that products with its
-`PromptedLLM` of the same tokenizer fit. What the support does not allow has weight zero.
+Vocabulary: all tokens of the model except the stop symbols, as genlm's `Token` (equal by id), so that products with its
+`PromptedLLM` of the same tokenizer are possible. Strings outside the support have weight zero.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ Context = Sequence[Token]
 def to_potential(target: Target, support: Support, row: Row, lm: CausalLM) -> Potential:
     """The target of one row as a potential: complete(z) = log R(z) in nats, -inf outside the support.
 
-    prefix(z) is log R of stopping at z, without the terms that are zero there (z may still come right) or that judge
-    finished text only; 0 where stopping is not allowed or no term is left. It reads no q: to correct draws of a
-    policy, `critic` has the better prefix weights. Raises ConfigError for a support with a tool.
+    prefix(z) is log R of stopping at z, without terms with R = 0 there (z can still become valid) and without terms
+    that judge only finished text; 0 if stopping is not allowed or no term is left. It does not use q: to correct draws
+    of a policy, `critic` has better prefix weights. Raises ConfigError for a support with a tool.
     """
     return TargetPotential(lm, support.bind(lm), row, target)
 
@@ -62,8 +62,8 @@ def to_potential(target: Target, support: Support, row: Row, lm: CausalLM) -> Po
 def proposal(policy: Policy, row: Row) -> Potential:
     """q of one row as a potential: `logw_next` is log q of each token, and of stopping (EOS). It sums to one.
 
-    Give it to genlm's samplers: `direct_token_sampler(proposal(policy, row))`. Follows the policy's weights as they
-    train. Raises ConfigError for a support with a tool.
+    Give it to genlm's samplers: `direct_token_sampler(proposal(policy, row))`. It always uses the current weights of
+    the policy. Raises ConfigError for a support with a tool.
     """
     return PolicyPotential(policy, row)
 
@@ -71,19 +71,20 @@ def proposal(policy: Policy, row: Row) -> Potential:
 def critic(target: Target, policy: Policy, row: Row) -> Potential:
     """R / q of one row as a potential: `SMC(direct_token_sampler(proposal(policy, row)), critic(...))` samples R.
 
-    complete(z) = log w(z) = log R(z) - log q(z). prefix(z) is the weight of stopping at z (half of the
-    twist of `inference.smc`), with the terms of the target that `to_potential` keeps at a prefix; 0 where there are
-    none, so for a target that only judges finished text run SMC with `ess_threshold=0`. Raises ConfigError for a tool.
+    complete(z) = log w(z) = log R(z) - log q(z), nats. prefix(z) is the log weight of stopping at z (half of the twist
+    of `inference.smc`), with the terms of the target that `to_potential` keeps at a prefix; 0 if there are none. So for
+    a target that judges only finished text, run SMC with `ess_threshold=0`. Raises ConfigError for a support with a
+    tool.
     """
     return CriticPotential(policy, row, target)
 
 
 def from_potential(potential: Potential) -> Target:
-    """A target term that asks a potential for the weight of z_1:t as a complete string, at every stopping state.
+    """A target term: the potential's log weight of z_1:t as a complete string, at every stopping state.
 
-    Potentials over `Token`s or token bytes read the tokens, those over bytes (regular expressions, grammars, JSON
-    schemas) the bytes of the text. A token or byte that the potential does not know has R = 0. The potential is the
-    same for every row, and cannot be saved. Raises ConfigError for any other kind of vocabulary: `coerce` it.
+    Potentials over `Token`s or token bytes read the tokens; potentials over bytes (regular expressions, grammars, JSON
+    schemas) read the bytes of the text. A string with an unknown token or byte has R = 0. The potential is the same for
+    every row, and cannot be saved. Raises ConfigError for other vocabularies, which have to be coerced first.
     """
     return PotentialTarget(potential)
 
@@ -94,16 +95,18 @@ def vocabulary(lm: Codec) -> list[Token]:
         return decode_vocab(lm.tokenizer, byte2str_fallback="latin1")[0]
     except (
         ValueError
-    ):  # a tokenizer whose bytes genlm cannot tell: those of its text, which hold no half characters
+    ):  # genlm cannot determine the bytes of this tokenizer's tokens: use the bytes of their texts
         return [Token(i, lm.decode([i]).encode()) for i in range(len(lm.tokenizer))]
 
 
 class CompletionPotential(Potential):
-    """A weight on the completions of one row in a support; a subclass says how rollouts are scored."""
+    """A weight of the completions of one row in a support; a subclass defines how rollouts are scored."""
 
     def __init__(self, lm: CausalLM, support: SupportLaw, row: Row):
         if support.tool is not None:
-            raise ConfigError("a potential chooses every token itself: use a support without a tool")
+            raise ConfigError(
+                "a potential cannot have tokens that a tool writes: use a support without a tool"
+            )
         super().__init__([t for t in vocabulary(lm) if t.token_id not in support.stop_ids])
         self.lm, self.support, self.row = lm, support, row
         written = support.allowed.nonzero().squeeze(1).tolist()
@@ -112,18 +115,18 @@ class CompletionPotential(Potential):
 
     @abstractmethod
     def score_complete(self, rollouts: Rollouts) -> Tensor:
-        """[B] log weight of finished completions in the support."""
+        """[B] log weight of finished completions in the support, nats."""
 
     @abstractmethod
     def score_prefix(self, rollouts: Rollouts, stops: Tensor) -> Tensor:
-        """[B] log weight of prefixes of allowed tokens. stops [B] bool: may the completion stop there?"""
+        """[B] log weight of prefixes of allowed tokens, nats. stops [B] bool: may the completion stop there?"""
 
     def rollouts(self, ids: Sequence[Sequence[int]]) -> Rollouts:
         tokens, lengths = pad_right(ids, self.lm.device)
         return self.support.rollouts([self.row], torch.zeros_like(lengths), tokens, lengths)
 
     def has_prefix(self, ids: Sequence[int]) -> bool:
-        """May the policy have written this, and go on from it (or stop)?"""
+        """Is this a prefix of a completion in the support?"""
         if len(ids) > self.support.max_tokens or not self._written.issuperset(ids):
             return False
         return self.support.automaton is None or self.support.automaton.has_prefix(ids)
@@ -134,7 +137,7 @@ class CompletionPotential(Potential):
         inside: Callable[[list[int]], bool],
         score: Callable[[Rollouts], Tensor],
     ) -> np.ndarray:
-        """[N] scores of the contexts that are inside, in one batch; -inf for the others."""
+        """[N] scores of the contexts for which `inside` is True, in one batch; -inf for the others."""
         if not contexts:
             raise ValueError("no contexts to score")
         ids = [[t.token_id for t in context] for context in contexts]
@@ -164,7 +167,7 @@ class CompletionPotential(Potential):
         return await self.complete(context) - await self.prefix(context)
 
     async def batch_logw_next(self, contexts: Sequence[Context]) -> Any:
-        """Weights of every next token: one batch of (contexts x allowed tokens) prefixes."""
+        """Log weights of every next token: one batch of (contexts x allowed tokens) prefixes."""
         before = await self._nonzero_prefix(contexts)
         weights = self.alloc_rows(len(contexts))
         longer = [[*context, self.vocab[i]] for context in contexts for i in self._columns]
@@ -226,9 +229,9 @@ class PolicyPotential(CompletionPotential):
             await self._nonzero_prefix(contexts)
         return self.make_lazy_weights(self._log_q_next(self.rollouts(ids).to(self.policy.device)))
 
-    @torch.no_grad()  # not on the coroutine above: its body runs after the decorator is done
+    @torch.no_grad()  # not on the coroutine above, whose body runs after the decorator has returned
     def _log_q_next(self, rollouts: Rollouts) -> np.ndarray:
-        """[B, V+1] after each completion, EOS last."""
+        """[B, V+1] log q of the next token after each completion, EOS last."""
         passes = self.policy.passes
         prefix = passes.encode(self.policy.encode_rows(rollouts.rows))
         ids = [t.token_id for t in self.vocab]
@@ -275,12 +278,12 @@ class CriticPotential(CompletionPotential):
 
 
 def prefix_terms(target: Target) -> Target | None:
-    """What of a target may weigh prefixes: the terms that score them, each left out where it is zero.
+    """The terms of a target that score prefixes, each left out where its R is 0; None if there is no such term.
 
-    A string with R = 0 can still come right, so a prefix weight of zero would be wrong there. None: no such term.
+    A prefix with R = 0 can still become valid, so a prefix weight of zero would be wrong.
     """
     terms = [(weight, term) for weight, term in target.terms if term.every_prefix]
-    # Softened by nothing: where terms give R = 0 it leaves what the others give, plus a prior of 0 nats.
+    # With penalty 0 and a prior of 0 nats, terms with R = 0 are left out.
     return Softened(LinearCombination(terms), prior=Length(), penalty=0.0) if terms else None
 
 
@@ -317,7 +320,7 @@ class PotentialTarget(_TextTerm):
 
     def _context(self, ids: Sequence[int]) -> list[Any]:
         """The completion in the potential's vocabulary."""
-        assert self.bound_lm is not None  # raises ConfigError where the target is not bound
+        assert self.bound_lm is not None  # raises ConfigError if the target is not bound
         tokens = [self._tokens[i] for i in ids]
         if self.potential.token_type == Atomic(int):
             return list(b"".join(tokens))
@@ -334,7 +337,8 @@ class PotentialTarget(_TextTerm):
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """Its result; in another thread where this one has an event loop running (a notebook, a genlm sampler)."""
+    """The result of a coroutine. If this thread has a running event loop (a notebook, a genlm sampler), the coroutine
+    runs in another thread."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -55,8 +55,8 @@ def perform(
     command: str,
     helpers: Callable[[Plan], AbstractContextManager[int]] = lambda plan: nullcontext(0),
 ) -> None:
-    """What the options ask for. helpers: starts processes that share the runs, waits for them at the end, and says how
-    many they are. Raises AmortLMError."""
+    """Do what the options ask for. helpers: a context that starts processes to share the runs, gives their number, and
+    waits for them at its end. Raises AmortLMError."""
     from amortlm.lab import runner
     from amortlm.lab.report import report_again, table
     from amortlm.settings import named_texts
@@ -77,11 +77,11 @@ def perform(
         command=command,
     )
     if not sys.stderr.isatty():
-        from datasets import disable_progress_bars  # slow to import, and of use here alone
+        from datasets import disable_progress_bars  # slow to import
 
         disable_progress_bars()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # libraries that warn each other
+        warnings.simplefilter("ignore", FutureWarning)  # from one library about another
         if args.dry_run:
             runner.dry_run(plan)
             return
@@ -89,9 +89,9 @@ def perform(
             runner.execute(plan, processes=1 + others if sys.stdout.isatty() else 0)
     if args.is_helper:
         return
-    print(f"\n{table(experiment, runner.report(plan))}")  # with what the helpers finished last
+    print(f"\n{table(experiment, runner.report(plan))}")  # again, for what the helpers finished last
     if left := plan.left():
-        print(f"{left} of {len(plan.runs())} runs are not finished: other processes are at them")
+        print(f"{left} of {len(plan.runs())} runs are not finished: other processes work on them")
     print(f"wrote {output / 'README.md'}")
 
 

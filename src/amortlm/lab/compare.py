@@ -1,7 +1,7 @@
 """Methods side by side: paired tests on the examples they share, and plots of several metrics.
 
-A run's `records[metric]` has a figure of each example. These stay with the run; a digest keeps what tables and figures
-say of them.
+A run's `records[metric]` holds a figure of each example. They stay in the file of the run; a digest keeps what tables
+and figures need of them.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from amortlm.lab.experiment import Run
+from amortlm.lab.experiment import Runs
 from amortlm.lab.metrics.paired import paired_test
 from amortlm.lab.report import grid
 
-Runs = Mapping[str, list[Run]]
-
 
 def per_example(runs: Runs, method: str, metric: str) -> list[float]:
-    """Mean over seeds of each example's figure; none for a method that has none."""
+    """Each example's figure, mean over seeds; an empty list for a method without figures of examples."""
     found = [run["records"].get(metric, []) for run in runs.get(method, [])]
     return [sum(values) / len(values) for values in zip(*found, strict=True) if None not in values]
 
@@ -52,7 +50,7 @@ def paired_table(paired: list[dict[str, Any]], labels: Mapping[str, str], unit: 
 
 
 def shared_digest(runs: Runs, metrics: Iterable[str]) -> dict[str, Any] | None:
-    """Means over the first examples, those that every method saw; None where all saw the same number."""
+    """Means over the examples that every method saw, which are the first; None where all saw equally many."""
     found = {method: {m: per_example(runs, method, m) for m in metrics} for method in runs}
     sizes = {len(next(iter(values.values()))) for values in found.values()}
     n = min(sizes)

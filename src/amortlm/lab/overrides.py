@@ -1,17 +1,24 @@
-"""`--set KEY=VALUE`: one setting of a preset changed, with the type that it has."""
+"""Presets, and `--set KEY=VALUE`: one setting of a preset changed, with the type that it has."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from amortlm.errors import ConfigError, nearest
 from amortlm.lab.experiment import Settings
 from amortlm.settings import from_text, load_yaml, typed_value
 
-OURS = ("output_dir", "seed", "data_seed")  # fields that the runner sets: --output and --seeds
+OURS = ("output_dir", "seed", "data_seed")  # set by the runner, from --output and --seeds
+
+
+def read_presets(name: str) -> dict[str, Settings]:
+    """The presets of an experiment: `lab/presets/NAME.yaml`."""
+    file = Path(__file__).parent / "presets" / f"{name}.yaml"
+    return load_yaml(file.read_text(encoding="utf-8"), str(file))
 
 
 def with_overrides(
@@ -20,8 +27,12 @@ def with_overrides(
     """A copy with KEY=VALUE settings, values as typed on the command line; "a.b" is setting b in group a.
 
     groups: the dataclasses whose fields are settings of a group, whether or not the preset lists them.
-    Raises ConfigError for an unknown key and for a value of another type.
+    Raises ConfigError for an unknown key, for one of earlier versions and for a value of another type.
     """
+    for key in (*settings, *given):
+        if key.split(".")[0] == "lora":
+            instead = key.replace("lora", "adapter", 1)
+            raise ConfigError(f"the setting {key} is now called {instead}: write {instead}")
     groups = {group: kind for group, kind in (groups or {}).items() if group in settings}
     listed = dict(flat(settings))
     declared = {f"{g}.{name}": hint for g, kind in groups.items() for name, hint in _fields(kind).items()}
@@ -59,7 +70,7 @@ def _fields(kind: type) -> dict[str, Any]:
 
 
 def _like(key: str, value: Any, default: Any) -> Any:
-    """YAML reads 1e-3 as text: numbers stay numbers, and a number is not replaced by anything else."""
+    """`value` as a number where `default` is one (YAML reads 1e-3 as text). Raises ConfigError where it is none."""
     if isinstance(default, bool) or not isinstance(default, int | float):
         return value
     try:

@@ -1,4 +1,4 @@
-"""What a run leaves for readers: results.json, README.md and the table on the screen."""
+"""What a run leaves for readers: results.json, digest.json, README.md and the table on the screen."""
 
 from __future__ import annotations
 
@@ -11,38 +11,53 @@ from tabulate import tabulate
 
 from amortlm.errors import ConfigError
 from amortlm.files import write_text
-from amortlm.lab.experiment import Experiment, Metric, Results, Run
+from amortlm.lab.experiment import Experiment, Metric, Results, Run, Runs
 from amortlm.lab.store import finite, read_json, write_json
 
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
 MISSING = "–"
-LEFT_OUT = ("key", "method", "records")  # said already, or left in the run's own file
+LEFT_OUT = (
+    "key",
+    "method",
+    "records",
+    "command",
+    "environment",
+)  # said elsewhere, or left in the run's own file
 
 
 def collect(
     experiment: Experiment, identity: dict[str, Any], command: str, done: dict[tuple[str, int], Run]
 ) -> Results:
-    """results.json: what was asked, every finished run (methods in the order of the table, seeds ascending) without its
-    records, mean and standard deviation over seeds, and the paper's figures."""
-    runs = {
+    """All finished runs as JSON: what was asked, the runs (methods in the order of the table, seeds ascending) without
+    their records, mean and standard deviation over seeds, the paper's figures and the digest of the records.
+
+    made: the different commands and environments; a run has the number of its own."""
+    runs: Runs = {
         method: [done[m, seed] for m, seed in sorted(done) if m == method]
         for method in experiment.methods
         if any(m == method for m, _ in done)
     }
+    made: list[dict[str, Any]] = []
+    told: Runs = {method: [] for method in runs}
+    for method, found in runs.items():
+        for run in found:
+            how = {"command": run["command"], "environment": run["environment"]}
+            if how not in made:
+                made.append(how)
+            kept = {k: v for k, v in run.items() if k not in LEFT_OUT}
+            told[method].append({**kept, "made": made.index(how)})
     return {
         **identity,
         "question": experiment.question,
         "command": command,
+        "made": made,
         "summary": {
             method: {name: spread([r["metrics"][name] for r in found]) for name in experiment.metrics}
             for method, found in runs.items()
         },
         "paper": {"setting": experiment.paper_setting, "figures": dict(experiment.paper)},
         **({"digest": finite(experiment.digest(runs))} if experiment.digest and runs else {}),
-        "runs": {
-            method: [{k: v for k, v in run.items() if k not in LEFT_OUT} for run in found]
-            for method, found in runs.items()
-        },
+        "runs": told,
     }
 
 
@@ -58,18 +73,29 @@ def spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def write_report(experiment: Experiment, results: Results, folder: Path) -> None:
-    """results.json, then the figures, then the README.md that shows them."""
-    write_json(folder / "results.json", results)
+    """results.json, its digest as digest.json, then the figures, then the README.md that shows them."""
+    write_json(folder / "results.json", {k: v for k, v in results.items() if k != "digest"})
+    if "digest" in results:
+        write_json(folder / "digest.json", results["digest"])
     figures = experiment.figures(results, folder) if results["runs"] else []
     text = experiment.readme(results) if experiment.readme else readme(experiment, results, figures)
     write_text(folder / "README.md", text)
 
 
 def report_again(experiment: Experiment, folder: Path) -> Results:
-    """README.md and figures from the results.json that a folder holds. Raises ConfigError where there is none."""
+    """README.md and figures from the results.json and digest.json that a folder holds. Raises ConfigError where there
+    are none, or those of an earlier version."""
     results = read_json(folder / "results.json")
+    digest = read_json(folder / "digest.json")
     if results is None or results.get("experiment") != experiment.name:
         raise ConfigError(f"{folder} holds no results.json of {experiment.name}; give its folder as --output")
+    if "made" not in results or (experiment.digest and results["runs"] and digest is None):
+        raise ConfigError(
+            f"{folder} holds a results.json of an earlier version, or lacks its digest.json; the command that made it "
+            "writes both again where its runs/ is still there"
+        )
+    if digest is not None:
+        results["digest"] = digest
     write_report(experiment, results, folder)
     return results
 
@@ -145,9 +171,8 @@ def grid(headers: Sequence[str], lines: Sequence[Sequence[Any]], style: str = "g
 
 
 def commands(results: Results) -> list[str]:
-    """Those that made the runs."""
-    made = [run["command"] for found in results["runs"].values() for run in found]
-    return list(dict.fromkeys(made)) or [results["command"]]
+    """The commands that made the runs, each once."""
+    return list(dict.fromkeys(how["command"] for how in results["made"])) or [results["command"]]
 
 
 def columns(experiment: Experiment) -> list[str]:
@@ -169,13 +194,11 @@ def columns(experiment: Experiment) -> list[str]:
 def environments(results: Results) -> list[str]:
     """One line for each place that runs were made in."""
     lines = []
-    for found in results["runs"].values():
-        for run in found:
-            made = run["environment"]
-            packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
-            where = made["gpu"] or f"{made['cpu']}, {made['cores']} cores, {made['threads']} threads"
-            commit = f"; commit {made['commit']}" if made["commit"] else ""
-            lines.append(f"{where}; Python {made['python']}; {packages}{commit}")
+    for made in (how["environment"] for how in results["made"]):
+        packages = ", ".join(f"{name} {version}" for name, version in made["packages"].items())
+        where = made["gpu"] or f"{made['cpu']}, {made['cores']} cores, {made['threads']} threads"
+        commit = f"; commit {made['commit']}" if made["commit"] else ""
+        lines.append(f"{where}; Python {made['python']}; {packages}{commit}")
     return list(dict.fromkeys(lines))
 
 

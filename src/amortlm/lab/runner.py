@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -27,7 +27,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Plan:
-    """A command, checked."""
+    """What a command asks for, checked: experiment, settings, model, data, methods, number of seeds and folder."""
 
     experiment: Experiment
     settings: Settings
@@ -39,16 +39,24 @@ class Plan:
     command: str
 
     def runs(self) -> list[tuple[str, int]]:
-        """Every method once before any second seed: an early end leaves a table with all methods."""
+        """(method, seed): every method once before any second seed, so that an early end leaves all methods."""
         once = self.experiment.once
         return [(m, seed) for seed in range(self.seeds) for m in self.methods if not (seed and m in once)]
 
     def left(self) -> int:
-        """How many runs are not finished. Raises ConfigError where the folder holds others."""
+        """How many runs are not finished. Raises ConfigError where the folder holds runs of other settings."""
         return len(set(self.runs()) - self.store.finished().keys())
 
     def context(self, dry_run: bool) -> Context:
-        """The model is loaded here, and the data are read."""
+        """Load the model and read the data. Raises ModelError, DataError, ConfigError."""
+        if (
+            self.model == self.settings["model"]
+            and self.model.startswith("models/")
+            and not Path(self.model).exists()
+        ):
+            raise ConfigError(
+                f"this preset needs {self.model}: `make model` fetches it. Or give another by --model"
+            )
         lm = LanguageModel.from_pretrained(self.model)
         data = self.experiment.prepare(self.settings, lm, self.data)
         return Context(self.settings, lm, data, dry_run)
@@ -68,7 +76,8 @@ def make_plan(
 ) -> Plan:
     """methods: names, or patterns such as "sft-*". overrides: settings by name, as typed on the command line.
 
-    Raises ConfigError for an unknown preset, method or setting, for data that nobody reads and for fewer than one seed.
+    Raises ConfigError for an unknown preset, method or setting, for data given to an experiment that reads none, and
+    for fewer than one seed.
     """
     if preset not in experiment.presets:
         raise ConfigError(f"unknown preset {preset!r}; {nearest(preset, experiment.presets)}")
@@ -95,7 +104,7 @@ def make_plan(
 
 
 def _fingerprint(data: Path | None) -> str | None:
-    """A hash of the files under a path (or of its name, where the experiment will complain that it is missing)."""
+    """A path with a hash of the files under it. A path that does not exist is left for the experiment to refuse."""
     if data is None:
         return None
     digest = hashlib.sha256(data.name.encode())
@@ -105,11 +114,11 @@ def _fingerprint(data: Path | None) -> str | None:
 
 
 def dry_run(plan: Plan, say: Say = print) -> None:
-    """Build every method up to its first step, in a folder that goes away again."""
+    """Build every method up to its first step, in a temporary folder."""
     context = plan.context(dry_run=True)
     for method in plan.methods:
         with tempfile.TemporaryDirectory() as folder, _naming(method):
-            plan.experiment.methods[method](context, 0, Path(folder))
+            plan.experiment.methods[method](replace(context, folder=Path(folder)))
         say(f"{method}: ok")
 
 
@@ -126,13 +135,13 @@ def execute(plan: Plan, say: Say = print, processes: int = 0) -> Results:
         say(f"{len(plan.runs()) - len(todo)} of {len(plan.runs())} runs are finished in {store.folder}")
     context = plan.context(dry_run=False) if todo else None
     store.claim()
-    made_with = environment()  # now: the source tree may have moved on by the time that a run ends
+    made_with = environment()  # now: the commit may be another by the time that a run ends
     clock: dict[str, list[float]] = {}
     for method, seed in todo:
         assert context is not None
         with store.taken(method, seed) as ours:
             if not ours:
-                continue  # another process has made it, or is at it
+                continue  # another process has made it, or works on it
             run = {**run_one(plan, context, method, seed), "environment": made_with}
             store.save(run)
         report(plan)
@@ -146,7 +155,8 @@ def execute(plan: Plan, say: Say = print, processes: int = 0) -> Results:
 
 
 def report(plan: Plan) -> Results:
-    """Write results.json, README.md and figures of all runs that are finished in the folder, whoever made them."""
+    """Write results.json, digest.json, README.md and figures of all finished runs in the folder, whichever process made
+    them."""
     with plan.store.alone():
         done = plan.store.finished()
         results = collect(plan.experiment, plan.store.identity, plan.command, done)
@@ -155,15 +165,16 @@ def report(plan: Plan) -> Results:
 
 
 def run_one(plan: Plan, context: Context, method: str, seed: int) -> Run:
-    """Train and evaluate once, timed apart. A run that goes on from its own checkpoint is marked `resumed`."""
+    """Train and evaluate once, and time both. A run that goes on from its own checkpoint is marked `resumed`."""
     folder = plan.store.work(method, seed)
     resumed = any(folder.rglob("checkpoint-*"))
     folder.mkdir(parents=True, exist_ok=True)
+    context = replace(context, seed=seed, folder=folder)
     start = time.perf_counter()
     with _naming(f"{method}, seed {seed}"):
-        trained = plan.experiment.methods[method](context, seed, folder)
+        trained = plan.experiment.methods[method](context)
         middle = time.perf_counter()
-        outcome = plan.experiment.evaluate(context, trained, seed)
+        outcome = plan.experiment.evaluate(context, trained)
     end = time.perf_counter()
     announced = set(plan.experiment.metrics)
     if set(outcome.metrics) != announced:
@@ -182,13 +193,13 @@ def run_one(plan: Plan, context: Context, method: str, seed: int) -> Run:
         "records": outcome.records,
     }
     del trained
-    gc.collect()  # models of one method do not wait for the next one's
+    gc.collect()  # free the models before the next method makes its own
     return finite(run)
 
 
 @contextlib.contextmanager
 def _naming(what: str) -> Iterator[None]:
-    """Errors within say what failed, and keep their type."""
+    """Errors inside get the method's name in front, and keep their type."""
     try:
         yield
     except AmortLMError as e:
@@ -196,7 +207,7 @@ def _naming(what: str) -> Iterator[None]:
 
 
 def _time_left(clock: dict[str, list[float]], methods: Sequence[str]) -> float:
-    """Seconds, from the same method's other seeds, or else from the mean of what ran."""
+    """Seconds for the methods that are left, from other seeds of a method, or else from the mean of all methods."""
     average = {m: sum(t) / len(t) for m, t in clock.items()}
     typical = sum(average.values()) / len(average)
     return sum(average.get(m, typical) for m in methods)

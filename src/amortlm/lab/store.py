@@ -1,9 +1,9 @@
-"""Runs in a folder: a file each, so that an interruption loses only the last, and any number of processes share them.
+"""Runs in a folder: a file each, so that an interruption loses only the last, and several processes can share the work.
 
 DIR/settings.json               what the runs in DIR share; other settings need another DIR
 DIR/runs/METHOD-seedK.json      a finished run, with all its records
-DIR/work/METHOD-seedK/          of a run that is not finished, locked by the process that is at it
-DIR/results.json, README.md     a summary of everything finished (`amortlm.lab.report`)
+DIR/work/METHOD-seedK/          checkpoints of an unfinished run, locked by the process that works on it
+DIR/results.json, digest.json, README.md     a report of everything finished (`amortlm.lab.report`)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PACKAGES = ("amortlm", "torch", "transformers", "peft", "trl", "numpy")
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of runs. identity: JSON that all of them share, and that a run must agree with to be kept."""
+    """A folder of runs. identity: JSON of the settings that all of them share; runs of other settings are refused."""
 
     folder: Path
     identity: dict[str, Any]
@@ -57,7 +57,8 @@ class Store:
         return self.folder / "work" / f"{_name(method, seed)}.lock"
 
     def finished(self) -> dict[tuple[str, int], Run]:
-        """The runs that the folder holds. Raises ConfigError where they, or a report without its runs, are others."""
+        """The runs that the folder holds. Raises ConfigError where they were made with other settings, or where the
+        folder holds a report without its runs."""
         remedy = f"give another --output, or delete {self.folder}"
         found, summary = read_json(self.folder / "settings.json"), read_json(self.folder / "results.json")
         begun = any(p.is_file() for part in ("runs", "work") for p in (self.folder / part).rglob("*"))
@@ -79,57 +80,54 @@ class Store:
         return done
 
     def claim(self) -> None:
-        """Note what the runs share, before the first one.
+        """Write down what the runs share, before the first one.
 
         Raises ConfigError where another process has just begun with other settings.
         """
         with self.alone():
             self.finished()
             if read_json(self.folder / "settings.json") != self.identity:
-                # Checkpoints of settings that nobody knows.
+                # Any checkpoints there were made with unknown settings.
                 shutil.rmtree(self.folder / "work", ignore_errors=True)
                 write_json(self.folder / "settings.json", self.identity)
 
     def save(self, run: Run) -> None:
-        """A finished run, whole or not at all; what it worked with goes away."""
+        """Write a finished run, whole or not at all, and delete its checkpoints."""
         method, seed = run["method"], run["seed"]
         write_json(self.file(method, seed), {"key": self.key, **run})
         shutil.rmtree(self.work(method, seed), ignore_errors=True)
 
     @contextlib.contextmanager
     def taken(self, method: str, seed: int) -> Iterator[bool]:
-        """Whether this run is ours to make. A lock dies with its process, so what was cut short is free again."""
-        lock = FileLock(self.lock(method, seed))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            yield False
-            return
-        try:
+        """Whether this run is ours to make. The system frees the lock of a process that ends, however it ends."""
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(_locked(self.lock(method, seed), timeout=0))
+            except Timeout:
+                yield False
+                return
             yield read_json(self.file(method, seed)) is None
-        finally:
-            _drop(lock)
 
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> contextlib.AbstractContextManager[None]:
         """One process at a time writes what all share."""
-        lock = FileLock(self.folder / ".lock")
-        lock.acquire()
-        try:
-            yield
-        finally:
-            _drop(lock)
+        return _locked(self.folder / ".lock")
+
+
+@contextlib.contextmanager
+def _locked(file: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock and delete its file afterwards; a process that waited for it makes a new one. Raises Timeout."""
+    lock = FileLock(file)
+    lock.acquire(timeout=timeout)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            file.unlink()
+        lock.release()
 
 
 def _name(method: str, seed: int) -> str:
     return re.sub(r"[^\w.-]+", "-", method) + f"-seed{seed}"
-
-
-def _drop(lock: FileLock) -> None:
-    """Give a lock back and take its file away. Who waited for it finds that the file is gone, and makes a new one."""
-    with contextlib.suppress(OSError):  # Windows keeps a file that is open
-        Path(lock.lock_file).unlink()
-    lock.release()
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -171,10 +169,8 @@ def environment() -> dict[str, Any]:
 
     versions = {}
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return {
         "packages": versions,
         "python": platform.python_version(),
@@ -199,14 +195,8 @@ def _commit() -> str | None:
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None
+    git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        git = ["git", "-C", str(root)]
-        out = [
-            subprocess.run(
-                [*git, *args], capture_output=True, text=True, timeout=10, check=True
-            ).stdout.strip()
-            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        ]
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return out[0][:12] + ("+" if out[1] else "")

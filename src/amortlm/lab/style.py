@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe-Ito colours: told apart with every common colour-vision deficiency, and in grey.
+# Okabe-Ito colours: they differ for every common colour-vision deficiency, and in grey.
 BEFORE, AFTER = "#E69F00", "#0072B2"
 SERIES_COLOURS = (AFTER, "#D55E00", "#009E73", "#CC79A7")
 INK, MUTED, GRID = "#222222", "#666666", "#E3E3E3"
@@ -20,14 +20,14 @@ TITLE, TEXT, SMALL = 11.5, 10, 9
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Inches."""
+    """A figure of this size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
 
 
 def panels(count: int, columns: int, size: tuple[float, float], **shared: Any) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes of a size, in rows of at most `columns`. shared: sharex, sharey."""
+    """A figure of `count` axes of a size in inches, in rows of at most `columns`. shared: sharex, sharey."""
     columns = min(columns, count)
     rows = -(-count // columns)
     fig = new_figure(size[0] * columns, size[1] * rows)

@@ -1,4 +1,4 @@
-"""What the experiments share: making a policy, and training it by each method under a dry run and after a stop."""
+"""What experiments share: a problem, and the methods that train on it, each with its dry run and able to resume."""
 
 from __future__ import annotations
 
@@ -19,12 +19,19 @@ from amortlm.train.run import can_resume
 from amortlm.types import Rollouts, Row
 
 Gold = Sequence[Sequence[str | list[int]]]  # gold completions: a list per row
-QUIET = {"diagnose_steps": 0}  # an experiment measures for itself
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to train on, and rows held out."""
+
+    train: list[Row]
+    test: list[Row]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A posterior to be sampled. rows: those to train on; gold: their gold completions, where some are at hand."""
+    """A posterior to be sampled. rows: those to train on; gold: their gold completions, where there are some."""
 
     target: Target
     prompt: str | Messages
@@ -32,41 +39,42 @@ class Problem:
     rows: Sequence[Row] = ()
     gold: Gold | None = None
 
-    def policy(self, context: Context, seed: int = 0, lora: int | None = None) -> Policy:
+    def policy(self, context: Context, adapter: int | None = None) -> Policy:
         """The model itself under the prompt and on the support, with an adapter that has learned nothing yet."""
         from transformers import set_seed
 
-        set_seed(seed)  # an adapter starts at random
-        return Policy(context.lm, self.prompt, self.support, lora or context.settings["lora"])
+        set_seed(context.seed)  # an adapter starts at random
+        return Policy(context.lm, self.prompt, self.support, adapter or context.settings["adapter"])
 
     def posterior(self, context: Context, policy: Policy) -> Posterior:
         return Posterior(policy, self.target.bind(context.lm))
 
 
 def untrained(context: Context, problem: Problem) -> Trained:
-    return Trained(problem.posterior(context, problem.policy(context, lora=1)))
+    return Trained(problem.posterior(context, problem.policy(context, adapter=1)))
 
 
-def config_of(settings: Settings, seed: int, folder: Path) -> GFNConfig:
-    """settings: fields of GFNConfig."""
-    return GFNConfig(**{**QUIET, **settings, "output_dir": str(folder), "seed": seed})
+def config_of(context: Context, settings: Settings, part: str = "") -> GFNConfig:
+    """settings: fields of GFNConfig; part: the subfolder to train in."""
+    own = {"output_dir": str(context.folder / part), "seed": context.seed}
+    return GFNConfig(**{"diagnose_steps": 0, **settings, **own})  # an experiment measures for itself
 
 
 def train_gflownet(
     context: Context,
     problem: Problem,
     settings: Settings,
-    seed: int,
-    folder: Path,
+    part: str = "",
     *,
-    lora: int | None = None,
+    adapter: int | None = None,
     start: Path | None = None,
 ) -> Trained:
-    """A posterior trained by `GFNTrainer`, from its last complete checkpoint in `folder` if there is one.
+    """A posterior trained by `GFNTrainer`, from its last complete checkpoint if there is one.
 
-    settings: fields of GFNConfig; lora: the rank, by default the setting `lora`; start: a saved adapter to start from.
+    settings: fields of GFNConfig; part: the subfolder to train in; adapter: the rank of a LoRA, by default the setting
+    `adapter`; start: the folder of a saved adapter to start from.
     """
-    args = config_of(settings, seed, folder)
+    args = config_of(context, settings, part)
     trainer = GFNTrainer(
         context.lm,
         target=problem.target,
@@ -74,46 +82,42 @@ def train_gflownet(
         support=problem.support,
         train_dataset=problem.rows,
         args=args,
-        adapter=start or lora or context.settings["lora"],
+        adapter=start or adapter or context.settings["adapter"],
         gold=problem.gold,
     )
     if context.dry_run:
         return Trained(trainer.posterior)
-    found = can_resume(folder)
+    found = can_resume(context.folder / part)
     trainer.train(resume_from_checkpoint=found, overwrite_output_dir=not found)
     per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_samples
     return Trained(trainer.posterior, args.max_steps * per_update)
 
 
-def train_supervised(
-    context: Context, problem: Problem, settings: Settings, seed: int, folder: Path
-) -> Trained:
-    """Maximum likelihood of gold completions; settings: those of `train_sft`."""
+def train_supervised(context: Context, problem: Problem, settings: Settings) -> Trained:
+    """Maximum likelihood of gold completions, in the subfolder "sft"; settings: those of `train_sft`."""
     from amortlm.lab.baselines.sft import train_sft
 
-    policy = problem.policy(context, seed)
+    policy = problem.policy(context)
     if not context.dry_run:
         assert problem.gold is not None
-        train_sft(policy, problem.rows, problem.gold, output_dir=folder, seed=seed, **settings)
+        folder = context.folder / "sft"
+        train_sft(policy, problem.rows, problem.gold, output_dir=folder, seed=context.seed, **settings)
     return Trained(problem.posterior(context, policy))
 
 
-def from_supervised(context: Context, problem: Problem, settings: Settings, seed: int, folder: Path) -> Path:
+def from_supervised(context: Context, problem: Problem, settings: Settings) -> Path:
     """A folder with the adapter of `train_supervised`, for another method to start from; made once."""
-    start = folder / "start"
+    start = context.folder / "start"
     if not (start / "posterior.json").exists():
-        trained = train_supervised(context, problem, settings, seed, folder / "sft")
-        trained.sampler.save_pretrained(start)
+        train_supervised(context, problem, settings).sampler.save_pretrained(start)
     return start
 
 
 def train_reinforced(
     context: Context,
-    method: str,
     problem: Problem,
+    method: str,
     settings: Settings,
-    seed: int,
-    folder: Path,
     *,
     reward: Callable[[Rollouts], Tensor] | None = None,
     policy: Policy | None = None,
@@ -127,13 +131,12 @@ def train_reinforced(
     from amortlm.lab.baselines.ppo import PPOConfig, train_ppo
 
     bounded = BoundedReward(reward or problem.target.score_final)
-    policy = policy or problem.policy(context, seed)
+    policy = policy or problem.policy(context)
     if method == "ppo":
-        config = PPOConfig(**settings)
-        if not context.dry_run:
-            train_ppo(policy, problem.rows, bounded, config=config, output_dir=folder, seed=seed)
+        settings = {"config": PPOConfig(**settings)}
     else:
         trl("GRPOTrainer")  # a dry run, too, says that the extra is missing
-        if not context.dry_run:
-            train_grpo(policy, problem.rows, bounded, output_dir=folder, seed=seed, method=method, **settings)
+    if not context.dry_run:
+        train = train_ppo if method == "ppo" else train_grpo
+        train(policy, problem.rows, bounded, output_dir=context.folder, seed=context.seed, **settings)
     return Trained(problem.posterior(context, policy), bounded.evaluations)

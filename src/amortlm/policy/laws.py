@@ -1,4 +1,4 @@
-"""Laws of policies and of samplers, as assertions to run on your own: `check_policy`, `check_sampler`."""
+"""Laws of policies and samplers, as assertions for your own: `check_policy`, `check_sampler`."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def check_policy(
 
     1. Sum: over a support of at most `MAX_SUPPORT` completions, q(z) sums to one for each row (within `atol`).
     2. Agreement: the log-probabilities that `sample` returns are those of `evaluate` (within `atol` nats).
-    3. Batches: a row alone gets the completions and log q that it gets among the others.
+    3. Batches: a row gets the same completions and log q alone as in a batch with other rows.
 
-    AssertionError names row and completion.
+    Raises AssertionError, which names row and completion.
     """
     if policy.support.size() <= MAX_SUPPORT:
         check_sum(policy, rows, atol)
@@ -77,16 +77,17 @@ def check_sampler(
     level: float = 1e-6,
     seed: object = 0,
 ) -> None:
-    """Assert that a sampler draws from `policy`'s q of a row, and says of its draws what is true.
+    """Assert that a sampler draws from `policy`'s q of a row, and reports its draws correctly.
 
-    1. log q: what it says of each draw is what `policy.evaluate` says (within `atol` nats), explored or not.
-    2. Frequencies: they are those of q, by a G-test that is wrong at rate `level`, where the support has at most
+    1. log q: the sampler's log q of each draw equals that of `policy.evaluate` (within `atol` nats), with and without
+       exploration.
+    2. Frequencies: they are those of q, by a G-test with false-alarm rate `level`, if the support has at most
        `MAX_SUPPORT` completions.
-    3. Kept tokens stand at the beginning of the draws; at temperature 0 all draws are equal.
-    4. Versions: after `load`, draws say the new version, and are those of the new weights.
-    5. A sampler that says it is reproducible draws the same for a prompt alone and beside another one.
+    3. Kept tokens are at the beginning of the draws; at temperature 0 all draws are equal.
+    4. Versions: after `load`, draws have the new version, and come from the new weights.
+    5. A sampler with `reproducible` draws the same for a prompt alone and together with another prompt.
 
-    The weights of policy and sampler are the policy's again at the end. AssertionError says what differs.
+    At the end policy and sampler have the policy's original weights. Raises AssertionError naming the difference.
     """
     check = _SamplerCheck(sampler, policy, row, atol, seed)
     check.log_q(num_samples, Exploration(torch.linspace(0.5, 2.0, num_samples), epsilon=0.1))
@@ -110,7 +111,7 @@ class _SamplerCheck:
     def log_q(self, n: int, exploration: Exploration | None) -> Draws:
         draws = self.sampler.sample(self.request(n, exploration))
         if len(draws) != n:
-            raise AssertionError(f"{len(draws)} draws where {n} were asked for")
+            raise AssertionError(f"{len(draws)} draws instead of {n}")
         support, zero = self.policy.support, torch.zeros(n, dtype=torch.long)
         rollouts = support.rollouts(
             [self.row], zero, draws.tokens.cpu(), draws.lengths.cpu(), draws.stops.cpu()
@@ -145,7 +146,7 @@ class _SamplerCheck:
         p_value = torch.special.gammaincc(half_degrees, g / 2).item() if len(expected) > 1 else 1.0
         if p_value < level:
             raise AssertionError(
-                f"frequencies of {len(draws)} draws are not those of q: G-test, p = {p_value:.2g} < {level:g}"
+                f"the frequencies of {len(draws)} draws differ from q: G-test, p = {p_value:.2g} < {level:g}"
             )
 
     def kept_tokens(self, draws: Draws) -> None:
@@ -154,7 +155,7 @@ class _SamplerCheck:
         if self.policy.support.tool is None:
             rest = self.sampler.sample(self.request(8, kept=[begun] * 8))
             if any(z[: len(begun)] != begun for z in rest.tokens.tolist()):
-                raise AssertionError(f"draws that were to begin with {begun} do not")
+                raise AssertionError(f"draws do not begin with the kept tokens {begun}")
         greedy = self.sampler.sample(self.request(8, Exploration(torch.zeros(8))))
         if len({(*z, s) for z, s in zip(greedy.tokens.tolist(), greedy.stops.tolist(), strict=True)}) > 1:
             raise AssertionError("draws at temperature 0 differ")
@@ -165,14 +166,14 @@ class _SamplerCheck:
         moved = {
             name: w + 0.1 * torch.randn(w.shape, generator=generator).to(w) for name, w in before.items()
         }
-        mine = LocalSampler(policy.model, policy.sharing)  # puts weights into the policy that evaluates
+        mine = LocalSampler(policy.model, policy.sharing)  # loads weights into the policy itself
         try:
             for version, weights in ((1, moved), (2, before)):
                 mine.load(weights, version)
                 self.sampler.load(weights, version)
                 draws = self.log_q(8, None)
                 if draws.version != version:
-                    raise AssertionError(f"after load(.., {version}) draws say version {draws.version}")
+                    raise AssertionError(f"after load(.., {version}) draws have version {draws.version}")
         finally:
             mine.load(before, 0)
 
@@ -186,7 +187,7 @@ class _SamplerCheck:
             n = int(alone.lengths[i])
             same = int(both.lengths[3 + i]) == n and torch.equal(both.tokens[3 + i, :n], alone.tokens[i, :n])
             if not same:
-                raise AssertionError("a prompt gets other draws beside another prompt than alone")
+                raise AssertionError("a prompt gets different draws alone and together with another prompt")
 
 
 def support_completions(policy: Policy) -> list[list[int]]:
@@ -214,9 +215,10 @@ def _assert_same(
 
 @torch.no_grad()
 def examine_policy(lm: CausalLM) -> tuple[Finding, ...]:
-    """What making a policy with the default adapter does to p, and whether q computes in training as in evaluation.
+    """Tests that creating a policy with the default adapter does not change p, and that q is the same in training and
+    evaluation mode.
 
-    Raises ModelError, and what peft raises for a model that it cannot adapt.
+    Raises ModelError, and errors of peft for a model that it cannot adapt.
     """
     check = Check(lm.model, lm.name)
     before = check.alone(check.texts[0])

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 class Policy(nn.Module):
     """q(z | prompt): the language model with LoRA (default) or a full copy of it, on a support.
 
-    With LoRA the frozen weights are shared with `lm`, whose own module tree stays untouched.
+    With LoRA the frozen weights are shared with `lm`; the module tree of `lm` does not change.
     `sample` draws without gradient; `forward` (= `evaluate`) is one teacher-forced, differentiable pass.
+
+    Raises TemplateError for `{z}` in the prompt, SupportError if the support does not fit the tokenizer, ConfigError or
+    CheckpointError for an adapter that does not fit.
     """
 
     def __init__(
@@ -40,10 +43,10 @@ class Policy(nn.Module):
         support: Support,
         adapter: LoraConfig | int | str | Path | None = None,
     ):
-        """adapter: a LoraConfig, the rank of a LoRA (None: the default rank), "full" for a full copy, or the folder of
+        """adapter: a PEFT config, the rank of a LoRA (None: the default rank), "full" for a full copy, or the folder of
         a saved adapter."""
         super().__init__()
-        self.log_z: nn.Parameter  # of each training row, where the objective learns it
+        self.log_z: nn.Parameter  # log Z of each training row, if the objective learns it
         self.lm = lm
         self.prompt = PromptTemplate(prompt)
         if any(t.has_latent for t in self.prompt.templates):
@@ -71,8 +74,8 @@ class Policy(nn.Module):
         return Passes(self.model, self.sharing, self.lm.memory)
 
     def train(self, mode: bool = True) -> Policy:
-        """As for any module, but the model always computes as in evaluation, with gradients: what samples and what is
-        trained are one distribution, whatever an architecture does at random in training."""
+        """As for any module, but the model stays in evaluation mode, also with gradients. So the sampling and the
+        trained policy are the same distribution, even if the architecture is random in training mode."""
         super().train(mode)
         self.model.eval()
         return self
@@ -92,10 +95,11 @@ class Policy(nn.Module):
         seed: object = 0,
         exploration: Exploration | None = None,
     ) -> tuple[Rollouts, PolicyLogProbs]:
-        """Completions in row order and their log q. num_samples: K for every row, or a count for each.
+        """Completions in row order and their log q (nats). num_samples: K for every row, or a count for each.
 
-        The same (seed, row) gives the same completions whatever else is in the batch. `exploration` changes
-        what is drawn, not the log q that is returned.
+        The same (seed, row) gives the same completions, whatever else is in the batch. `exploration` changes the
+        completions, but the returned log q is that of the policy itself. Raises PromptTooLongError for a prompt that
+        does not fit, DataError or TemplateError for rows that do not fit the prompt.
         """
         counts = [num_samples] * len(rows) if isinstance(num_samples, int) else list(num_samples)
         seeds = [seed_of((seed, row_key(row))) for row in rows]
@@ -129,7 +133,7 @@ class Policy(nn.Module):
             and any(p.requires_grad for p in self.parameters())
         ):
             raise ModelError(
-                f"{self.lm.name}: no gradient flows through it in evaluation mode; it cannot be trained"
+                f"{self.lm.name}: no gradient flows through this model in evaluation mode; it cannot be trained"
             )
         return PolicyLogProbs(torch.where(rollouts.action_mask, log_pf, 0.0), log_pterm)
 
@@ -152,19 +156,20 @@ class Policy(nn.Module):
         return self.evaluate(rollouts)
 
     def activation_checkpointing_enable(self, **settings: Any) -> None:
-        """What `gradient_checkpointing=True` asks for: activations are computed again in the backward pass."""
+        """Called for `gradient_checkpointing=True`: activations are computed again in the backward pass."""
         if not self.is_full:
-            self.model.enable_input_require_grads()  # else reentrant checkpoints of frozen layers have no gradient
+            # Without this, reentrant checkpoints of frozen layers have no gradient.
+            self.model.enable_input_require_grads()
         versions.checkpoint_activations(self.model, settings)
 
     gradient_checkpointing_enable = (
-        activation_checkpointing_enable  # as Trainer before transformers 5.23 calls it
+        activation_checkpointing_enable  # its name in Trainer before transformers 5.23
     )
 
     def rollouts(self, rows: Sequence[Row], completions: Sequence[Sequence[Sequence[int] | str]]) -> Rollouts:
         """Rollouts from given completions (texts or token lists), a list per row.
 
-        A stop symbol at the end of a text is taken off. Raises DataError outside the support.
+        A stop symbol at the end of a completion is removed. Raises DataError for a completion outside the support.
         """
         flat = [self.parse(c) for group in completions for c in group]
         index = [i for i, group in enumerate(completions) for _ in group]
@@ -180,8 +185,8 @@ class Policy(nn.Module):
             tokens = list(completion)
             if not all(isinstance(t, int) for t in tokens):
                 raise DataError(
-                    f"completion {completion!r} is neither a text nor a list of token ids; of chat messages give the "
-                    "text of the assistant's"
+                    f"completion {completion!r} is neither a text nor a list of token ids; for chat messages, give the "
+                    "text of the assistant's message"
                 )
         stop = self.support.stop_ids[0]
         if tokens and tokens[-1] in self.support.stop_ids:
@@ -202,7 +207,7 @@ class Policy(nn.Module):
         return tokens, stop
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of what is trained of the model, by name: what a `Sampler` loads."""
+        """Copies of the trained weights, by name, for `Sampler.load`."""
         return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save_adapter(self, folder: str | Path) -> None:
@@ -217,13 +222,14 @@ class Policy(nn.Module):
 
 
 def _joined(parts: Sequence[Tensor], groups: Sequence[Tensor], width: int) -> Tensor:
-    """[B, width]: the groups' rows, padded with 0, in their places."""
+    """[B, width]: the rows of all groups in their original order, padded with 0."""
     padded = [torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in parts]
     return torch.cat(padded)[torch.cat(list(groups)).argsort()]
 
 
 def _zero_dropout(model: nn.Module) -> None:
-    """No dropout, be it a module or a number in one: activation checkpointing runs layers in training mode."""
+    """Set all dropout to 0, of modules and of numbers in modules: activation checkpointing runs layers in training
+    mode."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0

@@ -1,4 +1,4 @@
-"""The support: which completions a policy can write at all, and what may come next. No model in here."""
+"""The support: the set of completions that a policy can write, and the legal next tokens. It uses no model."""
 
 from amortlm.support.law import SupportLaw
 from amortlm.support.spec import Support

@@ -1,4 +1,4 @@
-"""Automata over tokens: supports in which what may come next depends on what is written (lists, patterns)."""
+"""Automata over tokens: supports whose legal next tokens depend on the text so far (lists, patterns)."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from torch import Tensor
 
 
 class Automaton:
-    """Completions of min_tokens to max_tokens tokens that lead from the first of S nodes to an accepting one.
+    """Completions of min_tokens to max_tokens tokens that lead from node 0 of S nodes to an accepting node.
 
-    step [S, C]      the node after a token of class c; S itself, the dead end, where there is none
-    token_class [V]  in 0..C-1; tokens of one class lead to the same nodes (to the dead end where never written)
-    accepts [S] bool
+    step [S, C]      the node after a token of class c; S, the dead end, if there is none
+    token_class [V]  in 0..C-1; tokens of one class lead to the same nodes (tokens that are never written: to the dead
+                     end)
+    accepts [S]      bool: may a completion end at the node
 
-    Nothing is begun that cannot be finished: a token is legal at a node where some completion goes on with it.
+    A token is legal at a node only if some completion continues with it, so every legal prefix can be finished.
     """
 
     def __init__(self, step: Tensor, token_class: Tensor, accepts: Tensor, min_tokens: int, max_tokens: int):
@@ -30,12 +31,14 @@ class Automaton:
         reach, after = np.zeros((max_tokens + 1, size + 1), dtype=bool), self.step.numpy()
         reach[0, :-1] = accepts
         for k in range(max_tokens):
-            reach[k + 1] = reach[k].take(after).any(1)  # on large tables five times as fast as in torch
+            reach[k + 1] = reach[k].take(after).any(1)  # for large tables five times as fast as in torch
         self.reach = torch.from_numpy(reach)
-        # can[t, s]: does a completion lie ahead of s after t tokens? goes, ends: by writing on, by stopping now.
+        # After t tokens at node s: can[t, s], can the text become a completion; goes[t, s], by writing more tokens;
+        # ends[t, s], by stopping now.
         self.can = torch.stack([self._within(t, 0) for t in range(max_tokens + 2)])
         self.goes = torch.stack([self._within(t, 1) for t in range(max_tokens + 1)])
-        # Where nothing can follow, as in the padding beyond the end, stopping is possible: else q would not sum to one.
+        # If nothing can follow (also in the padding beyond the end), stopping is possible: otherwise q would not sum
+        # to one.
         self.ends = self.reach[0] & (torch.arange(max_tokens + 1)[:, None] >= min_tokens) | ~self.goes
         self._on: dict[torch.device, Automaton] = {}
 
@@ -44,7 +47,7 @@ class Automaton:
         return self.reach[max(least, self.min_tokens - t) : self.max_tokens - t + 1].any(0)
 
     def to(self, device: torch.device) -> Automaton:
-        """The same with its tables on the device, copied once."""
+        """The same automaton with its tables on the device; they are copied once."""
         if device == self.step.device:
             return self
         if device not in self._on:
@@ -54,7 +57,7 @@ class Automaton:
         return self._on[device]
 
     def advance(self, node: Tensor, token: Tensor) -> Tensor:
-        """The nodes after one token more, whether or not it is legal there."""
+        """The nodes [b] after nodes [b] and one more token [b] each, whether or not the token is legal."""
         return self.step[node, self.token_class[token]]
 
     def nodes(self, tokens: Tensor) -> Tensor:
@@ -65,15 +68,15 @@ class Automaton:
         return torch.stack(out, 1)
 
     def legal_tokens(self, t: Tensor, node: Tensor) -> Tensor:
-        """[n, V] bool: what may be written at nodes [n] after t [n] tokens."""
+        """[n, V] bool: the tokens that are legal at nodes [n] after t [n] tokens."""
         return self.can[t[:, None] + 1, self.step[node]][:, self.token_class]
 
     def contains(self, tokens: Sequence[int]) -> bool:
-        """Is this a completion? Its tokens are in the vocabulary, their number is right."""
+        """Does the automaton accept these tokens? They must be in the vocabulary, and min_tokens to max_tokens many."""
         return bool(self.reach[0, self._after(tokens)])
 
     def has_prefix(self, tokens: Sequence[int]) -> bool:
-        """Does some completion begin so?"""
+        """Does some completion begin with these tokens?"""
         return bool(self.can[len(tokens), self._after(tokens)])
 
     def _after(self, tokens: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""The law of a support, without a model: what may be written after what, as data and pure functions of tensors."""
+"""The law of a support: its legal next tokens, as data and pure functions of tensors. It uses no model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ from amortlm.types import Rollouts, Row
 
 
 class Step(NamedTuple):
-    """What comes next at one state of each of b texts, in nats: legal [b, V] bool; logits [b, V], -inf where it is not
-    legal; log_q [b, V] of tokens and stop symbols; log_stop [b] of stopping at all (0 where it is sure)."""
+    """The next token or stop symbol at one state of each of b texts.
+
+    legal     [b, V] bool: the legal tokens and stop symbols
+    logits    [b, V] -inf where not legal
+    log_q     [b, V] log-probabilities of tokens and stop symbols, nats
+    log_stop  [b] log-probability of stopping with any symbol, nats; 0 if stopping is certain
+    """
 
     legal: Tensor
     logits: Tensor
@@ -27,7 +32,7 @@ class Step(NamedTuple):
     log_stop: Tensor
 
     def merged(self, stop_ids: Sequence[int]) -> Tensor:
-        """log_q, in which the first stop symbol stands for all of them."""
+        """log_q with the probability of all stop symbols at the first of them, -inf at the others."""
         out = self.log_q.clone()
         out[:, list(stop_ids)] = -torch.inf
         out[:, stop_ids[0]] = self.log_stop
@@ -38,8 +43,9 @@ class Step(NamedTuple):
 class SupportLaw:
     """A support resolved for one tokenizer. Holds no model, and can be pickled.
 
-    allowed [V] bool: what may be written inside a completion; with `lists`, inside a statement. With lists or a
-    pattern an automaton says which tokens may follow which; `node` is where it is. t: number of tokens written.
+    allowed [V] bool: the tokens that may occur inside a completion; with `lists`, inside a statement. With lists or a
+    pattern, an automaton gives the legal tokens. In the methods, `node` is a node of the automaton, and t the number of
+    tokens written.
     """
 
     stop_ids: tuple[int, ...]
@@ -80,7 +86,7 @@ class SupportLaw:
                 partial += [(z, self.tool.result(z)) for z in longer]
 
     def contains(self, tokens: Sequence[int]) -> bool:
-        """Can the policy write this completion? With a tool, its tokens must be what it writes."""
+        """Can the policy write this completion? Tokens after a tool's trigger must be the tool's own output."""
         known = all(0 <= t < len(self.allowed) for t in tokens)
         if not known or not self.min_tokens <= len(tokens) <= self.max_tokens:
             return False
@@ -104,11 +110,11 @@ class SupportLaw:
         return self.automaton.to(tokens.device).nodes(tokens)
 
     def advance(self, node: Tensor, token: Tensor) -> Tensor:
-        """[b] the nodes after one token more."""
+        """[b] the nodes after one more token [b] each."""
         return node if self.automaton is None else self.automaton.to(token.device).advance(node, token)
 
     def legal(self, t: Tensor, node: Tensor) -> Tensor:
-        """[b, V] bool: what may come next, stop symbols included, after t [b] tokens at nodes [b]."""
+        """[b, V] bool: the legal tokens and stop symbols after t [b] tokens at nodes [b]."""
         if self.automaton is None:
             legal = self.allowed.to(t.device) & (t < self.max_tokens)[:, None]
             ends = t >= self.min_tokens
@@ -119,7 +125,8 @@ class SupportLaw:
         return legal
 
     def step(self, logits: Tensor, t: Tensor, node: Tensor) -> Step:
-        """q at one state of each of b texts: logits [b, V] after t [b] tokens at nodes [b], on what is legal there."""
+        """q at one state of each of b texts: logits [b, V] after t [b] tokens at nodes [b], renormalised on the legal
+        tokens and stop symbols."""
         legal = self.legal(t, node)
         precise = torch.promote_types(logits.dtype, torch.float32)
         logits = logits.to(precise).masked_fill(~legal, -torch.inf)
@@ -128,9 +135,11 @@ class SupportLaw:
         return Step(legal, logits, log_q, log_stop.masked_fill(t >= self.max_tokens, 0.0))
 
     def log_probs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """log q of tokens [B, T] and of stopping at the S states (T, or T + 1 with the last) of logits [B, S, V]:
+        """log q of tokens [B, T], and of stopping at the S states of logits [B, S, V]; S is T, or T + 1 with the last
+        state.
 
-        log_pf [B, T], -inf for a token that is never written, log_pterm [B, S]; float32, differentiable.
+        Returns log_pf [B, T], -inf for a token that is never written, and log_pterm [B, S]; float32, nats,
+        differentiable.
         """
         shape = logits.shape[:2]
         t = torch.arange(shape[1], device=logits.device).expand(shape)
@@ -154,7 +163,11 @@ class SupportLaw:
         lengths: Tensor,
         stops: Tensor | None = None,
     ) -> Rollouts:
-        """Rollouts on this support: masks follow from the lengths (with an automaton, from the tokens too)."""
+        """Rollouts on this support; their masks are computed from the lengths (with an automaton, also from the
+        tokens).
+
+        row_index [B], tokens [B, T], lengths [B]; stops [B] (default: the first stop symbol).
+        """
         states = torch.arange(tokens.shape[1] + 1, device=tokens.device)
         if stops is None:
             stops = torch.full_like(lengths, self.stop_ids[0])
@@ -167,7 +180,7 @@ class SupportLaw:
         if self.tool is not None:
             forced = self._forced(tokens, lengths)
             action_mask = action_mask & ~forced
-            # A completion cannot stop where the next token is forced, but for the sure stop at max_tokens.
+            # A completion cannot stop where the next token is forced, except for the certain stop at max_tokens.
             stop_mask = stop_mask & ~torch.nn.functional.pad(forced, (0, 1))
         return Rollouts(rows, row_index, tokens, lengths, stops, stop_mask, action_mask, self.stop_ids)
 

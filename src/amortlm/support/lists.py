@@ -1,4 +1,4 @@
-"""Supports whose completions are lists: statements of at least one token, a separator between them."""
+"""Supports whose completions are lists: statements of at least one token, with a separator token between them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from amortlm.support.automaton import Automaton
 
 @dataclass(frozen=True)
 class Lists:
-    """`minimum` to `maximum` statements; the separator between them is a token."""
+    """`minimum` to `maximum` statements. separator: the id of the token between them."""
 
     separator: int
     minimum: int
     maximum: int
 
     def automaton(self, words: Tensor, min_tokens: int, max_tokens: int) -> Automaton:
-        """words [V] bool: what a statement may consist of. Node 2n: n statements are done, no token of the next one
-        is written; 2n + 1: some are."""
+        """The automaton of these lists. words [V] bool: the tokens that a statement may consist of.
+
+        Node 2n: n statements are finished, and the next one has no token yet. Node 2n + 1: it has at least one token.
+        """
         nodes = torch.arange(2 * self.maximum)
-        step = torch.full((len(nodes), 3), len(nodes))  # of class 0, what is never written: a dead end
+        step = torch.full((len(nodes), 3), len(nodes))  # class 0, tokens that are never written: a dead end
         step[:, 1] = nodes | 1
         step[1:-1:2, 2] = nodes[2::2]
         classes = words.long()
@@ -33,7 +35,7 @@ class Lists:
 
 
 def split_statements(tokens: Sequence[int], separator: int) -> list[list[int]]:
-    """What stands between the separators: [a SEP b c] -> [[a], [b, c]]. Nothing at all is no statement."""
+    """The token lists between the separators: [a SEP b c] -> [[a], [b, c]]. No tokens give no statement."""
     out: list[list[int]] = [[]]
     for token in tokens:
         if token == separator:

@@ -1,7 +1,7 @@
 """log q of tokens and of stopping from logits [B, S, V], renormalised on a support.
 
-Written out with its gradient, because the vocabulary is wide: by autograd every masked copy, its softmax and their
-gradients are as large as the logits, in float32. Here the logits alone are kept, and one gradient is made.
+The gradient is written by hand, to save memory: in autograd every masked copy, its softmax and their gradients are as
+large as the logits, in float32. Here only the logits are kept, and one gradient tensor is made.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from torch.autograd.function import once_differentiable
 
 from amortlm.support.automaton import Automaton
 
-# Logits in float32 at a time: what fits a CPU's cache; on a GPU few kernels count more.
+# Number of logits converted to float32 at a time: on a CPU they fit into the cache; on a GPU few kernels matter more.
 CPU_CHUNK, GPU_CHUNK = 2**19, 2**26
 
 
 class Legal(NamedTuple):
-    """What may come next at the states of B completions.
+    """The legal tokens and stops at the S states of B completions.
 
-    allowed [V] may be written at all, stop_ids [s] long; go, stop [B, S] bool: may anything be written, may it stop.
-    automaton, and t, node [B, S]: where what may be written depends on what is (None otherwise).
+    allowed    [V] bool: tokens that may occur in a completion
+    stop_ids   [s] long: the stop symbols
+    go, stop   [B, S] bool: may a token be written, may the completion stop
+    automaton, and t, node [B, S]: if the legal tokens depend on the text so far; else None
     """
 
     allowed: Tensor
@@ -44,7 +46,7 @@ class Legal(NamedTuple):
 class SupportLogProbs(torch.autograd.Function):
     """(logits [B, S, V], tokens [B, S], legal) -> log_p [B, S] of the token after each state, log_stop [B, S]; float32.
 
-    log_p is -inf for a token that is never written, log_stop where stopping is impossible.
+    log_p is -inf for a token that is never written, log_stop is -inf where stopping is impossible.
     """
 
     @staticmethod
@@ -76,7 +78,8 @@ class SupportLogProbs(torch.autograd.Function):
             norm, end = log_norm[rows, None], log_end[rows, None]
             both = (to_token[rows] + to_stop[rows])[:, None]
             ends = x[:, legal.stop_ids]
-            # d log_norm: the probabilities of everything legal, and d log_end: those of the symbols given a stop.
+            # d log_norm: the probabilities of all legal tokens and symbols. d log_end: those of the symbols given a
+            # stop.
             stops = (ends - end).exp() * to_stop[rows, None] - (ends - norm).exp() * both
             picked = tokens.flatten()[rows, None]
             direct = to_token[rows, None].masked_fill(~written.expand(len(x), -1).gather(1, picked), 0.0)
@@ -93,7 +96,7 @@ def at_once(device: torch.device, width: int) -> int:
 
 
 def _chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The logits as float32 [n, V], a few states at a time, and which states these are."""
+    """(which states, their logits as float32 [n, V]), a few states at a time."""
     flat = logits.view(-1, logits.shape[-1]) if logits.is_contiguous() else logits.flatten(0, 1)
     size = at_once(flat.device, flat.shape[1])
     for start in range(0, len(flat), size):

@@ -1,4 +1,4 @@
-"""Supports whose completions match a regular expression: constrained decoding, for q in training and in sampling."""
+"""Supports whose completions match a regular expression: constrained decoding of q, in training and sampling."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from amortlm.text.positions import START, Positions
 if TYPE_CHECKING:
     from amortlm.text.codec import Codec
 
-FORMAT = 1  # of the cached tables: count it up when the code below makes other ones
-BROKEN = "\ufffd"  # what part of a character decodes to
+FORMAT = 1  # of the cached tables: increase it when the code below makes other tables
+BROKEN = "\ufffd"  # the text of a token that is a part of a character
 MAX_NODES = 20_000
-MAX_VISITS = 2_000_000  # of positions, summed over the nodes: some seconds
-MAX_CELLS = 2**24  # of the table of nodes by classes of tokens: 128 MiB
+MAX_VISITS = 2_000_000  # visits of positions, summed over the nodes: some seconds
+MAX_CELLS = 2**24  # cells of the table of nodes by classes of tokens: 128 MiB
 
 
 def pattern_automaton(
@@ -37,7 +37,7 @@ def pattern_automaton(
     whose automaton is too large, or that matches nothing of min_tokens to max_tokens such tokens.
     """
     texts = _texts(lm, allowed)
-    # All that the tables depend on: `re` and its classes of characters are those of this Python.
+    # Everything that the tables depend on: `re` and its character classes change with the Python version.
     key = [FORMAT, sys.version, pattern, len(allowed), list(texts.items())]
     name = f"patterns/{hashlib.sha256(json.dumps(key).encode()).hexdigest()}"
     tables = cache.load(name)
@@ -50,13 +50,13 @@ def pattern_automaton(
     if not automaton.can[0, 0]:
         raise SupportError(
             f"no text of {min_tokens} to {max_tokens} allowed tokens matches {pattern!r}; widen the pattern, "
-            "max_tokens or allowed_tokens (white space around a text is taken off before it is compared)"
+            "max_tokens or allowed_tokens (white space around a text is removed before matching)"
         )
     return automaton
 
 
 def _tables(pattern: str, texts: dict[int, str], size: int) -> dict[str, Tensor]:
-    """step [S, C], token_class [size], accepts [S], as an automaton has them, of texts by token."""
+    """The tables step [S, C], token_class [size] and accepts [S] of an `Automaton`. texts: token id -> text."""
     characters = "".join(sorted(set().union(*texts.values())))
     table, accepts, kind = _deterministic(pattern, characters)
     table, accepts = _minimal(table, accepts)
@@ -74,10 +74,11 @@ def _tables(pattern: str, texts: dict[int, str], size: int) -> dict[str, Tensor]
 def _deterministic(
     pattern: str, characters: str
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_], dict[int, str]]:
-    """(node after each kind of character [S, K], may a text end here [S], the kind of each character, as a chr).
+    """(table [S, K]: node after each kind of character; [S] bool: may a text end here; character -> its kind as a chr).
 
-    White space counts as in `text.strip()`: none before the first other character is read, and a text ends as it did
-    before the white space that it ends with. So a node is a set of positions and whether they were final then.
+    White space is treated as by `text.strip()`: it is skipped before the first other character, and at the end it does
+    not change whether the text matches. So a node is a set of positions, with a flag: did the text match at its last
+    character that is not white space?
     """
     try:
         positions = Positions(pattern)
@@ -94,7 +95,7 @@ def _deterministic(
     for node, final in nodes:  # grows
         visits += node.bit_count()
         if len(nodes) > MAX_NODES or visits > MAX_VISITS:
-            each = f", each of {visits // len(table):,} places in it" if visits > MAX_VISITS else ""
+            each = f", each of {visits // len(table):,} positions" if visits > MAX_VISITS else ""
             raise SupportError(_too_large(pattern, f"more than {len(nodes):,} nodes{each}"))
         row, ahead = [], positions.after(node)
         for readers, space in kinds:
@@ -117,13 +118,15 @@ def _deterministic(
 def _minimal(
     table: NDArray[np.int64], accepts: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The same automaton with its equal nodes merged (Hopcroft's algorithm), the first one first.
+    """The same automaton with equivalent nodes merged (Hopcroft's algorithm); the first node stays the first.
 
-    States from which no text can end are left out: S, the number of nodes, stands for them in the table.
+    Nodes from which no text can end are left out: in the table, S (the number of nodes) stands for them.
     """
     dead = len(table)
     table = np.vstack([table, np.full((1, table.shape[1]), dead)])
-    sources: list[list[list[int]]] = []  # kind of character, node: the nodes it leads there from
+    sources: list[
+        list[list[int]]
+    ] = []  # [kind of character][node]: the nodes from which this kind leads to the node
     for column in table.T.tolist():
         sources.append([[] for _ in column])
         for node, after in enumerate(column):
@@ -145,7 +148,7 @@ def _minimal(
                 blocks[old] -= part
                 if len(part) > len(blocks[old]):
                     part, blocks[old] = blocks[old], part
-                waiting.add(len(blocks))  # the smaller part: the larger one waits if its whole did
+                waiting.add(len(blocks))  # the smaller part; the larger part is waiting if the whole was
                 for node in part:
                     block[node] = len(blocks)
                 blocks.append(part)
@@ -160,20 +163,21 @@ def _minimal(
 def _token_step(
     pattern: str, table: NDArray[np.int64], texts: dict[int, str], size: int
 ) -> tuple[NDArray[np.int64], Tensor]:
-    """(step [S, C], token_class [size]) of tokens whose characters are given by their kinds.
+    """(step [S, C], token_class [size]). texts: token id -> its characters, written as their kinds.
 
-    A text acts on all nodes at once; texts that act alike share a class.
+    The action of a text maps each node to the node after the text. Tokens whose texts have the same action share a
+    class.
     """
     nodes = len(table)
     moves = np.vstack([table, np.full((1, table.shape[1]), nodes)]).T
     nowhere = np.full(nodes + 1, nodes)
-    actions = [nowhere, np.arange(nodes + 1)]  # where each node is led; of the empty text: where it is
+    actions = [nowhere, np.arange(nodes + 1)]  # to the dead end; the action of the empty text (identity)
     number = {action.tobytes(): i for i, action in enumerate(actions)}
     after: dict[tuple[int, str], int] = {}
     acts: dict[str, int] = {}
 
     def moved(action: int, kind: str) -> int:
-        """The action of a text with one character more."""
+        """The action of a text with one more character."""
         if (action, kind) not in after:
             leads = moves[ord(kind)][actions[action]]
             after[action, kind] = number.setdefault(leads.tobytes(), len(actions))
@@ -198,7 +202,7 @@ def _token_step(
 
 
 def _reached(step: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The nodes that tokens lead to from the first, itself included."""
+    """The nodes that can be reached from the first node, including itself."""
     seen = np.zeros(len(step) + 1, dtype=bool)
     new = np.array([0])
     while len(new):
@@ -210,22 +214,23 @@ def _reached(step: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def _too_large(pattern: str, size: str) -> str:
     return (
-        f"pattern {pattern!r} needs {size}, which is too much; use smaller counts (after .* each doubles the nodes, "
-        "nested ones multiply), * and + where max_tokens bounds the length anyway, fewer allowed_tokens, or put "
-        "constraint.matches(pattern) into the target"
+        f"pattern {pattern!r} needs {size}, which is too much; use smaller counts (after .* each count doubles the "
+        "nodes, nested counts multiply), * and + where max_tokens bounds the length anyway, fewer allowed_tokens, or "
+        "put constraint.matches(pattern) into the target"
     )
 
 
 def _texts(lm: Codec, allowed: Tensor) -> dict[int, str]:
-    """The text of each allowed token. Raises SupportError where they do not add up to the text of a completion."""
+    """The text of each allowed token. Raises SupportError if the texts of tokens do not join to the text of a
+    completion."""
     texts = {token: lm.decode([token]) for token in allowed.nonzero().squeeze(1).tolist()}
     texts = {token: x for token, x in texts.items() if x and BROKEN not in x}
-    # Each beside its neighbours, and each ASCII character behind each other: "clean-up" writes " ." as ".".
+    # Test each token beside other tokens, and each ASCII character after each other: "clean-up" writes " ." as ".".
     first, last = ({x[i]: token for token, x in texts.items() if x[i].isascii()} for i in (0, -1))
     beside = [*texts, *reversed(texts), *(z for pair in product(last.values(), first.values()) for z in pair)]
     if lm.decode(beside) != "".join(texts[token] for token in beside):
         raise SupportError(
-            f"{lm.name}: its tokenizer changes the text of a token by what stands beside it, so a pattern cannot be "
+            f"{lm.name}: in its tokenizer the text of a token depends on the tokens beside it, so a pattern cannot be "
             "read token by token; put constraint.matches(pattern) into the target"
         )
     return texts

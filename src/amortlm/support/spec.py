@@ -1,4 +1,4 @@
-"""The support as a user writes it, and how it becomes a law for one tokenizer (`amortlm.support.law`)."""
+"""The support as a user states it, and its translation into a law for one tokenizer (`amortlm.support.law`)."""
 
 from __future__ import annotations
 
@@ -28,20 +28,24 @@ class Support:
 
     stop             one token or several (text or id); not part of the completion
     min_tokens       stopping is impossible before this many tokens
-    max_tokens       stopping is sure after this many tokens
+    max_tokens       after this many tokens stopping is certain
     allowed_tokens   only these may be written (default: all but special tokens and tokens without text)
-    banned_tokens    never written; wins over allowed_tokens
-    tool             writes into the completion, whatever is allowed: a `Tool`, "calculator", or a JSON form
-    separator        with it, a completion is a list of statements: "s1 SEP s2 SEP s3", none of them empty
+    banned_tokens    never written, even if in allowed_tokens
+    tool             a `Tool`, "calculator", or a JSON form. It writes into the completion, also tokens not allowed
+    separator        one token (text or id). With it, a completion is a list of statements: "s1 SEP s2 SEP s3", none
+                     of them empty
     min_statements   stopping is impossible before this many statements
-    max_statements   no separator after this many statements (default: as many as fit); equal to min_statements for
-                     latents in sequence, "{z1}{z2}" in a target
-    pattern          the whole text, outer white space removed, matches this regular expression: what
-                     `constraint.matches` takes. SupportError, on binding, for one that is not regular or too large
+    max_statements   no separator after this many statements (default: as many as fit). Set it equal to min_statements
+                     for latents in sequence, "{z1}{z2}" in a target
+    pattern          a regular expression that the whole text matches, without its outer white space (as for
+                     `constraint.matches`). Binding raises SupportError if it is not regular or too large
 
-    Stop tokens are never written inside a completion, special tokens only if allowed_tokens names them; then the text
-    that constraints and verifiers read shows them. The separator is one token, allowed whatever allowed_tokens says,
-    and counts as a token of the completion.
+    Stop tokens are never written inside a completion. Special tokens are written only if allowed_tokens names them;
+    then they appear in the text that constraints and verifiers read. The separator is always allowed, and counts as a
+    token of the completion.
+
+    Raises SupportError for values of the wrong type, for a support that allows nothing, and for combinations that are
+    not possible (a separator or pattern with a tool, a pattern with a separator).
     """
 
     stop: str | int | Sequence[str | int]
@@ -66,7 +70,7 @@ class Support:
         if self.separator is None:
             if (low, high) != (1, None):
                 raise SupportError(
-                    "min_statements and max_statements count what a separator divides: give separator="
+                    "min_statements and max_statements count the statements between separators: give separator="
                 )
         elif self.tool is not None:
             raise SupportError("a tool cannot write into a list of statements: take out separator or tool")
@@ -78,18 +82,18 @@ class Support:
             )
         if self.pattern is not None and (self.tool is not None or self.separator is not None):
             raise SupportError(
-                "a pattern decides about every token of a completion: take out tool or separator (a pattern can spell "
-                "what divides statements), or put constraint.matches(pattern) into the target"
+                "a pattern decides about every token of a completion: take out tool or separator (the pattern can "
+                "contain the separator), or put constraint.matches(pattern) into the target"
             )
 
     def _check_types(self) -> None:
-        """Raise SupportError for what is neither text nor number where one is due (True is no token)."""
+        """Raise SupportError for a value of the wrong type (True is not a token)."""
         for name in ("min_tokens", "max_tokens", "min_statements", "max_statements"):
             value = getattr(self, name)
             if not (_is_int(value) or (value is None and name == "max_statements")):
                 raise SupportError(f"{name} must be a whole number, got {value!r}")
             if value is not None and value > MOST:
-                raise SupportError(f"{name}={value} is more than any model reads; at most {MOST:,}")
+                raise SupportError(f"{name}={value} is more than any model can read; give at most {MOST:,}")
         for name in ("stop", "separator", "allowed_tokens", "banned_tokens"):
             value = getattr(self, name)
             if value is None and name != "stop":
@@ -110,8 +114,9 @@ class Support:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def bind(self, lm: Codec) -> SupportLaw:
-        """Resolve tokens for a model. Raises SupportError if a token is unknown, if nothing is allowed, or
-        if max_tokens are more than its context, whatever the prompt."""
+        """The law of this support for a model's tokenizer. Raises SupportError if a token is unknown, if nothing is
+        allowed, if max_tokens exceeds the model's context even without a prompt, or for a pattern that cannot be
+        bound."""
         if lm.context is not None and self.max_tokens > lm.context:
             raise SupportError(
                 f"max_tokens={self.max_tokens}, but {lm.name} has a context of {lm.context}; lower max_tokens"
@@ -149,7 +154,7 @@ class Support:
         assert self.separator is not None
         separator, fits = lm.token_id(self.separator), (self.max_tokens + 1) // 2
         if separator in stop_ids:
-            raise SupportError(f"separator {self.separator!r} is a stop token too; use another of the two")
+            raise SupportError(f"separator {self.separator!r} is also a stop token; change one of the two")
         maximum = fits if self.max_statements is None else min(self.max_statements, fits)
         return Lists(separator, self.min_statements, maximum)
 

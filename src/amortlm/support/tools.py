@@ -1,8 +1,8 @@
-"""Tools that write into a completion: where the policy writes a trigger, the tool writes what follows.
+"""Tools that write into a completion: after the policy has written a trigger, the tool writes the next tokens.
 
-A tool is part of the support. Its tokens are forced: they have no log-probability, under the policy and under the
-target alike, and inside them a completion cannot stop. What a tool writes depends on the completion so far alone,
-so sampling, replay and evaluation agree on which tokens are forced.
+A tool is part of the support. Its tokens are forced: policy and target give them log-probability 0, and a completion
+cannot stop between them. The output of a tool depends only on the completion so far, so sampling, replay and
+evaluation agree on which tokens are forced.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from amortlm.text.codec import Codec
 
 
-REMEMBERED = 4096  # texts of a tool, as tokens
+REMEMBERED = 4096  # encoded outputs of a tool that are cached
 
 
 class Tool(ABC):
-    """Something that answers when a completion ends with `trigger`."""
+    """Writes a text after a completion that ends with `trigger`."""
 
     trigger: str
 
     @abstractmethod
     def write(self, text: str) -> str:
-        """What follows `text`, the completion so far, which ends with the trigger; "" for nothing."""
+        """The output after `text`, the completion so far, which ends with the trigger; "" for no output."""
 
     def to_spec(self) -> dict[str, Any]:
-        """JSON form: {name: settings}, where the tool is one of `TOOLS`."""
+        """JSON form: {name: settings}. Raises ConfigError if the tool is not one of `TOOLS`."""
         name = next((name for name, kind in TOOLS.items() if type(self) is kind), None)
         if name is None:
             raise ConfigError(f"{self!r} cannot be saved by name; tools that can: {', '.join(TOOLS)}")
@@ -44,8 +44,8 @@ class Tool(ABC):
 
 @dataclass(frozen=True)
 class Calculator(Tool):
-    """After "a + b =" writes the result; so for -, * and exact /. Only the last two operands count, which
-    leaves it to the policy to break a sum into steps (Hu et al. 2024, section 4.4)."""
+    """Writes the result after "a + b =", and so for -, * and / without remainder. It reads only the last two operands,
+    so the policy has to split a sum into steps (Hu et al. 2024, section 4.4)."""
 
     trigger = "="
     _STEP: ClassVar[re.Pattern[str]] = re.compile(r"(-?\d{1,15})\s*([-+*/])\s*(-?\d{1,15})\s*=$")
@@ -67,7 +67,8 @@ class Calculator(Tool):
 
 @dataclass(frozen=True)
 class Lookup(Tool):
-    """Writes table[key] after "key" + trigger, with the longest key that the text ends with; nothing for others."""
+    """Writes table[key] after a key and the trigger; of several keys that fit, the longest counts. Without a fitting
+    key it writes nothing."""
 
     table: Mapping[str, str]
     trigger: str = ":"  # type: ignore[misc]
@@ -89,7 +90,7 @@ TOOLS: dict[str, type[Tool]] = {"calculator": Calculator, "lookup": Lookup}
 
 
 def tool_from_spec(spec: Tool | str | Mapping[str, Any]) -> Tool:
-    """A tool from its JSON form: "calculator", {"lookup": {"table": {...}}}. Raises ConfigError."""
+    """A tool from its JSON form: "calculator", {"lookup": {"table": {...}}}. Raises ConfigError for another form."""
     if isinstance(spec, Tool):
         return spec
     if not isinstance(spec, str | Mapping):
@@ -112,7 +113,7 @@ class BoundTool:
         self.tool, self.codec, self.stop_ids = tool, codec, set(stop_ids)
         ends = [codec.decode([i]).endswith(tool.trigger[-1]) for i in range(len(codec.tokenizer))]
         ends += [False] * (codec.vocab_size - len(ends))
-        self.may_trigger = torch.tensor(ends)  # [V]: only after these can the text end with the trigger
+        self.may_trigger = torch.tensor(ends)  # [V]: the tokens after which the text can end with the trigger
         self._encoded: dict[str, list[int]] = {}
 
     def result(self, tokens: Sequence[int]) -> list[int]:
@@ -127,7 +128,7 @@ class BoundTool:
             ids = self.codec.encode_continuation(text)
             if self.stop_ids & set(ids):
                 raise SupportError(
-                    f"{self.tool!r} wrote {text!r}, which holds a stop symbol; use another stop"
+                    f"{self.tool!r} wrote {text!r}, which contains a stop symbol; use another stop symbol"
                 )
             if len(self._encoded) >= REMEMBERED:
                 self._encoded.clear()
@@ -135,7 +136,7 @@ class BoundTool:
         return list(self._encoded[text])
 
     def forced(self, tokens: Sequence[int]) -> list[bool] | None:
-        """Which tokens of a completion the tool wrote; None if it would have written something else."""
+        """For each token of a completion: did the tool write it? None if the tool would have written other tokens."""
         out: list[bool] = []
         pending: list[int] = []
         for t, token in enumerate(tokens):
@@ -155,7 +156,7 @@ class BoundTool:
 
 
 class ToolRun:
-    """What a tool has still to write, for each of B trajectories that are being sampled."""
+    """The tokens that a tool still has to write, for each of B trajectories that are being sampled."""
 
     def __init__(self, tool: BoundTool, batch: int):
         self.tool = tool
@@ -166,7 +167,8 @@ class ToolRun:
         return torch.tensor([(self._pending[i] or [-1])[0] for i in alive.tolist()], device=alive.device)
 
     def advance(self, alive: Tensor, tokens: Tensor, t: Tensor) -> None:
-        """Token t [b] of each trajectory of `alive` [b] is written (tokens [B, T]): go on with, or ask, the tool."""
+        """Update after token t [b] of each trajectory of `alive` [b] was written (tokens [B, T]): one output token
+        less is left, or the tool is called."""
         triggered = self.tool.may_trigger[tokens[alive, t].cpu()].tolist()
         for i, last, may in zip(alive.tolist(), t.tolist(), triggered, strict=True):
             if self._pending[i]:

@@ -34,7 +34,7 @@ class Scoring:
         return self._memo[key]
 
     def sharing(self, rollouts: Rollouts) -> Scoring:
-        """The scoring of rollouts that differ from these in data columns alone; it reuses what is in the memo."""
+        """The scoring of rollouts that differ from these only in data columns; both use the same memo."""
         other = Scoring(rollouts)
         other._memo, other.lasting = self._memo, self.lasting
         return other
@@ -49,33 +49,33 @@ class Scoring:
 class Target(ABC):
     """An unnormalised log posterior log R over completions.
 
-    A new kind of target implements `score_batch`, sets the attributes below whose defaults are wrong for it, and
-    passes `amortlm.targets.laws.check_target`. With `to_spec` it can be saved with a posterior.
+    A new kind of target implements `score_batch`, overrides the attributes below if their defaults are wrong for it,
+    and passes `amortlm.targets.laws.check_target`. With `to_spec` it can be saved with a posterior.
     """
 
     every_prefix: bool = True  # False: only finished completions can be judged
     columns: frozenset[str] = frozenset()  # data columns that templates use
-    normalised: bool = False  # a language model's density: summable over all completions
-    hard: bool = False  # log R = -inf is a verdict: a weight below 0 would turn it into +inf
-    lm: Codec | None = None  # whose tokenizer it reads, once it is bound
+    normalised: bool = False  # a language model's density: its sum over all completions is finite
+    hard: bool = False  # gives log R = -inf to completions it rejects, so a negative weight is refused
+    lm: Codec | None = None  # the tokenizer that it reads, once it is bound
 
     @abstractmethod
     def score_batch(self, scoring: Scoring) -> Tensor:
-        """log R [B, T+1] in nats at the states in `scoring.rollouts.stop_mask`; ignored elsewhere."""
+        """log R [B, T+1] in nats at the states in `scoring.rollouts.stop_mask`; other entries are ignored."""
 
     def to_spec(self) -> list[dict[str, Any]]:
-        """The target as JSON/YAML: a list of terms (see `amortlm.targets.spec`). Raises ConfigError where it has no
-        such form."""
+        """The target as JSON/YAML: a list of terms (see `amortlm.targets.spec`). Raises ConfigError if it has no such
+        form."""
         raise ConfigError(
             f"{self!r} cannot be saved by name: state it as verifier('package.module:function'), or pass target= to "
             "Posterior.from_pretrained when it is loaded"
         )
 
     def __repr__(self) -> str:
-        return type(self).__qualname__  # in every process the same, for a run is known by its target
+        return type(self).__qualname__  # equal in all processes, because it is part of the identity of a run
 
     def bind(self, lm: Codec) -> Target:
-        """The same target with its text terms reading `lm`'s tokenizer. Sums with a `log_prob` are bound."""
+        """A copy whose text terms use `lm`'s tokenizer. Sums that contain a `log_prob` are bound already."""
         return self
 
     @property
@@ -94,7 +94,7 @@ class Target(ABC):
     def score(self, rollouts: Rollouts) -> Tensor:
         """log R of every stopping state: [B, T+1] float32, nats, 0 outside `stop_mask`, -inf where R = 0.
 
-        No gradient. Work is cut into chunks of trajectories that fit the models' memory budgets.
+        Without gradient. Trajectories are scored in chunks that fit the models' memory budgets.
         Raises RewardError for NaN or +inf.
         """
         with torch.inference_mode(False), torch.no_grad():
@@ -115,7 +115,7 @@ class Target(ABC):
         return out
 
     def score_final(self, rollouts: Rollouts) -> Tensor:
-        """log R [B] of the finished completions only."""
+        """log R [B] of the finished completions, nats. Raises RewardError for NaN or +inf."""
         return self.score(rollouts.final_only()).gather(1, rollouts.lengths[:, None]).squeeze(1)
 
     def __add__(self, other: Target) -> Target:
@@ -181,11 +181,13 @@ class LinearCombination(Target):
 
 
 class Softened(Target):
-    """`target` with a finite reward in place of every R = 0, since objectives square log weights.
+    """`target` with a finite reward in place of every R = 0, because objectives square log weights.
 
-    A completion that is rejected (by a hard constraint, or a verifier's -inf) has exp(-penalty) times the reward that
-    the other terms give it. Where no term is the density of a language model it is exp(-penalty) * prior(z) times
-    that: a constant reward for everything rejected would sum to more than the few completions that are accepted.
+    A rejected completion (by a hard constraint, or a verifier's -inf) gets exp(-penalty) times the reward of the other
+    terms. If no term is the density of a language model, this is also multiplied by prior(z): otherwise the rewards of
+    all rejected completions would sum to more than those of the few accepted ones.
+
+    penalty: nats.
     """
 
     def __init__(self, target: Target, prior: Target, penalty: float):

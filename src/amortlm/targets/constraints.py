@@ -1,7 +1,7 @@
 """Constraints c(z) and black-box verifiers: terms that read the text or the tokens of a completion.
 
-A hard constraint gives log R = -inf where it fails. With `penalty=p` it gives -p nats instead, so that every state
-has a finite reward, which helps where most of the first samples fail.
+A hard constraint gives log R = -inf to a completion that violates it. With `penalty=p` it gives -p nats instead, so
+that every state has a finite reward. This helps if most of the first samples violate the constraint.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from amortlm.text.codec import Codec
 
 Decode = Callable[[Sequence[int]], str]
-SECONDS = 1  # that `matches` may take for one text; usually it takes microseconds
+SECONDS = 1  # time limit of `matches` for one text; usually it takes microseconds
 
 
 def state_texts(scoring: Scoring, decode: Decode) -> list[list[str | None]]:
-    """The text of z_1:t at every stopping state of every trajectory, None elsewhere; decoded once per batch."""
+    """[B][T+1] the text of z_1:t at every stopping state, None at other states; decoded once per batch."""
 
     def build() -> list[list[str | None]]:
         cache: dict[tuple[int, ...], str] = {}
@@ -64,7 +64,7 @@ def _rows_of(rollouts: Rollouts) -> list[Row]:
 
 
 class _TextTerm(Target):
-    """A term that reads text or tokens. It takes the model's tokenizer when the target is bound."""
+    """A term that reads text or tokens. It gets the model's tokenizer when the target is bound."""
 
     def bind(self, lm: Codec) -> Target:
         bound = copy.copy(self)
@@ -81,7 +81,10 @@ class _TextTerm(Target):
 
 
 class Constraint(_TextTerm):
-    """Base of all constraints: 0 where it holds, -penalty (default: -inf, hard) where it fails."""
+    """Base of all constraints: log R is 0 if it holds, -penalty (nats; default: -inf, hard) if it fails.
+
+    Raises RewardError for a penalty that is not a positive number.
+    """
 
     def __init__(self, penalty: float | None = None):
         if penalty is not None and not (penalty > 0 and math.isfinite(penalty)):
@@ -92,7 +95,7 @@ class Constraint(_TextTerm):
 
     @abstractmethod
     def holds(self, scoring: Scoring) -> Tensor:
-        """[B, T+1] bool: does z_1:t satisfy the constraint (read at stopping states only)."""
+        """[B, T+1] bool: does z_1:t satisfy the constraint? Entries outside `stop_mask` are ignored."""
 
     @abstractmethod
     def settings(self) -> tuple[str, Any]:
@@ -127,7 +130,7 @@ class _TextConstraint(Constraint):
 
 
 class Contains(_TextConstraint):
-    """Each word occurs in the text as a whole word, in any order, letter case ignored."""
+    """Each word occurs in the text as a whole word, in any order, ignoring case. Raises ConfigError without words."""
 
     def __init__(self, words: Sequence[str], penalty: float | None = None):
         super().__init__(penalty)
@@ -146,8 +149,9 @@ class Contains(_TextConstraint):
 class Matches(_TextConstraint):
     """The whole text, outer white space removed, matches a regular expression.
 
-    It is matched without backtracking, as a support's pattern is. An expression with look-around, back-references or ^
-    is not regular: the library `regex` matches it, and a text that takes more than SECONDS raises ConfigError.
+    Matching does not backtrack, as for a support's pattern. Expressions with look-around, back-references or anchors
+    (^, $, \\b) are matched by the library `regex`, which backtracks; a text that takes more than SECONDS raises
+    ConfigError, and so does an invalid expression.
     """
 
     def __init__(self, pattern: str, penalty: float | None = None):
@@ -170,9 +174,9 @@ class Matches(_TextConstraint):
             return self._compiled.fullmatch(text.strip(), timeout=SECONDS) is not None
         except TimeoutError:
             raise ConfigError(
-                f"regular expression {self.pattern!r} was not done with {text!r} after {SECONDS} seconds: it tries "
-                "every way to divide the text. Leave out repetitions of repetitions, as in (a+)+, and alternatives "
-                "that begin alike; or give it to the support, Support(pattern=...), which does not backtrack"
+                f"regular expression {self.pattern!r} did not finish with {text!r} in {SECONDS} seconds, because "
+                "matching tries every division of the text. Leave out repetitions of repetitions, as in (a+)+, and "
+                "alternatives that begin alike; or use Support(pattern=...), which does not backtrack"
             ) from None
 
     def settings(self) -> tuple[str, Any]:
@@ -182,9 +186,9 @@ class Matches(_TextConstraint):
 class Predicate(_TextConstraint):
     """`fn(text) -> bool`, or `fn(text, row) -> bool` when it takes two arguments.
 
-    A function at the top level of a module is saved with a posterior by its name, "package.module:function", and may be
-    given by it. timeout: seconds for one call (see `amortlm.targets.functions.call`). Raises RewardError where the
-    function returns no truth value, raises, or takes longer.
+    A function at the top level of a module is saved with a posterior by its name, "package.module:function"; `fn` may
+    also be this name. timeout: seconds for one call (see `amortlm.targets.functions.call`). Scoring raises RewardError
+    if the function raises an error, returns anything but True or False, or takes longer.
     """
 
     def __init__(
@@ -199,13 +203,15 @@ class Predicate(_TextConstraint):
 
     def accepts(self, text: str, row: Row) -> bool:
         arguments = (text, copy.deepcopy(dict(row))) if self._wants_row else (text,)
-        what = f"{self!r}, asked about {text!r},"
+        what = f"{self!r}, called with {text!r},"
         got = call(self.function.call, *arguments, timeout=self.timeout, what=what)
         if str(getattr(got, "dtype", "")) in ("bool", "torch.bool") and math.prod(got.shape) == 1:
-            return bool(got)  # of numpy or torch
+            return bool(got)  # a truth value of numpy or torch
         if isinstance(got, bool):
             return got
-        raise RewardError(f"{what} returned {_shown(got)}; return True or False (of a match: `is not None`)")
+        raise RewardError(
+            f"{what} returned {_shown(got)}; return True or False (for a regex match: `is not None`)"
+        )
 
     def settings(self) -> tuple[str, Any]:
         reference = require_reference(self.function)
@@ -217,8 +223,8 @@ class Predicate(_TextConstraint):
 
 
 class AllowedTokens(Constraint):
-    """Every token of the completion is one of `tokens` (texts or ids). `Support(allowed_tokens=...)` forbids the others
-    outright, at no cost."""
+    """Every token of the completion is one of `tokens` (texts or ids). `Support(allowed_tokens=...)` is better if
+    possible: then q never writes other tokens. Raises ConfigError for other values."""
 
     def __init__(self, tokens: Iterable[str | int], penalty: float | None = None):
         super().__init__(penalty)
@@ -238,10 +244,9 @@ class AllowedTokens(Constraint):
 
 
 class Canonical(Constraint):
-    """The completion is what the tokenizer itself writes for its text.
+    """The completion is the tokenizer's own tokenisation of its text.
 
-    Without this constraint every tokenisation of a text is a completion of its own: " 57" may be one token, two or
-    three.
+    Without this constraint every tokenisation of a text is a separate completion: " 57" may be one token, two or three.
     """
 
     def holds(self, scoring: Scoring) -> Tensor:
@@ -258,7 +263,7 @@ class Canonical(Constraint):
 
 
 class Length(Constraint):
-    """Between `minimum` and `maximum` tokens, the stop symbol not counted."""
+    """Between `minimum` and `maximum` tokens, without the stop symbol. Raises ConfigError for impossible lengths."""
 
     def __init__(self, minimum: int = 0, maximum: int | None = None, penalty: float | None = None):
         super().__init__(penalty)
@@ -281,9 +286,9 @@ class Length(Constraint):
 class Verifier(_TextTerm):
     """`fn(texts, rows) -> log scores`: a black box that judges finished completions, in nats.
 
-    Scores are a list, array or tensor of n numbers for n texts; -inf is "impossible". With `every_prefix=True` it is
-    also asked about the text at every other stopping state, as objectives that need every prefix (SubTB, DB) require.
-    Raises RewardError where fn returns anything else, raises, or takes more than `timeout` seconds.
+    Scores are a list, array or tensor of n numbers for n texts; -inf means "impossible". With `every_prefix=True` fn is
+    called with the text at every stopping state, as objectives that need every prefix (SubTB, DB) require. Scoring
+    raises RewardError if fn raises an error, returns anything else, or takes more than `timeout` seconds.
     """
 
     def __init__(
@@ -316,15 +321,15 @@ class Verifier(_TextTerm):
 
     def _scores(self, texts: list[str], rows: list[Row]) -> Tensor:
         """[n] float32. Raises RewardError."""
-        what = f"{self!r}, asked about {len(texts)} texts, the first of them {texts[0]!r},"
-        given = (list(texts), [copy.deepcopy(dict(row)) for row in rows])  # its own, to change as it likes
+        what = f"{self!r}, called with {len(texts)} texts, the first of them {texts[0]!r},"
+        given = (list(texts), [copy.deepcopy(dict(row)) for row in rows])  # copies, which fn may change
         got = call(self.function.call, *given, timeout=self.timeout, what=what)
         scores = _numbers(got)
         if scores is None or scores.shape != (len(texts),):
             flat = scores is not None and scores.ndim == 1
             found = f"{len(scores)} scores for {len(texts)} texts" if flat else _shown(got)  # type: ignore[arg-type]
             raise RewardError(
-                f"{what} returned {found}; return one per text, numbers in a list or a flat array"
+                f"{what} returned {found}; return one number per text, in a list or a flat array"
             )
         bad = torch.isnan(scores.float()) | (torch.isinf(scores.float()) & (scores != -math.inf))
         if bad.any():
@@ -336,7 +341,7 @@ class Verifier(_TextTerm):
 
 
 def _numbers(value: Any) -> Tensor | None:
-    """float64 of a list, array or tensor of integers or fractions, of any shape; None for anything else."""
+    """A list, array or tensor of numbers, of any shape, as float64; None for anything else."""
     if isinstance(value, Tensor):
         return value.detach().double().cpu() if value.dtype != torch.bool and not value.is_complex() else None
     try:
@@ -358,12 +363,12 @@ def _name(fn: Callable[..., Any]) -> str:
 
 
 def contains(*words: str, penalty: float | None = None) -> Contains:
-    """Each word occurs as a whole word, in any order, letter case ignored."""
+    """Each word occurs as a whole word, in any order, ignoring case."""
     return Contains(words, penalty)
 
 
 def allowed_tokens(*tokens: str | int, penalty: float | None = None) -> AllowedTokens:
-    """Only these tokens occur. To forbid others outright, use `Support(allowed_tokens=...)`: it costs nothing."""
+    """Only these tokens occur. `Support(allowed_tokens=...)` is better if possible: then q never writes others."""
     return AllowedTokens(tokens, penalty)
 
 

@@ -1,8 +1,8 @@
-"""Functions that a target calls: the names they are saved by, where they may be imported from, how they are called.
+"""Functions that a target calls: how they are named in saved files, imported and called.
 
-Importing a function runs the code of its module. So a saved posterior or a run file only refers to it, as
-"my_package.rules:is_polite", and `Trust` holds the modules that the user allows. Functions that ship have fixed names
-and need no trust.
+Importing a function runs the code of its module. So a saved posterior or a run file only names the function, as
+"my_package.rules:is_polite", and `Trust` holds the modules that the user allows. Functions that ship with amortlm have
+fixed names and need no trust.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from amortlm.errors import ConfigError, RewardError
 SHIPPED = {"numbers.is_valid": ("amortlm.lab.tasks.numbers", "is_valid")}
 NAMES = {f"{module}:{name}": fixed for fixed, (module, name) in SHIPPED.items()}
 NAMES["amortlm.tasks.numbers:is_valid"] = (
-    "numbers.is_valid"  # as it was saved before functions had fixed names
+    "numbers.is_valid"  # the name in files that were saved before functions had fixed names
 )
 REFERENCE = re.compile(r"([^\W\d]\w*(?:\.[^\W\d]\w*)*):([^\W\d]\w*)")
 WRITE = "write 'package.module:function'"
 
 
 class Function(NamedTuple):
-    """A function and the reference that finds it again: None for a lambda, a local function, one of `__main__`."""
+    """A function and the reference by which it can be imported; None for a lambda, a local function, and a function
+    of `__main__`."""
 
     call: Callable[..., Any]
     reference: str | None
@@ -44,8 +45,10 @@ class Function(NamedTuple):
 class Trust:
     """Modules whose functions a saved target may name. All code of a trusted module may run.
 
-    modules   names (a package with all modules in it), or paths of .py files
-    beside    a folder whose .py files are trusted, too
+    modules   names (of a package: with all modules in it), or paths of .py files
+    beside    a folder whose .py files are also trusted
+
+    Raises ConfigError for other values and missing files.
     """
 
     modules: Sequence[str | Path] = ()
@@ -61,7 +64,7 @@ class Trust:
             raise ConfigError(f"trust: there is no file {missing[0]}")
 
     def file(self, module: str) -> str | None:
-        """The trusted .py file of that module name, if there is one."""
+        """The trusted .py file of a module name, if there is one."""
         named = [str(m) for m in self.modules if Path(m).name == f"{module}.py"]
         if self.beside is not None and "." not in module and (self.beside / f"{module}.py").is_file():
             named.append(str(self.beside / f"{module}.py"))
@@ -71,7 +74,7 @@ class Trust:
         return any(module == m or module.startswith(f"{m}.") for m in self.modules)
 
     def find(self, reference: Any) -> Function:
-        """The function of a reference. Raises ConfigError, before it imports anything, where it is not trusted."""
+        """The function of a reference. Raises ConfigError if it is not trusted, before anything is imported."""
         shipped = SHIPPED.get(NAMES.get(str(reference), str(reference)))
         if shipped is not None:
             module, name = shipped
@@ -79,7 +82,7 @@ class Trust:
         parts = REFERENCE.fullmatch(reference) if isinstance(reference, str) else None
         if parts is None:
             raise ConfigError(
-                f"function {reference!r}: {WRITE}, or the name of one that ships: {', '.join(SHIPPED)}"
+                f"function {reference!r}: {WRITE}, or the name of a function of amortlm: {', '.join(SHIPPED)}"
             )
         module, name = parts.groups()
         file = self.file(module)
@@ -90,14 +93,15 @@ class Trust:
             )
         if file is None and not self.covers(module):
             raise ConfigError(
-                f"function {reference!r} is not imported, for that runs the code of {module!r}. If you trust it, say "
-                f"so: trust=[{module!r}] in Python, --trust {module} on the command line (--trust "
+                f"function {reference!r} is not imported, because that runs the code of {module!r}. If you trust the "
+                f"module, give trust=[{module!r}] in Python, --trust {module} on the command line (--trust "
                 f"FOLDER/{module.split('.')[-1]}.py for a file). Or, in Python, pass target= to from_pretrained"
             )
         return Function(self._defined(_import(reference, module, file), name, reference), reference)
 
     def _defined(self, module: ModuleType, name: str, reference: str) -> Callable[..., Any]:
-        """The function of that name, unless the module only imported it from one that is not trusted."""
+        """The function of that name in a module. Raises ConfigError if the module imported it from a module that is
+        not trusted."""
         found = getattr(module, name, None)
         if not callable(found):
             raise ConfigError(f"cannot import {reference!r} (no function {name!r} there); {WRITE}")
@@ -106,7 +110,7 @@ class Trust:
             isinstance(home, str) and not is_standard(home) and self.covers(home)
         ):
             raise ConfigError(
-                f"function {reference!r} is defined elsewhere, in {home!r}: name it where it is defined, and trust that"
+                f"function {reference!r} is defined in another module, {home!r}: name it there, and trust that module"
             )
         return found
 
@@ -116,7 +120,7 @@ def is_standard(module: str) -> bool:
 
 
 def _import(reference: str, module: str, file: str | None) -> ModuleType:
-    """The module; one with a file is not put on `sys.path`, where it could take the place of another."""
+    """Import a module. A module with a file does not go through `sys.path`, where it could shadow another module."""
     key = module if file is None else str(Path(file).resolve())
     try:
         if file is None:
@@ -136,7 +140,8 @@ def _import(reference: str, module: str, file: str | None) -> ModuleType:
 
 
 def function_of(fn: Callable[..., Any] | Function | str) -> Function:
-    """The function that a user gives in Python, by itself or by a reference, which is then trusted."""
+    """The function that a user gives in Python, directly or by a reference; the reference is then trusted. Raises
+    ConfigError if it is neither."""
     if isinstance(fn, Function):
         return fn
     if isinstance(fn, str):
@@ -152,7 +157,7 @@ def function_of(fn: Callable[..., Any] | Function | str) -> Function:
 
 
 def references(spec: Any) -> Iterator[str]:
-    """The functions that a target's JSON form names, except those that ship."""
+    """The references in a target's JSON form, except those to functions of amortlm."""
     terms = spec if isinstance(spec, list) else []
     for name, arguments in chain.from_iterable(term.items() for term in terms if isinstance(term, dict)):
         found = arguments.get("function") if isinstance(arguments, dict) else arguments
@@ -172,11 +177,11 @@ def require_reference(fn: Function) -> str:
 
 
 def takes_row(fn: Callable[..., Any]) -> bool:
-    """Does it take two arguments by position?"""
+    """Does the function take two positional arguments?"""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     try:
         return sum(p.kind in positional for p in inspect.signature(fn).parameters.values()) >= 2
-    except ValueError:  # of C, without a signature
+    except ValueError:  # a C function without a signature
         return False
 
 
@@ -184,15 +189,14 @@ def check_timeout(timeout: float | None) -> float | None:
     if timeout is not None and not (
         isinstance(timeout, int | float) and 0 < timeout <= threading.TIMEOUT_MAX
     ):
-        raise ConfigError(
-            f"timeout is a positive number of seconds, or None to wait for ever; got {timeout!r}"
-        )
+        raise ConfigError(f"timeout is a positive number of seconds, or None for no limit; got {timeout!r}")
     return timeout
 
 
 def call(fn: Callable[..., Any], *arguments: Any, timeout: float | None, what: str) -> Any:
-    """`fn(*arguments)`. Raises RewardError, which begins with `what`, where it raises or takes more than `timeout`
-    seconds. Python cannot stop the thread of such a call: it goes on until it returns, or the process ends."""
+    """`fn(*arguments)`. Raises RewardError, whose message begins with `what`, if fn raises an error or takes more than
+    `timeout` seconds. Python cannot stop the thread of a late call: it continues until fn returns or the process
+    ends."""
     try:
         return fn(*arguments) if timeout is None else _in_time(fn, arguments, timeout)
     except _LateError:

@@ -1,4 +1,4 @@
-"""Laws that every target obeys, as assertions to run on your own target: see `check_target`."""
+"""Laws that every target obeys, as assertions for your own target: see `check_target`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from amortlm.types import Rollouts
 
 
 def check_target(target: Target, rollouts: Rollouts, atol: float = 1e-4) -> None:
-    """Assert that `target.score` is one function of (row, completion), however the batch is laid out.
+    """Assert that `target.score` is a function of (row, completion), whatever the layout of the batch.
 
     1. Values: finite or -inf at stopping states, 0 outside `stop_mask`.
-    2. Prefixes: the score of state t of a trajectory is the score of z_1:t as a finished completion. Asked of
-       the last state only when `target.every_prefix` is False.
-    3. Layout: padding, order of rows and trajectories, chunks and the models' memory settings change nothing.
+    2. Prefixes: the score of state t of a trajectory is the score of z_1:t as a finished completion. Tested at the
+       last state only if `target.every_prefix` is False.
+    3. Layout: padding, order of rows and trajectories, chunks and the models' memory budgets do not change scores.
 
-    Scores may differ by `atol` nats; -inf must stay -inf. AssertionError names trajectory and state.
+    Scores may differ by `atol` nats; -inf must stay -inf. Raises AssertionError, which names trajectory and state.
     """
     scores = target.score(rollouts)
     judged = rollouts if target.every_prefix else rollouts.final_only()
@@ -66,7 +66,7 @@ def _check_prefixes(target: Target, judged: Rollouts, scores: Tensor, atol: floa
 
 
 def _finished(rollouts: Rollouts, where: Tensor) -> Rollouts:
-    """A trajectory for each (trajectory, state) in `where` [M, 2]: the completion cut there, stopping there."""
+    """For each (trajectory, state) in `where` [M, 2]: the trajectory cut at the state, which stops there."""
     b, t = where.unbind(1)
     states = torch.arange(rollouts.stop_mask.shape[1], device=t.device)
     written = states[:-1] < t[:, None]
@@ -111,7 +111,7 @@ def _one_by_one(target: Target, rollouts: Rollouts) -> Tensor:
 
 @contextmanager
 def _smallest_memory(target: Target) -> Iterator[None]:
-    """Every model of the target on a setting of nothing: one trajectory, one branch at a time."""
+    """Set the memory budget of every model of the target to 0: it scores one trajectory and one branch at a time."""
     models = [term.lm for _, term in target.terms if isinstance(term.lm, CausalLM)]
     budgets = [lm.memory_mb for lm in models]
     try:
@@ -132,5 +132,5 @@ def _assert_same(
     for b, t in (judged.stop_mask.cpu() & ~near).nonzero().tolist():
         raise AssertionError(
             f"{target!r}: {law} changes the score of trajectory {b} {judged.completions()[b]} at state {t}: "
-            f"{expected[b, t].item():.6g} in the batch, {got[b, t].item():.6g} then (allowed: {atol:g} nats)"
+            f"from {expected[b, t].item():.6g} to {got[b, t].item():.6g} (allowed difference: {atol:g} nats)"
         )

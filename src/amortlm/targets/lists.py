@@ -35,18 +35,17 @@ class Unordered(Target):
 
         log R(z) = log 1/n! sum over orders o of exp(target(s_o(1) SEP .. s_o(n)))
 
-    It has the same log Z as `target`. A prefix counts as a list, although its last statement may be unfinished. The
-    mean
-    is exact: each different order is scored, up to 120 for five statements, and SupportError is raised for more than
+    It has the same log Z as `target`. A prefix is treated as a list, even if its last statement is unfinished. The mean
+    is exact: every distinct order is scored, up to 120 for five statements. Raises SupportError for more than
     `MAX_STATEMENTS`.
 
-    separator: that of the support (text or token id)
+    separator: the separator of the support (text or token id)
     """
 
     def __init__(self, target: Target, separator: str | int):
         self.target, self.separator = target, separator
         self.every_prefix, self.columns = target.every_prefix, target.columns
-        # With a constraint inside, a rejected list has no other reward to fall back on (see `Softened`).
+        # With a constraint inside, a rejected list has no reward of other terms, so it needs the prior of `Softened`.
         self.normalised = all(t.normalised for _, t in target.terms)
         self.hard, self.lm = target.hard, target.lm
 
@@ -82,7 +81,7 @@ class Unordered(Target):
         return out
 
     def _orders(self, tokens: list[int]) -> list[tuple[int, ...]]:
-        """The different orders of a list; the mean over these is the mean over all, equal statements or not."""
+        """The distinct orders of a list. Their mean is the mean over all orders, also if statements are equal."""
         separator = self.separator_id
         statements = split_statements(tokens, separator)
         if len(statements) > MAX_STATEMENTS:
@@ -93,7 +92,8 @@ class Unordered(Target):
         ]
 
     def _scores(self, rollouts: Rollouts, strings: set[String]) -> dict[String, Tensor]:
-        """`target` of each string, in one batch. A string that another begins with is scored as a state of it."""
+        """log R of each string under `target`, in one batch. A string that is a prefix of another is scored as a state
+        of the longer one."""
         if not strings:
             return {}
         trajectories: list[String] = []
@@ -121,7 +121,7 @@ class Unordered(Target):
 
 
 def check_statements(target: Target, support: SupportLaw) -> None:
-    """Raise SupportError where the latents of `target` are not the statements of `support`'s completions."""
+    """Raise SupportError if the latents of `target` do not fit the statements of `support`'s completions."""
     lists = support.lists
     for _, term in target.terms:
         if isinstance(term, LogProb):
@@ -135,8 +135,8 @@ def check_statements(target: Target, support: SupportLaw) -> None:
             check_statements(term.target, support)
             if lists is None or term.separator_id != lists.separator:
                 raise SupportError(
-                    f"{term!r} has separator {term.separator!r}, the support has another one or none: give both "
-                    "the same separator="
+                    f"{term!r} has separator {term.separator!r}, but the support has another separator or none: give "
+                    "both the same separator="
                 )
             if lists.maximum > MAX_STATEMENTS:
                 raise SupportError(_too_many(lists.maximum))
@@ -144,6 +144,6 @@ def check_statements(target: Target, support: SupportLaw) -> None:
 
 def _too_many(n: int) -> str:
     return (
-        f"Unordered takes the mean over all orders of a list, for up to {MAX_STATEMENTS} statements, and the support "
-        f"allows {n}: lower its max_statements"
+        f"Unordered scores all orders of a list of up to {MAX_STATEMENTS} statements, but the support allows {n}: "
+        "lower its max_statements"
     )

@@ -1,8 +1,8 @@
 """log p(of | given) of a frozen LM at every stopping state, in as few passes as possible.
 
-One pass over the completions gives log p of every prefix and of the stop symbol after it. When text follows
-`{z}`, each stopping state needs that text scored after it: these branches are packed side by side behind the
-shared keys and values of prompt and completion, under a 4-D mask, in chunks that fit the memory setting.
+One pass over the completions gives log p of every prefix and of the stop symbol after it. If text follows `{z}`, this
+text has to be scored after each stopping state. Each such continuation is a branch; branches are packed side by side
+after the shared keys and values of prompt and completion, under a 4-D mask, in chunks that fit the memory budget.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Prompts = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Context:
-    """One row's fixed text around z: tokens, and which of them are scored (belong to `of`)."""
+    """The fixed tokens of one row before and after z, and how many of them are scored (belong to `of`)."""
 
     before: list[int]
     before_scored: int  # how many of its last tokens belong to `of`
@@ -63,7 +63,10 @@ class LogProb(Target):
     """log p(of | given); see `amortlm.LanguageModel.log_prob`. Hu et al. 2024, section 3.1: tempered, contrastive,
     infilling and chain-of-thought posteriors are sums of such terms.
 
-    Where a tool writes into z, p is the model with the same tool, whose tokens have probability 1."""
+    If a tool writes into z, p is the model with the same tool: the tool's tokens have probability 1.
+
+    Raises TemplateError unless `{z}` appears exactly once, in `of` or in a text `given`.
+    """
 
     lm: CausalLM
 
@@ -76,7 +79,7 @@ class LogProb(Target):
                 f"log_prob(of={of!r}, given={given!r}): the latent {{z}} must appear exactly once, in `of` or in a "
                 "text `given`"
             )
-        # p(y | z) is a likelihood: over z it sums to anything.
+        # p(y | z) is a likelihood: its sum over z need not be finite.
         self.normalised = not self._z_in_given
         self.columns = frozenset(self.of.columns | self.given.columns)
 
@@ -87,7 +90,7 @@ class LogProb(Target):
         return [{"log_prob": {"of": self.of.text, "given": self.given.source}}]
 
     def context(self, row: Row) -> Context:
-        """Tokenise the text around z. Text and its continuation are tokenised apart at `given|of`."""
+        """Tokenise the text around z. `given` and `of` are tokenised separately."""
         lm = self.lm
         if self._z_in_given:
             before, after_given = self.given.templates[0].split(row)
@@ -175,10 +178,12 @@ def completion_pass(lm: CausalLM, prefix: Prefix, rollouts: Rollouts) -> Complet
 
 @dataclass(frozen=True)
 class Branches:
-    """The branches to score: for each trajectory, (state, stop symbol) pairs and the text behind them.
+    """The branches to score: for each trajectory, (state, stop symbol) pairs and the text after them.
 
-    state, stop [B, M] long, the first count [B] of them valid; text, scored [B, L]: tokens, right-padded, and
-    which of them count; length [B]: tokens of the text.
+    state, stop   [B, M] long: state, and number of the stop symbol, of each branch; the first `count` are valid
+    count         [B] number of branches
+    text, scored  [B, L] tokens, padded on the right, and whether each is scored
+    length        [B] tokens of the text
     """
 
     state: Tensor
@@ -190,7 +195,7 @@ class Branches:
 
     @classmethod
     def of(cls, contexts: list[Context], rollouts: Rollouts, mask: Tensor) -> Branches:
-        """Those of the states in mask [B, T+1]."""
+        """The branches at the states in mask [B, T+1]."""
         n_stops, device = len(rollouts.stop_ids), rollouts.tokens.device
         states = mask.int().argsort(dim=1, descending=True, stable=True)[:, : int(mask.sum(1).max())]
         state = states.repeat_interleave(n_stops, dim=1)
@@ -210,9 +215,9 @@ def score_branches(
 ) -> Tensor:
     """[B, S, T+1] log p(scored text after z | prompt z_1:t s); 0 where stopping is not allowed.
 
-    A state that several trajectories go through is scored once. A pack is as many branches of one trajectory as fit
-    `width` tokens. Packs of about the same length share a pass, as many as the memory setting allows. Where packs are
-    not exact, each branch is a text.
+    A state that several trajectories share is scored once. A pack holds as many branches of one trajectory as fit into
+    `width` tokens. Packs of about the same length share a pass, as many as the memory budget allows. If packs are not
+    exact for the model, each branch is scored as a text of its own.
     """
     owner = owners(rollouts)
     own = owner == torch.arange(len(rollouts), device=owner.device)[:, None]
@@ -241,7 +246,7 @@ def score_branches(
 
 
 def _score_each(lm: CausalLM, prefix: Prefix, rollouts: Rollouts, branches: Branches, out: Tensor) -> None:
-    """Write log p of every branch to `out`, each as a text of its own behind its prompt."""
+    """Write log p of every branch to `out`, each scored as a text of its own after its prompt."""
     z, passes = rollouts.completions(), lm.passes
     valid = torch.arange(branches.state.shape[1], device=out.device) < branches.count[:, None]
     past, length = prefix.longest + rollouts.stop_mask.shape[1], branches.text.shape[1]
@@ -258,7 +263,8 @@ def _score_each(lm: CausalLM, prefix: Prefix, rollouts: Rollouts, branches: Bran
 
 
 def owners(rollouts: Rollouts) -> Tensor:
-    """[B, T+1] the first trajectory of the same row that may stop at the same z_1:t; itself where it may not stop."""
+    """[B, T+1] the first trajectory of the same row that may stop at the same z_1:t. Where a trajectory may not stop,
+    it is its own owner."""
     mask, size = rollouts.stop_mask, len(rollouts)
     itself = torch.arange(size, device=mask.device)
     vocabulary = int(rollouts.tokens.max()) + 1
@@ -287,7 +293,7 @@ def _score_packs(
     length = branches.length[rows, None]
     used = (last - first)[:, None] * length
     column = torch.arange(int(used.max()), device=lm.device)
-    # Token `column` of a pack belongs to this branch, at this offset in it.
+    # The branch that token `column` of a pack belongs to, and its offset in the branch.
     branch = (first[:, None] + column // length).clamp(max=branches.state.shape[1] - 1)
     offset = column % length
     state, stop = branches.state[rows].gather(1, branch), branches.stop[rows].gather(1, branch)

@@ -32,7 +32,7 @@ from amortlm.targets.lm import LogProb
 
 NOBODY = Trust()
 MODIFIERS = {"weight", "temperature", "penalty"}
-# What the arguments of a term may be, as data. Names that are missing here are unknown to the term.
+# Types of the arguments of each term in JSON/YAML. A name that is not listed is unknown to the term.
 ARGUMENTS: dict[str, Any] = {
     "log_prob": {"of": str, "given": str | list[dict[str, Any]]},
     "contains": str | list[str],
@@ -71,7 +71,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _arguments(name: str, given: Any) -> Any:
-    """What a term was given, its values as `ARGUMENTS` has them."""
+    """The arguments of a term, converted to the types of `ARGUMENTS`. Raises ConfigError."""
     declared, where = ARGUMENTS[name], f"target term {name!r}"
     if name == "predicate" and not isinstance(given, dict):
         given = {"function": given}
@@ -92,7 +92,8 @@ def _number(term: dict[str, Any], name: str) -> float:
 
 
 def target_from_spec(spec: Sequence[dict[str, Any]], lm: CausalLM, trust: Trust = NOBODY) -> Target:
-    """Build a target from its JSON/YAML form. trust: whose functions it may name (default: those that ship).
+    """Build a target from its JSON/YAML form. trust: modules whose functions it may name (default: only those of
+    amortlm).
 
     Raises ConfigError for an unknown term, bad arguments, or a function that is not trusted.
     """

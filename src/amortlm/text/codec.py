@@ -16,11 +16,11 @@ from amortlm.types import Row
 
 
 class Codec:
-    """A tokenizer, and what a model makes of its tokens; it holds no weights.
+    """A tokenizer, and the sizes of a model's vocabularies; it holds no weights.
 
-    vocab_size            tokens that the model can write (it may be more than the tokenizer has)
-    num_embeddings        tokens that it can read
-    context               the longest sequence that it was made for, in tokens; None: not known
+    vocab_size            number of tokens that the model can write (it may be more than the tokenizer has)
+    num_embeddings        number of tokens that the model can read
+    context               the longest sequence for the model, in tokens; None: unknown
     chat_template_kwargs  see `amortlm.LanguageModel`
     """
 
@@ -39,17 +39,17 @@ class Codec:
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         for key in ("conversation", "tokenize", "add_generation_prompt", "continue_final_message"):
             if key in self.chat_template_kwargs:
-                raise ConfigError(f"chat_template_kwargs: {key!r} follows from the prompt; take it out")
+                raise ConfigError(f"chat_template_kwargs: {key!r} is set from the prompt; take it out")
         self._controls: dict[str, re.Pattern[str]] = {}  # by chat template
         self._parts: dict[str, bool] = {}
         first = tokenizer("a").input_ids[:1]
         self._adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id]
         newline = self._encode("\n")
-        # Llama-style tokenizers glue a space to the start of every text; after a newline they do not.
+        # Llama-style tokenizers add a space to the start of every text, but not after a newline.
         self._anchor = newline if self._encode("\na")[len(newline) :] != self._encode("a") else []
 
     def _encode(self, text: str, **settings: Any) -> list[int]:
-        # Not verbose: `check_context` says what is too long, and what to do.
+        # Not verbose: `check_context` reports texts that are too long, with a remedy.
         if not text:
             return []
         return self._known(
@@ -57,7 +57,7 @@ class Codec:
         )
 
     def _known(self, ids: list[int]) -> list[int]:
-        """The same tokens. Raises ConfigError where the model has no embedding for one."""
+        """The same tokens. Raises ConfigError if the model has no embedding for one of them."""
         size = self.num_embeddings
         if ids and max(ids) >= size:
             raise ConfigError(
@@ -68,7 +68,8 @@ class Codec:
         return ids
 
     def encode_start(self, text: str) -> list[int]:
-        """Tokens of a text that begins a sequence; never empty (BOS, or EOS for models without BOS)."""
+        """Tokens of a text that begins a sequence. They are never empty: an empty text gives BOS, or EOS for models
+        without BOS. Raises ConfigError if there is neither."""
         tok = self.tokenizer
         start = tok.bos_token_id if tok.bos_token_id is not None else tok.eos_token_id
         ids = self._encode(text)
@@ -82,7 +83,7 @@ class Codec:
         return ids
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Tokens of a text that continues a sequence; write the leading space where there is one."""
+        """Tokens of a text that continues a sequence; its leading space must be part of the text."""
         if not text or not self._anchor:
             return self._encode(text)
         return self._encode("\n" + text)[len(self._anchor) :]
@@ -90,8 +91,9 @@ class Codec:
     def encode_prompt(self, prompt: PromptTemplate, row: Row) -> list[int]:
         """Tokens of a filled-in prompt; messages go through the chat template.
 
-        What reads like a special token is one in a text prompt, in its data too. In messages it is one where the
-        prompt itself writes it, and text where the data do. Raises ConfigError where the chat template refuses."""
+        In a text prompt, a special token that is written out is read as the special token, also in the data. In
+        messages it is read so only in the template; in the data it is read as text. Raises ConfigError if the chat
+        template refuses the messages, DataError or TemplateError for a row that does not fit."""
         marked: list[str] = []
 
         def join(pieces: Pieces) -> str:
@@ -139,12 +141,12 @@ class Codec:
 
     @property
     def _control_tokens(self) -> re.Pattern[str]:
-        """The tokens that structure a chat: special ones, and those that the chat template writes."""
+        """The tokens that structure a chat: special tokens, and tokens that the chat template writes."""
         template = self._chat_template
         if template not in self._controls:
             try:
                 tokens = versions.control_tokens(self.tokenizer, template)
-            except Exception as e:  # a template that is not one
+            except Exception as e:  # an invalid template
                 raise self._refusal(e) from e
             longest_first = sorted(tokens, key=len, reverse=True)
             self._controls[template] = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
@@ -152,7 +154,7 @@ class Codec:
 
     @property
     def _reads_parts(self) -> bool:
-        """Whether the chat template passes over a content that is a text: it wants a list of parts."""
+        """Does the chat template ignore a content given as text? Then it needs a list of parts."""
         template = self._chat_template
         if template not in self._parts:
             probe = "probe of the template"
@@ -164,7 +166,8 @@ class Codec:
         return self._parts[template]
 
     def _render(self, messages: list[dict[str, Any]]) -> str:
-        """The text of messages: the last one goes on if it is the assistant's, else the assistant begins."""
+        """The text of messages. A last message of the assistant is to be continued; else a new one of the assistant
+        begins."""
         goes_on = messages[-1]["role"] == "assistant"
         if goes_on and not messages[-1]["content"].strip():
             raise DataError(
@@ -178,7 +181,7 @@ class Codec:
         settings = {k: v for k, v in self.chat_template_kwargs.items() if k != "sanitize_control_tokens"}
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, **how, **settings))
-        except Exception as e:  # a chat template is a program: it raises what it likes
+        except Exception as e:  # a chat template is a program, and can raise any error
             raise self._refusal(e) from e
 
     def _refusal(self, e: Exception) -> ConfigError:
@@ -188,13 +191,14 @@ class Codec:
         )
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of a continuation, its leading space included; special tokens, which only a support that names them
-        writes, are shown."""
+        """Text of a continuation, including its leading space and its special tokens (which are written only if the
+        support names them)."""
         text = str(self.tokenizer.decode([*self._anchor, *tokens], clean_up_tokenization_spaces=False))
         return text.removeprefix("\n") if self._anchor else text
 
     def token_id(self, token: str | int) -> int:
-        """The id of one token given as text or id. Raises SupportError when the text is not one token."""
+        """The id of one token given as text or id. Raises SupportError if the text is not one token, or if the model
+        cannot write the token."""
         if isinstance(token, int):
             if not 0 <= token < self.vocab_size:
                 raise SupportError(f"token id {token} is outside the vocabulary (0..{self.vocab_size - 1})")
@@ -214,8 +218,7 @@ class Codec:
 
     @cached_property
     def special_ids(self) -> set[int]:
-        """Tokens with a meaning but no text of their own: the tokenizer's special ones, whatever their role, and those
-        that have no text."""
+        """The tokenizer's special tokens, and tokens without text."""
         tok = self.tokenizer
         special = {i for i, token in tok.added_tokens_decoder.items() if token.special} | set(
             tok.all_special_ids

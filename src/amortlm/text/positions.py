@@ -1,8 +1,8 @@
-"""Regular expressions as Python's `re` reads them, as automata: read once from left to right, never backtracking.
+"""Regular expressions of Python's `re` as automata, which read a text once from left to right, without backtracking.
 
-The tree is that of `re` itself, and what one character matches is asked of `re` too, so there is no second reading of
-the syntax. Only the structure becomes an automaton of positions (Glushkov's): each place in the pattern that reads a
-character is a position, and `follow` says which positions may come next.
+`re` parses the pattern and decides which characters match, so there is only one reading of the syntax. Only the
+structure becomes an automaton (Glushkov's): each place in the pattern that reads a character is a position, and
+`follow` gives the positions that may come after each position.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from amortlm.errors import ConfigError
 from amortlm.text.regular import check_pattern
 
 MAX_POSITIONS = 10_000
-START = 1  # the set of positions before the first character: bit 0 alone
+START = 1  # the set of positions before the first character: only bit 0
 CATEGORIES = {
     ops.CATEGORY_DIGIT: r"\d",
     ops.CATEGORY_NOT_DIGIT: r"\D",
@@ -27,7 +27,7 @@ CATEGORIES = {
     ops.CATEGORY_NOT_WORD: r"\W",
 }
 REFUSED = {
-    ops.AT: "^, $, \\b and the like: the whole text is matched anyway",
+    ops.AT: "^, $, \\b and other anchors: the whole text is matched anyway",
     ops.ASSERT: "look-around",
     ops.ASSERT_NOT: "look-around",
     ops.GROUPREF: "back-references",
@@ -39,7 +39,7 @@ TYPE_FLAGS = re.ASCII | re.UNICODE
 
 
 class Part(NamedTuple):
-    """A piece of a pattern: may it match nothing, and at which positions may it begin and end (bit sets)?"""
+    """A piece of a pattern: may it match the empty text, and at which positions may it begin and end (bit sets)?"""
 
     nullable: bool
     first: int
@@ -50,7 +50,7 @@ NOTHING = Part(True, 0, 0)
 
 
 def bits(positions: int) -> Iterator[int]:
-    """The members of a set of positions."""
+    """The members of a set of positions, in order."""
     digits = bin(positions)[:1:-1]
     i = digits.find("1")
     while i >= 0:
@@ -59,10 +59,10 @@ def bits(positions: int) -> Iterator[int]:
 
 
 class Positions:
-    """The automaton of a pattern. Sets of positions are ints; `after` leads from one to the next.
+    """The automaton of a pattern. Sets of positions are ints (bit sets).
 
-    follow  [n] int: the positions that may come after position i, 0 being the start
-    leaves  the one-character patterns and the positions that read them
+    follow  [n] int: the positions that may come after position i; position 0 is the start
+    leaves  one-character pattern -> the positions that read it
     final   the positions at which the text may end
 
     Raises ConfigError for a pattern that `check_pattern` refuses, that is not regular or that is too large.
@@ -73,7 +73,7 @@ class Positions:
         self.pattern = pattern
         self.follow = [0]
         self.leaves: dict[re.Pattern[str], int] = {}
-        self._readers: dict[str, int] = {}  # of the characters that were met
+        self._readers: dict[str, int] = {}  # positions that match each character seen so far
         tree = _parser.parse(pattern)
         try:
             whole = self._sequence(tree, tree.state.flags)
@@ -83,7 +83,7 @@ class Positions:
         self.final = whole.last | (START if whole.nullable else 0)
 
     def matches(self, text: str) -> bool:
-        """Does the whole text match? In a time that grows with its length alone."""
+        """Does the whole text match? The time is linear in its length."""
         reached = START
         for c in text:
             if c not in self._readers:
@@ -94,7 +94,7 @@ class Positions:
         return bool(reached & self.final)
 
     def after(self, positions: int) -> int:
-        """The positions that may read the next character, whichever it is."""
+        """The positions that may read the next character, for any character."""
         found = 0
         for i in bits(positions):
             found |= self.follow[i]
@@ -112,7 +112,7 @@ class Positions:
         return ConfigError(f"regular expression {self.pattern!r}: {reason}")
 
     def _sequence(self, tree: Any, flags: int) -> Part:
-        # From the right, so that optional pieces in a row cost no more than others.
+        # From right to left, so that many optional pieces in a row stay cheap.
         whole = NOTHING
         for op, argument in reversed(list(tree)):
             whole = self._join(self._piece(op, argument, flags), whole)
@@ -142,7 +142,7 @@ class Positions:
             low, high, tree = argument
             return self._repeat(low, high, tree, flags)
         if op not in LEAVES:
-            raise self._error(f"a pattern is written without {REFUSED.get(op, op)}")
+            raise self._error(f"a pattern cannot contain {REFUSED.get(op, op)}")
         return self._leaf(LEAVES[op](argument), flags)
 
     def _repeat(self, low: int, high: int, tree: Any, flags: int) -> Part:
@@ -151,7 +151,7 @@ class Positions:
         whole = NOTHING
         for k in range(copies, 0, -1):
             part = self._sequence(tree, flags)
-            if not part.first:  # it reads nothing, however often
+            if not part.first:  # repeated or not, it reads no character
                 return NOTHING
             if endless and k == copies:
                 self._join(part, part)
@@ -162,8 +162,8 @@ class Positions:
     def _leaf(self, source: str, flags: int) -> Part:
         if len(self.follow) > MAX_POSITIONS:
             raise self._error(
-                f"more than {MAX_POSITIONS:,} places that read a character, counted repetitions written out; use "
-                "smaller counts (nested ones multiply), or * and + where max_tokens bounds the length anyway"
+                f"more than {MAX_POSITIONS:,} places that read a character, with counted repetitions written out; use "
+                "smaller counts (nested counts multiply), or * and + where max_tokens bounds the length anyway"
             )
         position = 1 << len(self.follow)
         self.follow.append(0)
@@ -177,7 +177,7 @@ def _literal(code: int) -> str:
 
 
 def _class(members: Any) -> str:
-    """A class of characters, written again."""
+    """The source of a class of characters, from its parsed members."""
     written = {
         ops.NEGATE: lambda _: "^",
         ops.LITERAL: _literal,

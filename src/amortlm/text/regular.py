@@ -1,4 +1,4 @@
-"""Regular expressions of users: one reading in a target (`constraint.matches`) and in a support (`pattern`)."""
+"""Checks of users' regular expressions, the same in a target (`constraint.matches`) and in a support (`pattern`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import warnings
 
 from amortlm.errors import ConfigError
 
-LONGEST = 100_000  # characters that counts may ask for: engines write counts out
+LONGEST = 100_000  # limit on the characters that counts require: engines write counts out
 ESCAPED = re.compile(r"\\N\{[^}]*\}|\\.", re.DOTALL)
 CLASS = re.compile(r"\[\^?\]?([^\]]*)\]")
-# What is syntax to one library and plain text to another, and what to write instead.
+# Text that is syntax for one library and plain text for another, and what to write instead.
 INSIDE_CLASS = (
     r"\[|&&|--|~~|\|\|",
     r"in a class write \[ \& \- \~ \| for the signs themselves, [a-zA-Z] for letters",
@@ -22,23 +22,24 @@ OUTSIDE = (
     ),
     (
         r"([*+?]|\{\d+(,\d*)?\})\+",
-        "a + after a repetition (a++) is possessive to Python alone; write one repetition",
+        "a + after a repetition (a++) is possessive only in Python; write one repetition",
     ),
 )
 
 
 def check_pattern(pattern: str) -> None:
-    """Raise ConfigError unless `pattern` is a regular expression of Python's that the engines used here read alike.
+    """Raise ConfigError unless `pattern` is a regular expression of Python that all engines used here read in the same
+    way.
 
-    Refused: nested classes and set operators (`[[:alpha:]]`, `[a-z&&b]`), possessive repetition (`a++`), a brace that
-    begins no count (`{e}`), `\\<` and `\\>`, and counts that ask for more than LONGEST characters.
+    Refused are nested classes and set operators (`[[:alpha:]]`, `[a-z&&b]`), possessive repetition (`a++`), a brace
+    that begins no count (`{e}`), `\\<` and `\\>`, and counts that require more than LONGEST characters.
     """
     if not isinstance(pattern, str):
         raise ConfigError(f"a regular expression is text, got {pattern!r}; write it in quotes")
     what = f"regular expression {pattern if len(pattern) <= 80 else pattern[:77] + '...'!r}"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what is refused below
+            warnings.simplefilter("ignore", FutureWarning)  # about syntax that is refused below
             re.compile(pattern)
     except (re.error, OverflowError, RecursionError) as e:
         raise ConfigError(f"{what}: {e}") from None
@@ -49,13 +50,13 @@ def check_pattern(pattern: str) -> None:
     odd = [INSIDE_CLASS[1] for inside in CLASS.findall(plain) if re.search(INSIDE_CLASS[0], inside)]
     odd += [remedy for sign, remedy in OUTSIDE if re.search(sign, outside)]
     if odd:
-        raise ConfigError(f"{what} is not read alike by all libraries: {odd[0]}")
+        raise ConfigError(f"{what} is read differently by different libraries: {odd[0]}")
     if _asked(outside) > LONGEST:
-        raise ConfigError(f"{what}: its counts ask for more than {LONGEST:,} characters; lower them")
+        raise ConfigError(f"{what}: its counts require more than {LONGEST:,} characters; lower them")
 
 
 def _asked(plain: str) -> int:
-    """An upper bound on the characters that the counts of a pattern without escapes and classes ask for."""
+    """An upper bound on the characters that the counts require, of a pattern without escapes and classes."""
     groups, last = [0], 0
     for part in re.finditer(r"\{(\d+)[^}]*\}|.", plain, re.DOTALL):
         if part[0] == "(":

@@ -21,13 +21,22 @@ NUMBERED = re.compile(r"z\d+")
 Messages = Sequence[Mapping[str, Any]]
 ROLE = re.compile(r"[A-Za-z][\w-]*")
 Pieces = Sequence[tuple[str, bool]]  # a text in parts: (part, whether it comes from the data)
-PLAIN = (str, Number, date, time, timedelta, PurePath, UUID)  # whose str() is what a reader expects
+PLAIN = (
+    str,
+    Number,
+    date,
+    time,
+    timedelta,
+    PurePath,
+    UUID,
+)  # types whose str() is the text that a reader expects
 
 
 class Template:
-    """`"Beginning: {x}\\nMiddle:{z}"`: literal text with `{column}` placeholders; `{{` is a brace.
+    """`"Beginning: {x}\\nMiddle:{z}"`: literal text with `{column}` placeholders; `{{` is a literal brace.
 
-    `{z1}{z2}` is `{z}` as a list of exactly two statements: latents in sequence, the support's separator between them.
+    `{z1}{z2}` is `{z}` as a list of exactly two statements (latents in sequence), with the support's separator between
+    them.
 
     Raises TemplateError for unbalanced braces, empty or formatted placeholders, a repeated `{z}`, or `{z1}`, `{z2}`,
     ... that do not follow each other.
@@ -78,17 +87,17 @@ class Template:
         if len(latents) == 1 or [f for _, f in run] != expected or any(text for text, _ in run[1:]):
             raise TemplateError(
                 f"template {self.text!r}: write latents in sequence as {{z1}}{{z2}}, in order and with nothing "
-                "between (the support's separator stands there), or one latent as {z}"
+                "between them (the support's separator comes there), or one latent as {z}"
             )
 
     @property
     def around(self) -> tuple[str, str]:
-        """The template before and after the latent: not filled in."""
+        """The parts of the template before and after the latent, not filled in."""
         first, last = (f"{{{name}}}" for name in (self.latents[0], self.latents[-1]))
         return self.text.split(first, 1)[0], self.text.split(last, 1)[1]
 
     def split(self, row: Row) -> tuple[str, str]:
-        """The filled-in text before and after the latent (all of it before, without one)."""
+        """The filled-in text before and after the latent; without a latent, (all the text, "")."""
         before: list[str] = []
         after: list[str] = []
         out = before
@@ -112,7 +121,7 @@ class Template:
 
     @property
     def only_column(self) -> str | None:
-        """The column of a template that is nothing but one: "{prompt}"."""
+        """The column of a template that consists of one column only, such as "{prompt}"; else None."""
         return self.parts[0][1] if len(self.parts) == 1 and self.parts[0][0] == "" and self.columns else None
 
     def _value(self, row: Row, column: str) -> Any:
@@ -125,9 +134,9 @@ class Template:
 
 
 def cell_text(value: Any, column: str) -> str:
-    """A cell as text: texts as they are; numbers, truth values, dates and times, paths as Python writes them.
+    """A cell as text, by `str`: texts, numbers, truth values, dates and times, paths.
 
-    Raises DataError for what is empty (None, NaN, NaT, pandas.NA), infinite, or of another kind."""
+    Raises DataError for a cell that is empty (None, NaN, NaT, pandas.NA), infinite, or of another type."""
     if getattr(value, "shape", None) == () and hasattr(value, "item"):  # a single value of numpy or torch
         is_date = getattr(value.dtype, "kind", "") in ("M", "m")
         value = (None if value != value else str(value)) if is_date else value.item()
@@ -135,8 +144,8 @@ def cell_text(value: Any, column: str) -> str:
         raise DataError(f"column {column!r} is empty ({value}) in a row; drop or fill such rows")
     if is_messages(value):
         raise DataError(
-            f"column {column!r} holds chat messages where a template needs text; a prompt that is nothing but "
-            f'"{{{column}}}" takes messages, elsewhere give their text, such as row[{column!r}][-1]["content"]'
+            f"column {column!r} holds chat messages where a template needs text; only a prompt that is exactly "
+            f'"{{{column}}}" takes messages. Elsewhere give a text, such as row[{column!r}][-1]["content"]'
         )
     if not isinstance(value, PLAIN):
         raise DataError(
@@ -145,7 +154,7 @@ def cell_text(value: Any, column: str) -> str:
         )
     if isinstance(value, Number) and value in (float("inf"), -float("inf")):
         raise DataError(
-            f"column {column!r} is infinite in a row; give it as text if it is one, or drop such rows"
+            f"column {column!r} is infinite in a row; if it is meant as text, give text, or drop such rows"
         )
     text = str(value)
     try:
@@ -159,14 +168,14 @@ def cell_text(value: Any, column: str) -> str:
 
 
 def is_empty(value: Any) -> bool:
-    """None, or what data frames write for it: NaN, NaT, pandas.NA."""
+    """Is the value None, or its form in data frames: NaN, NaT, pandas.NA?"""
     if value is None or type(value).__name__ in ("NAType", "NaTType"):
         return True
     return isinstance(value, Number) and bool(value != value)
 
 
 def is_messages(value: Any) -> bool:
-    """A chat as data sets hold it: a list of {"role": .., "content": ..}."""
+    """Is the value a chat, a list of {"role": .., "content": ..}?"""
     return (
         isinstance(value, list | tuple)
         and len(value) > 0
@@ -175,12 +184,12 @@ def is_messages(value: Any) -> bool:
 
 
 class PromptTemplate:
-    """What comes before the latent: a text template, or chat messages with templates as contents (a text, or text
+    """The prompt before the latent: a text template, or chat messages with templates as contents (a text, or text
     parts as in `[{"type": "text", "text": "{x}"}]`).
 
-    Messages go through the tokenizer's chat template: with the generation prompt added, or, if the last one is the
-    assistant's, to be continued. A text template that is nothing but one column, `"{prompt}"`, takes the messages that
-    it finds there (the conversational format of TRL).
+    Messages go through the tokenizer's chat template. The generation prompt is added, or, if the last message is the
+    assistant's, this message is continued. A text template that consists of one column only, `"{prompt}"`, uses the
+    messages in that column, if there are any (the conversational format of TRL). Raises TemplateError for other values.
     """
 
     def __init__(self, prompt: str | Messages):
@@ -193,19 +202,19 @@ class PromptTemplate:
             return
         if not is_messages(prompt):
             raise TemplateError(
-                f'{prompt!r} is no prompt: give a text, or messages such as {{"role": "user", "content": "{{x}}"}}'
+                f'{prompt!r} is not a prompt: give a text, or messages such as {{"role": "user", "content": "{{x}}"}}'
             )
         self.templates = [Template(_content(m)) for m in prompt]
         self.roles = [{k: v for k, v in m.items() if k != "content"} for m in prompt]
         if any(t.has_latent for t in self.templates):
-            raise TemplateError("{z} cannot be inside chat messages: it follows them")
+            raise TemplateError("{z} cannot be inside chat messages: the completion follows them")
 
     @property
     def columns(self) -> set[str]:
         return set().union(*(t.columns for t in self.templates))
 
     def messages(self, row: Row, join: Callable[[Pieces], str] | None = None) -> list[dict[str, Any]] | None:
-        """The filled-in messages, or None for a text prompt. join: makes a text of its parts."""
+        """The filled-in messages, or None for a text prompt. join: a function that joins the parts of a text."""
         join = join or (lambda pieces: "".join(text for text, _ in pieces))
         if self.roles is not None:
             return [
@@ -220,7 +229,7 @@ class PromptTemplate:
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    """The text of a message, of all its parts. Raises TemplateError for a message without text."""
+    """The text of all parts of a message. Raises TemplateError for a message without text."""
     content = message.get("content")
     if isinstance(content, str):
         return content
@@ -235,10 +244,10 @@ def _content(message: Mapping[str, Any]) -> str:
 
 
 def _from_data(message: Mapping[str, Any], column: str, join: Callable[[Pieces], str]) -> dict[str, Any]:
-    """A message of a row. Roles choose what the chat template writes, so they are words."""
+    """A message from the data. Its role must be a word, because the chat template uses it."""
     role = message["role"]
     if not isinstance(role, str) or not ROLE.fullmatch(role):
-        raise DataError(f"column {column!r}: {role!r} is no role of a message, such as 'user'")
+        raise DataError(f"column {column!r}: {role!r} is not a role of a message; give a word such as 'user'")
     odd = sorted(str(k) for k, v in message.items() if k not in ("role", "content") and v is not None)
     if odd:
         raise DataError(

@@ -10,25 +10,27 @@ from amortlm.settings import check_keys, typed_value
 
 POLICY, TEMPERED, REPLAY, CORRECTED = NAMES = ("policy", "tempered", "replay", "corrected")
 DEFAULT = {POLICY: 0.375, TEMPERED: 0.375, REPLAY: 0.25, CORRECTED: 0.0}
-ROUNDING = 1e-6  # what written shares may be off from one
+ROUNDING = 1e-6  # tolerance of the sum of the shares
 
 
 def full_mix(given: Any) -> dict[str, float]:
-    """All four shares. Those left out are 0, and `policy` left out takes the rest. Raises ConfigError."""
+    """All four shares. Shares that are left out are 0, except that `policy` takes the rest if it is left out. Raises
+    ConfigError for other names, negative shares or a wrong sum."""
     check_keys(given, NAMES, "behaviour")
     shares = {name: typed_value(share, float, f"behaviour: {name}") for name, share in given.items()}
     total = sum(shares.values())
     short = POLICY in shares and total < 1 - ROUNDING
     if min(shares.values(), default=0) < 0 or total > 1 + ROUNDING or short:
         raise ConfigError(
-            f"behaviour={given!r}: shares are numbers from 0 that sum to one, and these sum to {total:g} (left out, "
-            "policy takes the rest)"
+            f"behaviour={given!r}: shares must be at least 0 and sum to one, and these sum to {total:g} (if policy is "
+            "left out, it takes the rest)"
         )
     return {name: shares.get(name, max(0.0, 1.0 - total) if name == POLICY else 0.0) for name in NAMES}
 
 
 def chances(mix: Mapping[str, float]) -> tuple[float, float, float]:
-    """(corrected, replay, tempered) as they are chosen for a prompt, each with this chance where none before was."""
+    """Conditional chances of (corrected, replay, tempered): of each behaviour, given that none before it was chosen
+    for the prompt."""
     corrected, replay, tempered = mix[CORRECTED], mix[REPLAY], mix[TEMPERED]
     return corrected, _share(replay, 1 - corrected), _share(tempered, 1 - corrected - replay)
 

@@ -1,5 +1,4 @@
-"""What a run shows while it trains: progress on a terminal, diagnostics and samples every few steps. And when it
-stops: where `stop_at_gap` is reached."""
+"""Callbacks of a run: a progress bar, diagnostics and samples every few steps, and the stop at `stop_at_gap`."""
 
 from __future__ import annotations
 
@@ -18,13 +17,14 @@ from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose_row
 from amortlm.diagnostics.importance import ImportanceEstimate
 from amortlm.posterior import Posterior
 from amortlm.train.config import GFNConfig
+from amortlm.train.outcome import KeepBest
 from amortlm.train.processes import Processes
 from amortlm.types import Row, row_key, to_json
 
 SHOWN = {"loss": "loss", "log_w_variance": "var log w", "ess": "ESS", "eval_ess": "eval ESS"}
-TERMINAL = {"ncols": 80, "nrows": 24}  # one that does not tell its size, for which tqdm would draw nothing
-ROWS, SAMPLES, EXAMPLES = 4, 64, 4  # what one diagnosis costs: 4 prompts x 64 samples
-GOLD = 16  # completions of the buffer per prompt
+TERMINAL = {"ncols": 80, "nrows": 24}  # for a terminal of unknown size, on which tqdm would draw nothing
+ROWS, SAMPLES, EXAMPLES = 4, 64, 4  # one diagnosis: 4 prompts, 64 samples each, of which 4 are saved
+GOLD = 16  # gold completions of a prompt, from the buffer
 Log = Callable[[dict[str, float]], None]
 
 
@@ -48,8 +48,8 @@ class TrainingProgress(ProgressCallback):
 
 class DiagnoseCallback(TrainerCallback):
     """Every `diagnose_steps` updates: ESS, log-weight variance and ELBO of fresh samples of a few prompts go to
-    the log and its trackers, and the samples to `samples.jsonl` in the output folder. With `stop_at_gap`, training
-    ends where these prompts allow it (`StopWhenRight`). Each process diagnoses its part of the prompts."""
+    the log and its trackers, and samples to `samples.jsonl` in the output folder. With `stop_at_gap`, training ends
+    when the gap of these prompts is small enough (`StopWhenRight`). Each process diagnoses its part of the prompts."""
 
     def __init__(
         self,
@@ -57,15 +57,16 @@ class DiagnoseCallback(TrainerCallback):
         rows: Sequence[Row],
         processes: Processes,
         log: Log,
+        best: KeepBest | None = None,
         stop: StopWhenRight | None = None,
     ):
-        """rows: the first few of them are diagnosed; stop: asked after each diagnosis."""
+        """rows: the first ROWS of them are diagnosed. best, stop: called after each diagnosis."""
         self.posterior, self.rows, self.processes = posterior, list(rows[:ROWS]), processes
-        self.log, self.stop = log, stop
+        self.log, self.best, self.stop = log, best, stop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stop is not None and state.is_world_process_zero:
-            # That of an earlier run in this folder says nothing about the adapter to come.
+            # A certificate of an earlier run in this folder is not about the adapter of this run.
             (Path(str(args.output_dir)) / certificate.FILE).unlink(missing_ok=True)
         if state.global_step == 0:
             self._diagnose(args, state.global_step)
@@ -100,6 +101,8 @@ class DiagnoseCallback(TrainerCallback):
             with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
                 for row, (_, samples) in zip(self.rows, found, strict=True):
                     file.writelines(to_json({"step": step, "row": row, **s}) + "\n" for s in samples)
+        if self.best is not None:
+            self.best.see(step, reports)
         return reports
 
 
@@ -112,10 +115,10 @@ def mean(reports: Sequence[ImportanceEstimate], name: str) -> float:
 
 
 class StopWhenRight:
-    """Is the gap (`amortlm.diagnostics.certificate`) of every one of a few prompts at most `stop_at_gap`? Then the
-    posterior and its certificate are saved in the output folder.
+    """Tests whether the gap (`amortlm.diagnostics.certificate`) of every diagnosed prompt is at most `stop_at_gap`. If
+    so, it saves the posterior and its certificate in the output folder.
 
-    The replay buffer's best completions count as gold: a mode that the policy has lost may still be there.
+    The replay buffer's best completions are the gold completions: they may show a mode that the policy has lost.
     """
 
     def __init__(
@@ -127,15 +130,15 @@ class StopWhenRight:
         processes: Processes,
         log: Log,
     ):
-        """data: what is trained on."""
+        """data: the training rows."""
         assert posterior.target is not None
         self.posterior, self.target = posterior, posterior.target
         self.data, self.buffer = data, buffer
         self.args, self.processes, self.log = args, processes, log
 
     def reached(self, step: int, rows: Sequence[Row], estimates: Sequence[ImportanceEstimate]) -> bool:
-        """Look at the prompts at step `step`. estimates: cheap ones of the same prompts; where they are far above the
-        mark, the bounds are not worth their passes."""
+        """Measure the gap of the prompts at step `step`. estimates: cheap estimates of the same prompts; if one of
+        them is above the mark, bounds are not computed."""
         args = self.args
         if any(_guess(e) > args.stop_at_gap for e in estimates):
             return False
@@ -185,12 +188,13 @@ class StopWhenRight:
         return Diagnosis(found)
 
     def _gold(self, rows: Sequence[Row]) -> list[list[list[int]]]:
-        """For each prompt, what the buffers of all processes hold, each completion once."""
+        """For each prompt, the best completions in the buffers of all processes, each completion once."""
         own = [[(*e.tokens, e.stop) for e in self.buffer.entries(row_key(row))[-GOLD:]] for row in rows]
         everyone = zip(*self.processes.gather(own), strict=True)
         return [list(map(list, dict.fromkeys(chain(*parts)))) for parts in everyone]
 
 
 def _guess(e: ImportanceEstimate) -> float:
-    """The gap as a few samples see it: KL(q || p) by the ELBO, which flatters, or the Renyi bound on KL(p || q)."""
+    """An estimate of the gap from a few samples: KL(q || p) by the ELBO, which is too low, or the Renyi bound on
+    KL(p || q)."""
     return math.inf if e.ess == 0 else min(e.log_z - e.elbo, -math.log(e.ess))

@@ -1,7 +1,7 @@
-"""What a checkpoint holds beyond `transformers.Trainer`'s own files, and whether it is whole.
+"""The files that a checkpoint has besides those of `transformers.Trainer`, and tests that it is complete.
 
-checkpoint-N/process-K/       replay buffer, rewards seen and learned log Z of a process
-checkpoint-N/run.json         the run it is of (`amortlm.train.run`)
+checkpoint-N/process-K/       replay buffer, cached rewards and learned log Z of process K
+checkpoint-N/run.json         the identity of its run (`amortlm.train.run`)
 checkpoint-N/manifest.json    size and hash of every file, written once all processes have written theirs
 checkpoint-N/trainer_state.json    written last
 """
@@ -28,7 +28,7 @@ from amortlm.files import follow_umask, is_disk_full, save_tensors
 
 logger = logging.getLogger(__name__)
 STATE, MANIFEST = "trainer_state.json", "manifest.json"
-# What a reader raises on a file that is damaged, of another layout, or holds objects that are not read.
+# Errors of readers for a file that is damaged, of another layout, or contains objects that may not be loaded.
 UNREADABLE = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError),
     *(SafetensorError, pickle.UnpicklingError),
@@ -37,14 +37,14 @@ START_OVER = "start over with overwrite_output_dir=True (--overwrite)"
 
 
 class Store(Protocol):
-    """What a process has gathered: the replay buffer, the reward memory."""
+    """State of a process that is saved in checkpoints: the replay buffer, the reward memory."""
 
     def save(self, folder: Path) -> None: ...
     def load(self, folder: Path) -> None: ...
 
 
 def save_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tensor | None) -> None:
-    """Write each process's stores, and learned log Z, into a checkpoint folder."""
+    """Write the stores and the learned log Z of one process into a checkpoint folder."""
     own = folder / f"process-{process}"
     own.mkdir(parents=True, exist_ok=True)
     for store in stores:
@@ -65,15 +65,15 @@ def load_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tenso
 
 @contextlib.contextmanager
 def reading(folder: str | Path | None, what: str) -> Iterator[None]:
-    """Whatever a reader raises within becomes one CheckpointError."""
+    """Turns any error of a reader in the block into a CheckpointError."""
     try:
         yield
     except CheckpointError:
         raise
     except pickle.UnpicklingError as e:
         raise CheckpointError(
-            f"{folder}: {what} was not read, since it holds other objects than tensors and numbers, which could run "
-            f"code; resume from a checkpoint that you made, or {START_OVER}"
+            f"{folder}: {what} was not read, because it contains objects other than tensors and numbers, which could "
+            f"run code; resume from a checkpoint that you made, or {START_OVER}"
         ) from e
     except UNREADABLE as e:
         reason = str(e).split("\n")[0][:200]
@@ -85,7 +85,7 @@ def reading(folder: str | Path | None, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(output_dir: Path) -> Iterator[None]:
-    """A disk without room becomes one CheckpointError that says what to do."""
+    """Turns the error of a full disk into a CheckpointError that says what to do."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as e:
@@ -93,15 +93,15 @@ def writing(output_dir: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(output_dir).free / 2**20
         last = next((p for p in reversed(begun(output_dir)) if damage(p) is None), None)
-        then = f"; then resume_from_checkpoint=True (--resume) goes on from {last.name}" if last else ""
+        then = f"; then resume_from_checkpoint=True (--resume) continues from {last.name}" if last else ""
         raise CheckpointError(
-            f"no room to write into {output_dir}: its disk (or a quota) is full, {free:.0f} MB are free. What was "
-            f"saved before is intact. Free some, or keep fewer checkpoints (save_total_limit){then}"
+            f"no room to write into {output_dir}: its disk (or a quota) is full, {free:.0f} MB are free. Earlier saves "
+            f"are intact. Free some space, or keep fewer checkpoints (save_total_limit){then}"
         ) from e
 
 
 def seal(folder: Path, processes: int) -> None:
-    """Note what the checkpoint consists of, once every process has written its part."""
+    """Write the manifest of a checkpoint, after every process has written its part."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST]
     follow_umask(*files)
     found = {
@@ -113,13 +113,13 @@ def seal(folder: Path, processes: int) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Why this checkpoint cannot be gone on from; None if it is as it was written."""
+    """Why a checkpoint cannot be resumed; None if it is complete and unchanged."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         files: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except FileNotFoundError as e:
         missing = Path(e.filename).name
-        return f"has no {missing}: it was cut short while it was written, or made by another version"
+        return f"has no {missing}: its writing was interrupted, or another version made it"
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"has a damaged {STATE} or {MANIFEST} ({e})"
     if not isinstance(state, dict) or not isinstance(files, dict):
@@ -131,7 +131,7 @@ def damage(folder: Path) -> str | None:
         if (size := file.stat().st_size) != seen["bytes"]:
             return f"is damaged: {name} has {size} of {seen['bytes']} bytes"
         if _hash(file) != seen["sha256"]:
-            return f"is damaged: {name} is not what was written"
+            return f"is damaged: {name} was changed after it was written"
     return None
 
 
@@ -141,14 +141,14 @@ def _hash(file: Path) -> str:
 
 
 def is_over(folder: Path) -> bool:
-    """Was training at its end at this checkpoint? `Trainer` would go on for a step. Raises CheckpointError."""
+    """Had training ended at this checkpoint? (`Trainer` would train one more step.) Raises CheckpointError."""
     with reading(folder, STATE):
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
         return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
 
 
 def begun(output_dir: Path) -> list[Path]:
-    """The checkpoints of a folder, oldest first, whole or not."""
+    """The checkpoints of a folder, oldest first, complete or not."""
     numbered = [
         (int(m.group(1)), p)
         for p in output_dir.glob("checkpoint-*")
@@ -158,14 +158,14 @@ def begun(output_dir: Path) -> list[Path]:
 
 
 def find(wanted: str | Path | Literal[True], output_dir: Path) -> Path:
-    """The checkpoint to go on from: the one asked for, or for True the newest of `output_dir` that is whole, with a
-    warning about those that are not. Raises CheckpointError where there is none."""
+    """The checkpoint to resume: the wanted one, or for True the newest complete one of `output_dir`, with a warning
+    about newer ones that are not complete. Raises CheckpointError if there is none."""
     bad: list[str] = []
     for folder in reversed(begun(output_dir)) if wanted is True else [Path(wanted)]:
         why = damage(folder)
         if why is None:
             if bad:
-                logger.warning("going on from %s, since %s", folder, "; ".join(bad))
+                logger.warning("resuming from %s, because %s", folder, "; ".join(bad))
             return folder
         bad.append(f"{folder.name if wanted is True else folder} {why}")
     if wanted is True:

@@ -1,4 +1,4 @@
-"""Training settings: `transformers.TrainingArguments` and thirteen fields of our own."""
+"""Training settings: `transformers.TrainingArguments` with thirteen additional fields."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from amortlm.objectives import OBJECTIVES, parse
 from amortlm.train.behaviour import CORRECTED, DEFAULT, POLICY, full_mix
 from amortlm.train.renamed import refuse_renamed
 
-UPDATES = 200  # where neither max_steps nor num_train_epochs is given
+UPDATES = 200  # if neither max_steps nor num_train_epochs is given
 
-# Fields of TrainingArguments that would do nothing here, or not what they say, and what to do instead.
+# Fields of TrainingArguments that have no effect here, or a wrong one, and what to do instead.
 _NO_PREDICTIONS = (
-    "an evaluation diagnoses rows (eval_ess, eval_elbo, ..) and gathers no predictions: leave it out"
+    "an evaluation diagnoses rows (eval_ess, eval_elbo, ..) and collects no predictions: leave it out"
 )
 _SHARDED = (
-    "the policy also samples, which a sharded model cannot do: use torchrun alone, one whole model a process"
+    "the policy also samples, which a sharded model cannot do: use only torchrun, one whole model per process"
 )
-_COMPILE = "passes change their shape with every batch of completions: leave it out"
+_COMPILE = "the shapes of passes change with every batch of completions: leave it out"
 _HUB = "save, and upload the folder: hf upload NAME FOLDER"
 _FULL_EVAL = "an evaluation runs in the precision of the model: load it with the dtype you want"
 _LIGER = "apply the kernels to lm.model before the trainer is made"
 REFUSED = {
     "average_tokens_across_devices": "losses are means per trajectory, whatever the number of tokens: leave it out",
-    "label_smoothing_factor": "there are no labels: epsilon= and temperature_range= explore",
+    "label_smoothing_factor": "there are no labels: use epsilon= and temperature_range= to explore",
     "bf16_full_eval": _FULL_EVAL,
     "fp16_full_eval": _FULL_EVAL,
     "torch_compile": _COMPILE,
@@ -39,9 +39,9 @@ REFUSED = {
     "torch_compile_mode": _COMPILE,
     "use_liger_kernel": _LIGER,
     "liger_kernel_config": _LIGER,
-    "use_cache": "each pass decides for itself: leave it out",
-    "neftune_noise_alpha": "with noise in the embeddings the policy that samples is not the one that is trained: "
-    "epsilon= and temperature_range= explore",
+    "use_cache": "each pass chooses whether to use a cache: leave it out",
+    "neftune_noise_alpha": "with noise in the embeddings the sampling policy differs from the trained one: "
+    "use epsilon= and temperature_range= to explore",
     "include_num_input_tokens_seen": "tokens are sampled, not read from the data: the log has `length`",
     "per_device_eval_batch_size": "rows are diagnosed one at a time: leave it out",
     "prediction_loss_only": _NO_PREDICTIONS,
@@ -67,7 +67,7 @@ REFUSED = {
     "do_predict": "sample from trainer.posterior",
     "resume_from_checkpoint": "pass it to trainer.train(resume_from_checkpoint=...)",
 }
-# Means over the rows of an evaluation, logged with "eval_" before them; the higher the better?
+# Figures of an evaluation (means over rows, logged with the prefix "eval_") -> is higher better?
 METRICS = {
     "ess": True,
     "elbo": True,
@@ -80,13 +80,14 @@ METRICS = {
 
 @dataclass
 class GFNConfig(TrainingArguments):
-    """Arguments of `GFNTrainer`. One update sees `per_device_train_batch_size` prompts (times processes and
+    """Arguments of `GFNTrainer`. One update uses `per_device_train_batch_size` prompts (times processes and
     accumulation steps), with `num_samples` completions each.
 
-    Fields of TrainingArguments that mean nothing for it (`REFUSED`) raise ConfigError.
+    Raises ConfigError for values that are wrong or do not fit together, for fields of TrainingArguments that have no
+    meaning for `GFNTrainer` (`REFUSED`), and for settings of earlier versions.
 
-    The paper's values are those of the next-sentence experiment of Hu et al. 2024 unless said otherwise; why
-    ours differ is told in docs/training.md.
+    The paper's values are those of the next-sentence experiment of Hu et al. 2024 unless another is named. For why
+    the defaults differ from them, see docs/training.md.
     """
 
     objective: str | dict[str, Any] = field(
@@ -102,20 +103,23 @@ class GFNConfig(TrainingArguments):
     behaviour: dict[str, float] = field(
         default_factory=DEFAULT.copy,
         metadata={
-            "help": "Shares of the prompts whose completions come from the policy, from it at a random temperature "
-            "(tempered), from the buffer (replay), or from near the posterior, by importance resampling from policy "
-            "and buffer (corrected). They sum to one. Paper: {replay: 0.25, tempered: 0.5025}."
+            "help": "Shares of the prompts whose completions come from the policy, from the policy at a random "
+            "temperature (tempered), from the buffer (replay), or from importance resampling of policy and buffer, "
+            "near the posterior (corrected). They sum to one. Paper: {replay: 0.25, tempered: 0.5025}."
         },
     )
     corrected_method: str = field(
         default="sir",
         metadata={
-            "help": "How corrected completions come from the policy: 'sir', or 'smc' by prefix rewards. Paper: no such."
+            "help": "How completions are drawn for a correction: 'sir', or 'smc', which uses the rewards of prefixes. "
+            "Paper: not used."
         },
     )
     corrected_particles: int = field(
         default=32,
-        metadata={"help": "Completions drawn and scored to correct one prompt once. Paper: no such."},
+        metadata={
+            "help": "Completions drawn and scored for one corrected prompt of an update. Paper: not used."
+        },
     )
     buffer_size: int = field(default=50, metadata={"help": "Completions kept per prompt. Paper: 50."})
     buffer_prioritized: bool = field(
@@ -130,22 +134,24 @@ class GFNConfig(TrainingArguments):
         default=(1.0, 1.0, 1),
         metadata={
             "help": "(start, end, steps): log R is divided by a temperature that moves linearly. Paper: 1.0 to 0.8 "
-            "in 750 steps; infilling 1.1 to 0.85 in 100. Ours: the target states its own temperature."
+            "in 750 steps; infilling 1.1 to 0.85 in 100. Default: 1, since the target has its own temperature."
         },
     )
     hard_penalty: float = field(
         default=15.0,
-        metadata={"help": "What violating a hard constraint costs in training, in nats. Paper: no such."},
+        metadata={"help": "Cost of violating a hard constraint in training, in nats. Paper: not used."},
     )
     diagnose_steps: int = field(
         default=25,
-        metadata={"help": "Diagnose on a few prompts (ESS, ELBO, samples) every so many steps; 0: never."},
+        metadata={
+            "help": "Number of updates between diagnoses of a few prompts (ESS, ELBO, samples); 0: never."
+        },
     )
     stop_at_gap: float = field(
         default=0.0,
         metadata={
-            "help": "Stop, and save a certificate, once the smaller of KL(q||p) and KL(p||q) is at most so many nats "
-            "on the prompts that are diagnosed; 0: never. Paper: no such."
+            "help": "Stop, and save a certificate, when the smaller of KL(q||p) and KL(p||q) is at most this many nats "
+            "on each diagnosed prompt; 0: never. Paper: not used."
         },
     )
 
@@ -153,7 +159,7 @@ class GFNConfig(TrainingArguments):
     output_dir: str | None = field(default="runs/amortlm")
     learning_rate: float = 3e-4
     max_steps: int = field(
-        default=-1, metadata={"help": "Updates; -1: as num_train_epochs says, or 200 where that is 0."}
+        default=-1, metadata={"help": "Updates; -1: given by num_train_epochs, or 200 if that is 0."}
     )
     num_train_epochs: float = field(
         default=0.0, metadata={"help": "Passes through the data, instead of max_steps."}
@@ -167,7 +173,7 @@ class GFNConfig(TrainingArguments):
     disable_tqdm: bool | None = None
     dataloader_pin_memory: bool = False
     ddp_timeout: int = field(
-        default=600, metadata={"help": "Seconds that processes wait for one that is late, before all end."}
+        default=600, metadata={"help": "Seconds that processes wait for a late process before all end."}
     )
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
@@ -181,16 +187,16 @@ class GFNConfig(TrainingArguments):
         self.reward_temperature = tuple(self.reward_temperature)  # type: ignore[assignment]
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
             if getattr(self, name) is False:
-                setattr(self, name, "no")  # as YAML reads a bare `no`
+                setattr(self, name, "no")  # YAML 1.1 reads a bare `no` as False
         if self.data_seed is None:
-            self.data_seed = self.seed  # else the order of the data depends on the global random state
+            self.data_seed = self.seed  # otherwise the order of the data depends on the global random state
         self._check_inherited()
         if self.max_steps == -1 and self.num_train_epochs == 0:
             self.max_steps = UPDATES
         self._choose_metric()
         self._check()
         if self.use_cpu:
-            # Starts the processes, for TrainingArguments forgets ddp_timeout on a CPU.
+            # Starts the process group, because TrainingArguments ignores ddp_timeout on a CPU.
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         try:
             super().__post_init__()
@@ -201,7 +207,7 @@ class GFNConfig(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        """At most 1, for nn.DataParallel cannot split rollouts: with several, use torchrun."""
+        """At most 1, because nn.DataParallel cannot split rollouts: for several GPUs use torchrun."""
         return min(1, super().n_gpu)
 
     def _check_inherited(self) -> None:
@@ -211,14 +217,14 @@ class GFNConfig(TrainingArguments):
                 raise ConfigError(f"{f.name}={value!r} has no use here: {REFUSED[f.name]}")
         if self.train_sampling_strategy not in ("random", "sequential"):
             raise ConfigError(
-                f"train_sampling_strategy is 'random' or 'sequential', not {self.train_sampling_strategy!r}: rows have "
-                "no length before they are sampled"
+                f"train_sampling_strategy is 'random' or 'sequential', not {self.train_sampling_strategy!r}: samples "
+                "have no length before they are sampled"
             )
         whole = self.max_steps == -1 or (self.max_steps >= 1 and self.max_steps % 1 == 0)
         if not whole or self.num_train_epochs < 0:
             raise ConfigError(
                 f"max_steps={self.max_steps}, num_train_epochs={self.num_train_epochs}: give a whole number of updates "
-                "from 1, or epochs above 0 (a posterior is usable and can be saved without training)"
+                "of at least 1, or epochs above 0 (a posterior can be used and saved without training)"
             )
         if self.max_steps > 0 and self.num_train_epochs > 0:
             raise ConfigError(
@@ -226,7 +232,7 @@ class GFNConfig(TrainingArguments):
             )
 
     def _choose_metric(self) -> None:
-        """metric_for_best_model, and which way it goes, where something needs it."""
+        """Set metric_for_best_model and greater_is_better if another setting needs them."""
         needed = self.load_best_model_at_end or self.save_strategy == "best"
         if self.metric_for_best_model is None:
             if not (needed or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")):
@@ -250,17 +256,19 @@ class GFNConfig(TrainingArguments):
             raise ConfigError("corrected samples need corrected_particles >= 1 and num_samples >= 2")
         if self.stop_at_gap < 0 or (self.stop_at_gap > 0 and self.diagnose_steps < 1):
             raise ConfigError(
-                f"stop_at_gap={self.stop_at_gap}: give nats above 0 (0: never), with diagnose_steps of at least 1"
+                f"stop_at_gap={self.stop_at_gap}: give a number of nats above 0 (0: never), and diagnose_steps of at "
+                "least 1"
             )
         low, high = self.temperature_range
         start, end, steps = self.reward_temperature
         if not 0 < low <= high or start <= 0 or end <= 0 or steps < 1:
             raise ConfigError(
-                "temperatures must be positive, ranges ordered, and the schedule at least one step"
+                "temperatures must be positive, temperature_range must be ordered, and the reward_temperature schedule "
+                "must have at least one step"
             )
 
     def _check_objective(self) -> None:
-        """Write objective and behaviour in their whole form, and refuse what does not go together."""
+        """Write objective and behaviour in their full form. Raises ConfigError if they do not fit together."""
         objective, mix = parse(self.objective), full_mix(self.behaviour)
         self.objective, self.behaviour = objective.stated, mix
         if self.num_samples < objective.min_samples:
@@ -273,13 +281,13 @@ class GFNConfig(TrainingArguments):
         if off := [name for name in objective.biased_by if used[name] > 0]:
             fit = {k: v for k, v in mix.items() if v and k not in (*off, POLICY)} or {POLICY: 1.0}
             raise ConfigError(
-                f"objective {objective.name!r} is biased by samples of another law than the policy's "
-                f"({', '.join(off)}): write behaviour={fit!r} and epsilon=0 (corrected prompts bring in the buffer "
-                "with the right weights)"
+                f"objective {objective.name!r} is biased by samples that are not drawn from the policy itself "
+                f"({', '.join(off)}): write behaviour={fit!r} and epsilon=0 (corrected prompts use the buffer with the "
+                "right weights)"
             )
 
     def reward_temperature_at(self, step: int) -> float:
-        """Temperature of log R at an update: linear from start to end, then constant."""
+        """Divisor of log R at an update: linear from start to end, then constant."""
         start, end, steps = self.reward_temperature
         return start + (end - start) * min(1.0, step / steps)
 

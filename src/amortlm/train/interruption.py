@@ -1,4 +1,4 @@
-"""Signals that end a run: the step that runs is finished and a checkpoint saved before they have their effect."""
+"""Signals that end a run: before they take effect, the current step is finished and a checkpoint saved."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 
 
 class Interruption(TrainerCallback):
-    """While entered (in the main thread): a signal is noted, and training ends with a checkpoint after the step that
-    runs. `deliver` then lets the signal do what it would have done. The same signal again does so at once.
+    """A context (in the main thread) in which a signal ends training after the current step, with a checkpoint.
+    `deliver` then lets the signal have its usual effect. The same signal a second time has its effect at once.
 
-    Processes of one run agree: what one of them has received ends all of them, after the same step. Their launcher
-    repeats signals, and ends who takes too long, so there none acts at once.
+    A signal to one process of a run ends all processes, after the same step. With several processes a repeated signal
+    does not act at once, because the launcher repeats signals itself, and kills processes that take too long.
     """
 
     def __init__(self, args: Any):
@@ -33,7 +33,7 @@ class Interruption(TrainerCallback):
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
             handlers = {n: signal.getsignal(n) for n in SIGNALS}
-            # What is ignored (nohup) stays so; None is a handler that Python cannot give back.
+            # Ignored signals (nohup) stay ignored; None is a handler that Python cannot restore.
             self._before = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
             for number in self._before:
                 signal.signal(number, self._note)
@@ -50,7 +50,8 @@ class Interruption(TrainerCallback):
             signal.raise_signal(number)
         self.received = number
         logger.warning(
-            "%s: this step is finished and saved first (once more: not)", signal.Signals(number).name
+            "%s: finishing this step and saving a checkpoint first (the same signal again ends at once)",
+            signal.Signals(number).name,
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -61,25 +62,25 @@ class Interruption(TrainerCallback):
             self.agreed = int(numbers)
         if self.agreed and not control.should_training_stop:
             control.should_save = True
-            args.save_only_model = False  # this checkpoint is there to go on from
+            args.save_only_model = False  # this checkpoint must be resumable
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Not before the save: a checkpoint remembers whether training was over.
+        # Not before the save: a checkpoint stores whether training had ended.
         if self.agreed and not control.should_training_stop:
             control.should_training_stop = True
             self.saved = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             if state.is_world_process_zero:
                 logger.warning(
-                    "%s: saved %s; resume_from_checkpoint=True (--resume) goes on from it",
+                    "%s: saved %s; resume_from_checkpoint=True (--resume) continues from there",
                     signal.Signals(self.agreed).name,
                     self.saved,
                 )
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.saved is not None:
-            control.should_save = False  # again, as if training were over
+            control.should_save = False  # it is saved already
 
     def deliver(self) -> None:
-        """Let the signal have its effect: KeyboardInterrupt, the end of the process, or what the program has set."""
+        """Let the signal have its effect: KeyboardInterrupt, the end of the process, or the program's own handler."""
         if number := self.agreed or self.received:
             signal.raise_signal(number)

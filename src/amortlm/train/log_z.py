@@ -1,4 +1,4 @@
-"""log Z of each training row, learned beside the policy by the objectives that ask for it."""
+"""log Z of each training row, learned together with the policy if the objective needs it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHUNK = 32  # rows at a time
 
 
 class LearnedLogZ:
-    """A parameter of the policy, so that processes share its gradient: [number of rows], nats."""
+    """log Z [number of rows], nats, as a parameter of the policy, so that processes share its gradient."""
 
     def __init__(self, policy: Policy, rows: Sequence[Row], rate: float):
         self.policy, self.rows, self.rate = policy, rows, rate
@@ -27,12 +27,12 @@ class LearnedLogZ:
         return self.policy.log_z.data
 
     def of(self, rows: Sequence[Row]) -> Tensor:
-        """[N] of these rows, with gradient."""
+        """[N] log Z of these rows, with gradient."""
         return self.policy.log_z[[self._number[row_key(row)] for row in rows]]
 
     @torch.no_grad()
     def start(self, target: Target, num_samples: int, temperature: float, seed: object) -> None:
-        """Start at the mean log weight of samples: zero can be hundreds of nats off."""
+        """Initialise log Z with the mean log weight of samples: zero can be hundreds of nats off."""
         for start in range(0, len(self.rows), CHUNK):
             rows = self.rows[start : start + CHUNK]
             rollouts, log_probs = self.policy.sample(rows, num_samples, seed=seed)
@@ -40,7 +40,7 @@ class LearnedLogZ:
             self.values[start : start + CHUNK] = log_w.view(len(rows), -1).mean(1)
 
     def give_to(self, optimizer: torch.optim.Optimizer) -> None:
-        """A group of its own in the optimizer, at its own rate."""
+        """Move log Z to a parameter group of its own in the optimizer, with its own learning rate."""
         log_z = self.policy.log_z
         for group in optimizer.param_groups:
             group["params"] = [p for p in group["params"] if p is not log_z]

@@ -1,4 +1,4 @@
-"""What the target has said of every prefix so far."""
+"""A cache of the target's rewards of prefixes."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ MAX_PREFIXES = 2**20  # about 200 MB
 
 
 class RewardMemory(Target):
-    """`target`, asked about each (row, prefix) once: a reward does not change while q is trained.
+    """`target` with a cache: each (row, prefix) is scored once, because a reward does not change while q is trained.
 
-    A sharp policy that comes back to a prompt writes the same beginnings again. Prefixes are numbered, and the number
-    of (prefix, token) is looked up, so that each token costs one look-up. Beyond `MAX_PREFIXES` everything is
-    forgotten.
+    A policy with low entropy often writes the same prefixes for a prompt. Prefixes are numbered, and the number of
+    (prefix, token) is looked up, so that each token costs one look-up. Beyond `MAX_PREFIXES` the cache is cleared.
     """
 
     def __init__(self, target: Target):
@@ -38,7 +37,7 @@ class RewardMemory(Target):
     def clear(self) -> None:
         self._roots: dict[str, int] = {}  # row key -> number of the empty completion
         self._children: dict[tuple[int, int], int] = {}  # (prefix, token) -> prefix
-        self._log_r: list[float] = []  # of each prefix, nan where it was not judged
+        self._log_r: list[float] = []  # of each prefix; NaN if it was not scored
 
     def __len__(self) -> int:
         return len(self._log_r)
@@ -67,7 +66,7 @@ class RewardMemory(Target):
         return self._log_rewards(prefixes, rollouts)
 
     def _unknown(self, prefixes: list[list[int]], stop_mask: Tensor) -> dict[int, tuple[int, int]]:
-        """The prefixes that were never judged, each with the first (trajectory, length) that it is met at."""
+        """The prefixes without a reward, each with the first (trajectory, length) at which it occurs."""
         found: dict[int, tuple[int, int]] = {}
         for b, t in stop_mask.nonzero().tolist():
             if math.isnan(self._log_r[prefixes[b][t]]):
@@ -92,7 +91,7 @@ class RewardMemory(Target):
         return known[key]
 
     def _log_rewards(self, prefixes: list[list[int]], rollouts: Rollouts) -> Tensor:
-        """[B, T+1], 0 where not judged."""
+        """[B, T+1] log R, nats, 0 at states that were not scored."""
         width = rollouts.stop_mask.shape[1]
         lines = [[self._log_r[n] for n in path] + [0.0] * (width - len(path)) for path in prefixes]
         return torch.tensor(lines, device=rollouts.tokens.device).nan_to_num(0.0, math.inf, -math.inf)
@@ -110,19 +109,19 @@ class RewardMemory(Target):
         (folder / "memory.json").write_text(about, encoding="utf-8")
 
     def load(self, folder: str | Path) -> None:
-        """Replace the content by what `save` wrote for the same target. What cannot be used is left with a warning:
-        it costs passes to find again, and nothing else."""
+        """Replace the content by what `save` wrote for the same target. If the files cannot be used, the cache stays
+        empty, with a warning: the rewards are then computed again."""
         self.clear()
         try:
             self._load(Path(folder))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as e:
-            logger.warning("%s: rewards are asked for again (%s: %s)", folder, type(e).__name__, e)
+            logger.warning("%s: rewards are computed again (%s: %s)", folder, type(e).__name__, e)
 
     def _load(self, folder: Path) -> None:
         about = json.loads((folder / "memory.json").read_text(encoding="utf-8"))
         data = load_file(str(folder / "memory.safetensors"))
         if about["target"] != repr(self):
-            raise ValueError(f"they are those of {about['target']}, not of {self!r}")
+            raise ValueError(f"the saved rewards are of {about['target']}, not of {self!r}")
         roots, log_r = about["roots"], data["log_reward"].tolist()
         children = {(parent, token): child for parent, token, child in data["steps"].tolist()}
         if len(roots) + len(children) != len(log_r):

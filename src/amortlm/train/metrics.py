@@ -1,4 +1,4 @@
-"""Figures of updates, gathered between two logs."""
+"""Figures of the updates between two logs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from amortlm.train.processes import Processes
 
-HIGHEST = "_max"  # what a name ends in whose highest value counts, not the mean
+HIGHEST = "_max"  # figures whose names end so are logged by their maximum, all others by their mean
 
 
 class Metrics:
@@ -19,7 +19,7 @@ class Metrics:
             self._values[name].append(value)
 
     def take(self, processes: Processes) -> dict[str, float]:
-        """The figures since the last call, over all processes; those of several updates as their mean (or highest)."""
+        """The mean (or maximum) of each figure over the updates since the last call, of all processes."""
         everyone = processes.gather({name: _one(name, values) for name, values in self._values.items()})
         self._values.clear()
         names = dict.fromkeys(name for own in everyone for name in own)

@@ -1,5 +1,5 @@
-"""Several processes of one run (torchrun): work is shared out, all wait for each other at the same places, and one that
-is late or gone ends the others with a sentence."""
+"""Several processes of one run (torchrun): they share work and wait for each other at the same places. If one is late
+or has died, the others end with an error that names it."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ class Processes:
         self.count, self.index = args.world_size, args.process_index
         self._group = None
         if self.count > 1:
-            # Of its own: NCCL has no barrier that names who is missing. Its timeout is that of waiting for process 0,
-            # which may itself still be waiting for others.
+            # A separate group, because NCCL has no barrier that names the missing process. Its timeout is for waiting
+            # for process 0, which may itself be waiting for others.
             self._group = dist.new_group(backend="gloo", timeout=2 * args.ddp_timeout_delta)
 
     def share(self, function: Callable[[T], S], items: Sequence[T]) -> list[S]:
-        """[function(x) for x in items] in every process, each doing its part."""
+        """[function(x) for x in items] in every process; each process computes its part."""
         own = {i: function(items[i]) for i in range(self.index, len(items), self.count)}
         done = {i: result for part in self.gather(own) for i, result in part.items()}
         return [done[i] for i in range(len(items))]
 
     def gather(self, value: T) -> list[T]:
-        """What each process has for `value`."""
+        """The `value` of each process, in every process."""
         self.meet()
         return gather_object([value])
 
     def first(self, find: Callable[[], T]) -> T:
-        """What the first process finds, or the error that it meets, for all of them."""
+        """The result of `find` in the first process, for all processes; all raise its AmortLMError or OSError."""
         found: Any = None
         error: Exception | None = None
         if self.index == 0:
@@ -56,14 +56,14 @@ class Processes:
         return found
 
     def meet(self) -> None:
-        """Wait for all, `ddp_timeout` seconds at most. Raises TrainingError naming who has not come."""
+        """Wait for all processes, at most `ddp_timeout` seconds. Raises TrainingError naming the missing processes."""
         if self._group is not None:
             with self.blaming():
                 dist.monitored_barrier(self._group, self.args.ddp_timeout_delta, wait_all_ranks=True)
 
     @contextmanager
     def blaming(self) -> Iterator[None]:
-        """What goes wrong between processes as one sentence, a TrainingError."""
+        """Turns an error of communication between processes into a TrainingError of one sentence."""
         try:
             yield
         except RuntimeError as e:
@@ -71,17 +71,17 @@ class Processes:
             if self.count == 1 or who is None:
                 raise
             raise TrainingError(
-                f"process {self.index} of {self.count} ends: {who} stopped, or came more than ddp_timeout="
-                f"{self.args.ddp_timeout} seconds late. Look at the output of the others for why (a slow verifier "
+                f"process {self.index} of {self.count} ends: {who} stopped, or was more than ddp_timeout="
+                f"{self.args.ddp_timeout} seconds late. The output of the others shows the reason (a slow verifier "
                 "needs a longer ddp_timeout); checkpoints already saved are intact"
             ) from e
 
 
 def _missing(message: str) -> str | None:
-    """Whom an error of torch.distributed names; None where it is another error."""
+    """The process that an error of torch.distributed names; None if it is another error."""
     if found := re.search(r"Ranks? ([\d, ]+) failed to pass monitoredBarrier", message):
         return f"process {found[1].strip()}"
     if "monitoredBarrier" in message:
         return "process 0"
-    # Within a collective: gloo and NCCL name no process.
+    # Inside a collective operation, gloo and NCCL name no process.
     return "another process" if re.search(r"Connection (closed|reset)|[Tt]imed out|NCCL", message) else None

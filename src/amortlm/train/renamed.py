@@ -1,4 +1,4 @@
-"""Settings of earlier versions: what to write instead."""
+"""Settings of earlier versions, and their replacements."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ OF_OBJECTIVE = {
     "log_z": "log_z",
     "log_z_learning_rate": "log_z_learning_rate",
 }
-RATIOS = {"corrected_ratio": 0.0, "replay_ratio": 0.25, "tempered_ratio": 0.5}  # with their defaults of then
+RATIOS = {"corrected_ratio": 0.0, "replay_ratio": 0.25, "tempered_ratio": 0.5}  # with their former defaults
 
 
 def refuse_renamed(given: Mapping[str, Any]) -> None:
-    """Raise ConfigError where a setting of earlier versions is given, with what means the same now."""
+    """Raise ConfigError if a setting of earlier versions is given; the error names its replacement."""
     old = [name for name in given if name in OF_OBJECTIVE or name in RATIOS]
     instead = []
     if any(name in OF_OBJECTIVE for name in old):
@@ -29,11 +29,11 @@ def refuse_renamed(given: Mapping[str, Any]) -> None:
     if any(name in RATIOS for name in old):
         instead.append(f"behaviour={_behaviour(given)!r}")
     if old:
-        raise ConfigError(f"{', '.join(old)}: of earlier versions; write {' and '.join(instead)}")
+        raise ConfigError(f"{', '.join(old)}: no longer a setting; write {' and '.join(instead)}")
 
 
 def _objective(given: Mapping[str, Any]) -> str | dict[str, Any]:
-    """The objective with those of the old settings that it has."""
+    """The objective with the old settings that belong to it."""
     name = given.get("objective")
     if not isinstance(name, str) or name not in OBJECTIVES:
         name = "subtb"
@@ -45,7 +45,7 @@ def _objective(given: Mapping[str, Any]) -> str | dict[str, Any]:
 
 
 def _behaviour(given: Mapping[str, Any]) -> dict[str, float]:
-    """The old ratios were chances one after the other; the new shares are of all prompts."""
+    """The old ratios were conditional chances, one after the other; the new shares are shares of all prompts."""
     corrected, replay, tempered = (typed_value(given.get(n, d), float, n) for n, d in RATIOS.items())
     mix = {
         CORRECTED: corrected,
@@ -56,6 +56,6 @@ def _behaviour(given: Mapping[str, Any]) -> dict[str, float]:
 
 
 def refuse_keywords(given: Mapping[str, Any], renamed: Mapping[str, str]) -> None:
-    """Raise ConfigError where a keyword of earlier versions is given. renamed: old name -> new one."""
+    """Raise ConfigError if a keyword of earlier versions is given. renamed: old name -> new name."""
     for name in given.keys() & renamed.keys():
         raise ConfigError(f"{name} is now called {renamed[name]}: write {renamed[name]}=")

@@ -1,4 +1,4 @@
-"""A trainer whose runs are claimed, interrupted, resumed and saved: all of `GFNTrainer` but what an update is."""
+"""The part of `GFNTrainer` that claims folders and handles interruption, resume and saving; updates are elsewhere."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from amortlm.diagnostics import certificate
+from amortlm.diagnostics.importance import ImportanceEstimate
 from amortlm.files import replacing
 from amortlm.policy.policy import Policy
 from amortlm.posterior import Posterior
@@ -24,7 +26,7 @@ from amortlm.train.config import GFNConfig
 from amortlm.train.interruption import Interruption
 from amortlm.train.log_z import LearnedLogZ
 from amortlm.train.memory import RewardMemory
-from amortlm.train.outcome import complaint
+from amortlm.train.outcome import KeepBest, complaint
 from amortlm.train.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -32,19 +34,20 @@ CARD = "README.md"
 
 
 class ResumableTrainer(Trainer):
-    """What it saves and reads is set by its subclass."""
+    """The subclass sets the attributes below, which are saved and read."""
 
     args: GFNConfig
     train_dataset: Any  # a list of rows
     eval_dataset: Any  # a list of rows, or None
     policy: Policy
     target: Target
-    training_target: RewardMemory  # what the policy is trained on
+    training_target: RewardMemory  # the target with finite rewards, used in training
     posterior: Posterior
     processes: Processes
     log_z: LearnedLogZ | None
     stores: Sequence[checkpoints.Store]
     gold: Any  # completions that the buffer starts with
+    best: KeepBest | None
     first_weights: str | None = None  # a name of the saved weights that the adapter starts from
 
     def train(  # type: ignore[override]
@@ -54,15 +57,16 @@ class ResumableTrainer(Trainer):
         overwrite_output_dir: bool = False,
         **kwargs: Any,
     ) -> TrainOutput:
-        """Train, then save the posterior into `args.output_dir`, whatever `save_strategy` says of checkpoints.
+        """Train, then save the posterior into `args.output_dir`; `save_strategy` is only about checkpoints.
 
-        resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir` that is whole. A run that
-        was interrupted and resumed gives the same numbers as one that was not. overwrite_output_dir: delete the run
-        that `output_dir` holds. Without either, a folder with checkpoints or a posterior is refused.
+        resume_from_checkpoint: a checkpoint folder, or True for the last complete one in `output_dir`. A resumed run
+        gives the same numbers as an uninterrupted one.
+        overwrite_output_dir: delete the run that `output_dir` holds. Without either argument, a folder with checkpoints
+        or a posterior is refused.
 
-        SIGINT, SIGTERM and SIGHUP have their effect (KeyboardInterrupt, the end of the process) after the step that
-        runs, and a checkpoint. Raises CheckpointError for a folder that is used or of another run, checkpoints that
-        are damaged, and a full disk.
+        SIGINT, SIGTERM and SIGHUP take effect (KeyboardInterrupt, the end of the process) after the current step and a
+        checkpoint. Raises CheckpointError for a folder that is in use or of another run, for damaged checkpoints and
+        for a full disk; TrainingError for a loss that is not finite and for a lost process.
         """
         folder = Path(str(self.args.output_dir))
         stated = run.identity(
@@ -97,23 +101,36 @@ class ResumableTrainer(Trainer):
             self.remove_callback(stop)
 
     def _finish(self, stated: dict[str, Any]) -> None:
-        """Save the posterior, and say where it came to nothing."""
+        """Save the posterior in its best state, and warn if training failed."""
         folder = Path(str(self.args.output_dir))
+        end = self._estimates()
+        if self.best is not None:
+            certified = (folder / certificate.FILE).exists()
+            sentence = None if certified else self.best.restore(end, self.state.global_step)
+            if sentence is not None:
+                end = self._estimates()
+                self._warn(sentence)
+            self.best.forget()
         self.save_model()
         self.save_state()
         if self.is_world_process_zero():
             run.write(folder, stated, finished=True)
+        if (sentence := complaint(end)) is not None:
+            self._warn(sentence)
+
+    def _estimates(self) -> list[ImportanceEstimate]:
+        """Of a few prompts, as they were diagnosed while training."""
         diagnosed = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
-        end = self.processes.share(
-            lambda row: self.posterior.estimate(row, n, seed=diagnosis_seed(self.args)), diagnosed[:ROWS]
-        )
-        start = next((e for e in self.state.log_history if "elbo" in e and e["step"] == 0), None)
-        if (sentence := complaint(start, end)) is not None and self.is_world_process_zero():
+        seed = diagnosis_seed(self.args)
+        return self.processes.share(lambda row: self.posterior.estimate(row, n, seed=seed), diagnosed[:ROWS])
+
+    def _warn(self, sentence: str) -> None:
+        if self.is_world_process_zero():
             logger.warning("%s", sentence)
 
     def _load_finished(self, folder: Path) -> TrainOutput:
-        logger.warning("%s: training was finished; nothing is left to do", folder)
+        logger.warning("%s: this run is already finished; its posterior is loaded", folder)
         self.policy.load_adapter(folder)
         with checkpoints.reading(folder, checkpoints.STATE):
             self.state = TrainerState.load_from_json(str(folder / checkpoints.STATE))
@@ -126,7 +143,7 @@ class ResumableTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         with replacing(folder, run.POSTERIOR) as part:
             if (folder / CARD).exists():
-                shutil.copy(folder / CARD, part)  # peft adds to a card that is there
+                shutil.copy(folder / CARD, part)  # peft updates an existing card
             self.posterior.save_pretrained(part)
             (part / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
@@ -134,7 +151,7 @@ class ResumableTrainer(Trainer):
         output_dir = Path(self._get_output_dir(trial))
         folder = output_dir / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # files of a save that was cut short
+            shutil.rmtree(folder, ignore_errors=True)  # files of an interrupted save
         self.processes.meet()
         try:
             checkpoints.save_state(folder, self.processes.index, self.stores, self._log_z_values())
@@ -148,8 +165,8 @@ class ResumableTrainer(Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        # That was each process's last file. What follows: trainer_state.json, without which a checkpoint was cut
-        # short, and the end of checkpoints beyond save_total_limit.
+        # This was the last file of each process. `Trainer` then writes trainer_state.json, which marks a checkpoint as
+        # complete, and deletes checkpoints beyond save_total_limit.
         self.processes.meet()
         if self.args.should_save:
             checkpoints.seal(Path(output_dir), self.processes.count)

@@ -1,4 +1,4 @@
-"""A run and its folder: what makes a run the one that it is, and what of it may be gone on from or deleted.
+"""A run and its folder: the identity of a run, and which folders may be resumed or deleted.
 
 The identity of a run is written to run.json, in its folder before the first step and in each of its checkpoints.
 """
@@ -21,7 +21,7 @@ from amortlm.diagnostics import certificate
 from amortlm.engine.model import CausalLM
 from amortlm.errors import CheckpointError, ConfigError
 from amortlm.files import write_text
-from amortlm.train import checkpoints
+from amortlm.train import checkpoints, outcome
 from amortlm.train.checkpoints import START_OVER
 from amortlm.types import Row, row_key
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 FILE, LOCK = "run.json", ".lock"
 POSTERIOR = "posterior.json"
-# What a run leaves in its folder beside checkpoints, and the weights of a posterior. The rest is not ours to delete.
+# Files of a run besides checkpoints, and files with the weights of a posterior. No other files are deleted.
 NOTES = (FILE, certificate.FILE, checkpoints.STATE, "samples.jsonl", "training_args.json")
 WEIGHTS = (
     "adapter_model*.safetensors",
@@ -42,7 +42,7 @@ WEIGHTS = (
     "model*.safetensors",
     "model.safetensors.index.json",
 )
-# Settings that change what is written, shown or how fast, but not what is learned: names, or their beginnings.
+# Settings (names or prefixes of names) that change output, display or speed, but not the result of training.
 FREE = (
     *(
         "output_dir",
@@ -66,11 +66,11 @@ FREE = (
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 )
-PROBES = 64  # values of each tensor that tell one model from another
+PROBES = 64  # values of each tensor that are hashed
 SHOWN = 3  # differences named in an error
 
 
-# What a run is
+# The identity of a run
 
 
 def identity(
@@ -82,10 +82,10 @@ def identity(
     start: str | None = None,
     gold: Any = None,
 ) -> dict[str, Any]:
-    """What the result of a run depends on, as JSON: model, target, prompt, support, adapter, data and settings.
+    """Everything that the result of a run depends on, as JSON: model, target, prompt, support, adapter, data, settings.
 
-    start: name of the weights that an adapter starts from, where it was saved before; gold: completions that the
-    buffer starts with. Functions count by name, and library versions and devices not at all.
+    start: hash of the saved weights that an adapter starts from, if any. gold: initial completions of the buffer.
+    Functions are identified by name; library versions and devices do not count.
     """
     lm = policy.lm
     try:
@@ -117,18 +117,22 @@ def identity(
 
 
 def name_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of names, types, shapes and a few values of each: the same on every device, cheap for billions."""
+    """A hash of the name, type, shape and a few values of each tensor: the same on every device, and cheap for billions
+    of weights."""
     found = hashlib.sha256()
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        places = torch.linspace(0, len(flat) - 1, min(PROBES, len(flat))).long()
+        count = min(PROBES, len(flat))
+        places = (
+            torch.arange(count) * (len(flat) - 1) // max(1, count - 1)
+        )  # in floats the last would be missed
         values = flat[places.to(flat.device)].double().cpu().numpy().tobytes()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode() + values)
     return f"sha256:{found.hexdigest()}"
 
 
 def as_json(stated: dict[str, Any]) -> dict[str, Any]:
-    """As it will be read back."""
+    """The identity as it will be read from a file."""
     return json.loads(json.dumps(stated, default=_plain))
 
 
@@ -163,10 +167,10 @@ def stated_adapter(model: Any, is_full: bool) -> Any:
 
 
 def difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
-    """In which ways two identities differ: "seed was 42, is 7"; None if they do not."""
+    """The differences of two identities in words: "seed was 42, is 7"; None if they are equal."""
     old, new = _flat(was), _flat(now)
     if old.get("the model's weights") == new.get("the model's weights"):
-        old["model"] = new["model"]  # it has moved
+        old["model"] = new["model"]  # the same weights in another place
     found = []
     for name in dict.fromkeys([*new, *old]):
         a, b = old.get(name), new.get(name)
@@ -178,7 +182,7 @@ def difference(was: dict[str, Any], now: dict[str, Any]) -> str | None:
 
 
 def _flat(stated: dict[str, Any]) -> dict[str, Any]:
-    """Settings and the parts of support and adapter stand alone."""
+    """A flat mapping of an identity: settings by name, and parts of support and adapter with a prefix."""
     out = {k: v for k, v in stated.items() if not isinstance(v, dict)}
     for name in ("settings", "support", "adapter", "m_step", "p"):
         if isinstance(stated.get(name), dict):
@@ -192,12 +196,12 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:40]} ... {text[-35:]}"
 
 
-# Where it is
+# The folder of a run
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One run in a folder at a time. A lock dies with its process. Raises CheckpointError where it is taken."""
+    """Lock a folder for one run at a time. The lock ends with its process. Raises CheckpointError if it is taken."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
@@ -213,9 +217,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def prepare(folder: Path, stated: dict[str, Any], resume: str | Path | bool, overwrite: bool) -> Path | None:
-    """What to go on from: a checkpoint of this very run, its folder where it is finished, None to start.
+    """Where to start: a checkpoint of this run; its folder if the run is finished; None for a new run.
 
-    Claims the folder for it. Raises CheckpointError where that would take or overwrite what is another run's.
+    Writes the identity into the folder. Raises CheckpointError if the folder or the checkpoint is of another run,
+    ConfigError for both resume and overwrite.
     """
     if resume and overwrite:
         raise ConfigError(
@@ -240,17 +245,17 @@ def prepare(folder: Path, stated: dict[str, Any], resume: str | Path | bool, ove
 
 
 def refuse_used(folder: Path) -> None:
-    """Raise CheckpointError where a folder holds a posterior, or checkpoints that were written to their end."""
+    """Raise CheckpointError if a folder holds a posterior, or checkpoints that were written completely."""
     saved = any((p / checkpoints.STATE).exists() for p in checkpoints.begun(folder))
     if saved or (folder / POSTERIOR).exists():
         raise CheckpointError(
-            f"{folder} holds a run already: go on with resume_from_checkpoint=True (--resume), {START_OVER}, which "
-            "deletes it, or give another output folder"
+            f"{folder} already holds a run: continue it with resume_from_checkpoint=True (--resume), {START_OVER}, "
+            "which deletes it, or give another output folder"
         )
 
 
 def can_resume(folder: Path) -> bool:
-    """Is there a whole checkpoint, or a finished run?"""
+    """Does the folder hold a complete checkpoint, or a finished run?"""
     return is_finished(folder) or any(checkpoints.damage(p) is None for p in checkpoints.begun(folder))
 
 
@@ -274,12 +279,12 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as e:
         reason = str(e)
     raise CheckpointError(
-        f"{folder} does not say which run it is of ({FILE}: {reason}), as in those of earlier versions; {START_OVER}"
+        f"{folder} does not state its run ({FILE}: {reason}); earlier versions did not write this file; {START_OVER}"
     )
 
 
 def check(folder: Path, stated: dict[str, Any]) -> None:
-    """Raise CheckpointError where a folder or checkpoint is of another run."""
+    """Raise CheckpointError if a folder or checkpoint is of another run."""
     found = difference(_read(folder)["identity"], stated)
     if found:
         raise CheckpointError(
@@ -289,10 +294,11 @@ def check(folder: Path, stated: dict[str, Any]) -> None:
 
 
 def _clear(folder: Path) -> None:
-    """Leave nothing of an earlier run that could be taken for this one's."""
+    """Delete the files of an earlier run, so that none is taken for a file of this run."""
     for checkpoint in checkpoints.begun(folder):
         shutil.rmtree(checkpoint)
     weights = (*WEIGHTS, POSTERIOR) if (folder / POSTERIOR).exists() else ()
     for pattern in (*weights, *NOTES):
         for file in folder.glob(pattern):
             file.unlink()
+    shutil.rmtree(folder / outcome.FOLDER, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the trainer learns from: experience, and where it comes from."""
+"""The trajectories that the trainer learns from (`Experience`), and their sources."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ Step = tuple[int, int]  # update, micro-batch
 
 @dataclass(frozen=True)
 class Experience:
-    """B trajectories of N prompts, with all that is known of them before the policy is evaluated.
+    """B trajectories of N prompts, with the data that the loss needs besides the policy.
 
-    rollouts        with the stopping states that the objective looks at
-    log_reward      [B, T+1]  log R of these states, nats, before the reward temperature
-    log_q           [B]       the sampler's log q of the whole trajectory, nats; nan where it was not drawn now
-    version         of the weights that drew: the number of the update
-    from_posterior  [N] bool  prompts with draws near the posterior among their completions
+    rollouts        with the stopping states that the objective uses
+    log_reward      [B, T+1]  log R at these states, nats, before the reward temperature
+    log_q           [B]       the sampler's log q of the whole trajectory, nats; NaN if it was not drawn in this step
+    version         version of the weights that drew: the number of the update
+    from_posterior  [N] bool  prompts whose completions include corrected samples
     """
 
     rollouts: Rollouts
@@ -44,8 +44,9 @@ class Experience:
     from_posterior: Tensor
 
     def mismatch(self, log_probs: PolicyLogProbs) -> dict[str, float]:
-        """How far the sampler's log q of what it drew now is from the trainer's, nats per token (the stop is one), in
-        the mean and at most; nothing where nothing was drawn now. Far from 0, they are not the same distribution."""
+        """The mean and maximum difference between the sampler's and the trainer's log q of the completions drawn in
+        this step, in nats per token (the stop counts as one); {} if none was drawn. If it is far from 0, sampler and
+        trainer have different distributions. log_probs: the trainer's."""
         lengths = self.rollouts.lengths
         off = (log_probs.final(lengths) - self.log_q).abs() / (lengths + 1)
         drawn = off[~self.log_q.isnan()]
@@ -60,20 +61,20 @@ class ExperienceSource:
     All randomness is a function of (seed, step, row): it is the same after a resume and on any number of
     processes.
 
-    **Corrected prompts.** Draws z_k of the policy with weights w_k are an unbiased estimate of the measure R; on the
-    completions S in the buffer R is known. So
+    **Corrected prompts.** Draws z_k of the policy with weights w_k are an unbiased estimate of the measure R. For the
+    completions S in the buffer, R is known. So
 
         sum_{z in S} R(z) delta_z + 1/M sum_{k: z_k not in S} w_k delta_{z_k}
 
-    is one too, with S free of noise: what was found once keeps its exact mass however rarely q writes it, at no
-    pass of a model. Resampled, it gives draws of R / Z, biased by O(1/M). A mode that neither q nor the buffer has
-    seen stays unseen.
+    is also an unbiased estimate, without noise on S: a completion in the buffer has its exact mass, even if q rarely
+    writes it, and costs no pass of a model. Resampled, this gives draws of R / Z with a bias of O(1/M). A mode that
+    neither q nor the buffer has seen stays unseen.
     """
 
     def __init__(
         self, policy: Policy, target: Target, buffer: ReplayBuffer, objective: Objective, config: GFNConfig
     ):
-        """target: the rewards that are trained on, finite everywhere (`Softened`)."""
+        """target: the rewards used in training, finite everywhere (`Softened`)."""
         self.policy, self.target, self.buffer = policy, target, buffer
         self.objective, self.config = objective, config
         self._corrected_chance, self._replay_chance, self._tempered_chance = chances(config.behaviour)
@@ -87,18 +88,18 @@ class ExperienceSource:
             )
 
     def collect(self, rows: Sequence[Row], step: Step) -> Experience:
-        """Trajectories for one micro-batch, B = N * num_samples, those of a row together; they also go into the
-        buffer."""
+        """The experience of one micro-batch: B = N * num_samples trajectories, those of a row next to each other. They
+        are also added to the buffer."""
         from_posterior = self.corrected(rows, step)
         rollouts, log_q = self.draw(rows, step, from_posterior)
         rollouts = self.thin(rollouts, step)
-        distinct, place = rollouts.distinct()  # samples of a sharp policy repeat
+        distinct, place = rollouts.distinct()  # samples of a policy with low entropy repeat
         log_reward = self.target.score(distinct)[place]
         self.buffer.add(rollouts, log_reward.gather(1, rollouts.lengths[:, None]).squeeze(1))
         return Experience(rollouts, log_reward, log_q, step[0], from_posterior.to(log_q.device))
 
     def draw(self, rows: Sequence[Row], step: Step, corrected: Tensor) -> tuple[Rollouts, Tensor]:
-        """(trajectories, the sampler's log q [B]). corrected [N] bool: the prompts that get corrected samples."""
+        """(trajectories, the sampler's log q [B], nats). corrected [N] bool: prompts that get corrected samples."""
         choices = [random.Random(seed_of((self.config.seed, step, row_key(row)))) for row in rows]
         given = [
             self._correct(row, step) if yes else self._replay(row, choice)
@@ -124,7 +125,7 @@ class ExperienceSource:
         return Rollouts.cat(parts), torch.cat(log_q)[order]  # in the order of `cat`
 
     def thin(self, rollouts: Rollouts, step: Step) -> Rollouts:
-        """Without the stopping states that this objective will not look at, before they are scored."""
+        """Remove the stopping states that the objective does not use, so that they are not scored."""
         if not self.objective.every_prefix:
             return rollouts.final_only()
         generator = torch.Generator().manual_seed(seed_of((self.config.seed, "states", step)))
@@ -137,23 +138,23 @@ class ExperienceSource:
             self.buffer.add(rollouts, self.target.score_final(rollouts))
 
     def corrected(self, rows: Sequence[Row], step: Step) -> Tensor:
-        """[N] bool: the prompts that get corrected samples at a step."""
+        """[N] bool: prompts that get corrected samples at a step."""
         draws = [
             random.Random(seed_of(("corrected", self.config.seed, step, row_key(r)))).random() for r in rows
         ]
         return torch.tensor(draws) < self._corrected_chance
 
     def _correct(self, row: Row, step: Step) -> list[list[int]]:
-        """Completions drawn near R / Z: all K for an objective that takes them for draws of the posterior, and half of
-        them for the others, whose residuals compare them with what q writes now."""
+        """Corrected completions of a prompt, with their stop symbols: all K of them for an objective that treats them
+        as draws of the posterior, else K / 2, which the objective compares with fresh samples of q."""
         candidates, log_mass = self.estimate(row, step)
         k = self.config.num_samples if self.objective.posterior_only else self.config.num_samples // 2
         u = random.Random(seed_of(("resample", self.config.seed, step, row_key(row)))).random()
         return [candidates[i] for i in systematic(log_mass, k, torch.tensor(u)).tolist()]
 
     def estimate(self, row: Row, step: Step) -> tuple[list[list[int]], Tensor]:
-        """(completions with their stop symbols, log masses): together an unbiased estimate of the measure R (class
-        docstring), at the reward temperature of the step. What is drawn for it also goes into the buffer."""
+        """(completions with their stop symbols, their log masses in nats): an unbiased estimate of the measure R (class
+        docstring) at the reward temperature of the step. The completions drawn are also added to the buffer."""
         temperature = self.config.reward_temperature_at(step[0])
         known = list(self.buffer.entries(row_key(row)))
         seen = {e.tokens for e in known}
@@ -169,7 +170,7 @@ class ExperienceSource:
         return completions, torch.tensor(log_mass, dtype=torch.float64)
 
     def _pool(self, row: Row, temperature: float, seed: object) -> tuple[Rollouts, Tensor, Tensor]:
-        """(completions of the policy, their log weights for R^(1/temperature) / q [M], log R [M])."""
+        """(completions of the policy, their log weights R^(1/temperature) / q [M], their log R [M]), nats."""
         m = self.config.corrected_particles
         if self.config.corrected_method == "smc":
             particles = smc(self.policy, self.target / temperature, row, num_particles=m, seed=seed)

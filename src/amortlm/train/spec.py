@@ -1,4 +1,4 @@
-"""A training run as data: what a YAML file or a built-in task states."""
+"""A training run as data, as a YAML file or a built-in task states it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class RunSpec:
     target    terms as in `amortlm.targets.spec`
     data      rows, or a path to .jsonl, .json, .csv or .tsv with a header
     adapter   rank of a LoRA adapter, or "full" for full fine-tuning
-    trust     modules whose functions the target may name; the .py files in `folder`, that of the YAML file, count as
-              well. The user says what to trust: a YAML file cannot
+    trust     modules whose functions the target may name. The .py files in `folder` (the folder of the YAML file) are
+              also trusted. A YAML file cannot set this field
     """
 
     prompt: str | list[dict[str, Any]]
@@ -59,7 +59,7 @@ class RunSpec:
         missing = [name for name in ("prompt", "target", "support", "data") if name not in raw]
         if missing:
             raise ConfigError(
-                f"{path}: {', '.join(missing)} missing; a run states prompt, target, support and data"
+                f"{path}: {', '.join(missing)} missing; a run needs prompt, target, support and data"
             )
         if isinstance(raw["data"], str):
             raw["data"] = str(path.parent / raw["data"])
@@ -91,7 +91,7 @@ class RunSpec:
 
         check_keys(self.support, _keys(Support), "support")
         if "stop" not in self.support:
-            raise ConfigError("support: 'stop' is missing: name the token, or tokens, that end a completion")
+            raise ConfigError("support: 'stop' is missing: give the token, or tokens, that end a completion")
         return Support(**typed(self.support, Support, "support"))
 
     def args(self, output_dir: str) -> GFNConfig:
@@ -106,11 +106,11 @@ class RunSpec:
             return GFNConfig(**{**typed(self.config, GFNConfig, "config"), "output_dir": output_dir})
         except AmortLMError:
             raise
-        except Exception as e:  # transformers checks its settings with errors of every kind
+        except Exception as e:  # transformers raises many types of errors for wrong settings
             raise ConfigError(f"config: {e}") from e
 
     def with_overrides(self, **given: Any) -> RunSpec:
-        """A copy with the arguments that are not None; `config` is merged."""
+        """A copy in which the arguments that are not None replace fields; `config` is merged into the old one."""
         given = {k: v for k, v in given.items() if v is not None}
         config = {**self.config, **given.pop("config", {})}
         return replace(self, **given, config=config)
@@ -140,7 +140,7 @@ class RunSpec:
         return Trust(self.trust, None if self.folder is None else Path(self.folder))
 
     def trust_options(self) -> list[str]:
-        """The options with which `amortlm sample` finds the functions of the target."""
+        """The --trust options that `amortlm sample` needs to import the functions of the target."""
         from amortlm.targets.functions import references
 
         trust = self._trust()
@@ -148,7 +148,7 @@ class RunSpec:
         return [option for module in modules for option in ("--trust", trust.file(module) or module)]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the file states."""
+        """The keys and values of the file."""
         return {k: v for k, v in asdict(self).items() if k not in ("trust", "folder")}
 
 

@@ -38,9 +38,11 @@ from amortlm.train.callbacks import (
     mean,
 )
 from amortlm.train.config import METRICS, REFUSED, GFNConfig
+from amortlm.train.floor import FloorCheck
 from amortlm.train.log_z import LearnedLogZ
 from amortlm.train.memory import RewardMemory
 from amortlm.train.metrics import Metrics
+from amortlm.train.outcome import KeepBest
 from amortlm.train.processes import Processes
 from amortlm.train.renamed import refuse_keywords
 from amortlm.train.resumable import ResumableTrainer
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig
 
 CHUNK = 32  # rows at a time when every row of the data is visited
-# Arguments of Trainer that mean the same here.
+# Arguments of Trainer that have the same meaning here.
 TRAINER = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
 
 
@@ -59,14 +61,17 @@ class GFNTrainer(ResumableTrainer):
     """Trains a policy to sample from `target` (Hu et al. 2024, section 3).
 
     train_dataset   rows with the columns the templates name: a list of dicts, a `datasets.Dataset`, a DataFrame
-    adapter         what is trained: a LoraConfig, the rank of a LoRA on all linear layers (None: the default rank),
-                    "full" for all weights, or a folder with a saved adapter to start from
-    gold            completions that start in the replay buffer: a list per row (texts or tokens)
-    eval_dataset    rows that are diagnosed in place of the first ones trained on: a few every `diagnose_steps`, and
-                    all in `evaluate`, which `eval_strategy` calls
+    adapter         a LoraConfig or other PEFT config, the rank of a LoRA on all linear layers (None: the default rank),
+                    "full" to train all weights, or a folder with a saved adapter to start from
+    gold            initial completions of the replay buffer: a list per row (texts or tokens)
+    eval_dataset    rows that are diagnosed instead of training rows: the first few every `diagnose_steps`, and all in
+                    `evaluate`, which `eval_strategy` calls
 
-    `trainer.posterior` is usable before, during and after training. Everything else is `transformers.Trainer`:
+    `trainer.posterior` is usable before, during and after training. Everything else is as in `transformers.Trainer`:
     callbacks, optimizers, trackers, checkpoints, `torchrun`.
+
+    Raises ConfigError for arguments that do not fit, RewardError for an objective that needs every prefix with a target
+    that judges only finished text, and DataError, TemplateError or PromptTooLongError for rows that do not fit.
     """
 
     objective: objectives.Objective
@@ -117,18 +122,19 @@ class GFNTrainer(ResumableTrainer):
         self.gold = gold
 
     def _make_parts(self, args: GFNConfig, rows: Sequence[Row], target: Target) -> None:
-        """What an update is made of. target: finite everywhere."""
+        """Create the parts that an update uses. target: with finite rewards."""
         self.training_target = RewardMemory(target)
         self.posterior = Posterior(self.policy, self.target)
         self.buffer = ReplayBuffer(args.buffer_size, args.buffer_prioritized)
         self.stores = (self.buffer, self.training_target)
         self.source = ExperienceSource(self.policy, self.training_target, self.buffer, self.objective, args)
+        self.floor = FloorCheck(self.policy.support)
         self._metrics = Metrics()
         self._micro_step = (-1, 0)
         rate = self.objective.log_z_rate
         self.log_z = None if rate is None else LearnedLogZ(self.policy, rows, rate)
         if self.log_z is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # by the forward pass, which log Z is no part of
+            args.ddp_find_unused_parameters = False  # log Z is not used in the forward pass, only in the loss
 
     def _check_processes(self, rows: Sequence[Row]) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -136,25 +142,28 @@ class GFNTrainer(ResumableTrainer):
         self.processes = Processes(self.args)
         batch = self.args.train_batch_size * self.processes.count
         if self.args.dataloader_drop_last and len(rows) < batch:
-            raise ConfigError(
-                f"dataloader_drop_last leaves nothing of {len(rows)} rows in batches of {batch}"
-            )
+            raise ConfigError(f"dataloader_drop_last with batches of {batch} drops all {len(rows)} rows")
 
     def _choose_callbacks(self, diagnosed: Sequence[Row]) -> None:
         self.remove_callback(PrinterCallback)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         if not self.args.disable_tqdm:
             self.add_callback(TrainingProgress())
+        self.best = None
         if self.args.diagnose_steps:
             stop = None
+            if not self.args.load_best_model_at_end:
+                self.best = KeepBest(self.policy, Path(str(self.args.output_dir)), self.processes)
             if self.args.stop_at_gap:
                 stop = StopWhenRight(
                     self.posterior, self.train_dataset, self.buffer, self.args, self.processes, self.log
                 )
-            self.add_callback(DiagnoseCallback(self.posterior, diagnosed, self.processes, self.log, stop))
+            self.add_callback(
+                DiagnoseCallback(self.posterior, diagnosed, self.processes, self.log, self.best, stop)
+            )
 
     def _checked_rows(self, rows: Sequence[Row], name: str) -> list[Row]:
-        """Copies of the rows. Prompts that are too long fail here, not at step 500."""
+        """Copies of the rows, after a check of columns and prompts: an error comes before training, not at step 500."""
         copies: list[Row] = [DataRow(row) for row in as_rows(rows, name)]
         check_rows(copies, set(self.policy.prompt.columns) | set(self.target.columns), name)
         for start in range(0, len(copies), CHUNK):
@@ -162,8 +171,8 @@ class GFNTrainer(ResumableTrainer):
         return copies
 
     def add_gold(self, rows: Sequence[Row], gold: Sequence[Sequence[str | list[int]]]) -> None:
-        """Score gold completions (a list per row) and put them into the replay buffer. Raises DataError where there
-        is not one list per row."""
+        """Score gold completions (a list per row) and add them to the replay buffer. Raises DataError if there is not
+        one list per row, or for a completion outside the support."""
         if len(rows) != len(gold):
             raise DataError(
                 f"{len(gold)} lists of gold completions for {len(rows)} rows; give one list per row"
@@ -178,8 +187,9 @@ class GFNTrainer(ResumableTrainer):
             return super().training_step(*args, **kwargs)
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Experience:  # type: ignore[override]
-        """The experience that `compute_loss` learns from, for a micro-batch of rows."""
+        """The experience for `compute_loss`, from a micro-batch of rows."""
         experience = self.source.collect(list(inputs["rows"]), self._next_micro_step())
+        self.floor.see(experience.rollouts, experience.log_reward)
         self.processes.meet()
         return experience
 
@@ -232,11 +242,11 @@ class GFNTrainer(ResumableTrainer):
         self._metrics.add(metrics | experience.mismatch(log_probs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add our metrics since the last log, over all processes, to that of the loss."""
+        """Add the metrics since the last log, of all processes, to the log of the loss."""
         if "loss" in logs:
             super().log({**logs, **self._metrics.take(self.processes)}, start_time)
         else:
-            # Trainer takes any log for that of the loss, which would then be left out.
+            # Trainer treats any log as the log of the loss, and would then skip that one.
             due = self.control.should_log
             super().log(logs, start_time)
             self.control.should_log = due
@@ -279,7 +289,7 @@ class GFNTrainer(ResumableTrainer):
 
 
 def _collate(rows: list[Row]) -> dict[str, UserList[Row]]:
-    # Of a list accelerate would make copies, row by row, to move what is in them.
+    # accelerate would copy the rows of a plain list, to move their contents to the device.
     return {"rows": UserList(rows)}
 
 

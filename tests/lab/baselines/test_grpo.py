@@ -1,4 +1,4 @@
-"""GRPO and RLOO by TRL: on the support, with our prompts, and without touching the frozen model."""
+"""GRPO by TRL: on the support, with our prompts, and without touching the frozen model."""
 
 from __future__ import annotations
 
@@ -45,9 +45,8 @@ def mean_reward(policy: Policy, reward: Recorder) -> float:
     return (rollouts.tokens[:, 0] == reward.token).float().mean().item()
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_the_reward_rises_on_the_support_and_the_model_stays(
-    family_lm: LanguageModel, tmp_path: Path, method: str, capfd: pytest.CaptureFixture[str]
+    family_lm: LanguageModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     lm = family_lm
     policy = tiny_policy(lm, "{x}", SUPPORT)
@@ -64,7 +63,6 @@ def test_the_reward_rises_on_the_support_and_the_model_stays(
         ROWS,
         counted,
         output_dir=tmp_path,
-        method=method,
         num_samples=8,
         rows_per_step=n,
         max_steps=40,
@@ -84,14 +82,13 @@ def test_the_reward_rises_on_the_support_and_the_model_stays(
     assert [name for name, _ in policy.model.named_parameters()] == names
     assert (lm.tokenizer.eos_token, lm.tokenizer.pad_token) == (end, pad)
     assert capfd.readouterr() == ("", "")
-    log = [json.loads(line) for line in (tmp_path / f"{method}.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (tmp_path / "grpo.jsonl").read_text().splitlines()]
     assert log[0]["kl"] == pytest.approx(0.0, abs=1e-5)  # the reference is the policy as given
     assert log[-2]["kl"] > 0
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_settings_of_the_checkpoint_reach_no_draw(
-    one_lm: LanguageModel, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    one_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A thousand draws at learning rate 0 follow q, whatever temperature the checkpoint names."""
     monkeypatch.setattr(one_lm.model, "generation_config", GenerationConfig(temperature=0.1, min_p=0.4))
@@ -102,7 +99,6 @@ def test_settings_of_the_checkpoint_reach_no_draw(
         ROWS[:1],
         reward,
         output_dir=tmp_path,
-        method=method,
         num_samples=100,
         max_steps=10,
         learning_rate=0.0,
@@ -117,27 +113,21 @@ def test_settings_of_the_checkpoint_reach_no_draw(
     assert g_test(torch.bincount(drawn, minlength=len(law)), law**2) < LEVEL  # control: a colder law
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_nothing_bends_the_sampling(
-    one_lm: LanguageModel, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    one_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neutral settings reach TRL, and its prompts are the policy's tokens."""
+    """Neutral settings reach TRL."""
     import trl
 
     made: list[Any] = []
-    trainer_class = getattr(trl, f"{method.upper()}Trainer")
+    trainer_class = trl.GRPOTrainer
     monkeypatch.setattr(trainer_class, "train", lambda self: made.append(self))
     policy = tiny_policy(one_lm, "{x}", SUPPORT)
-    train_grpo(policy, ROWS, Recorder(policy), output_dir=tmp_path, method=method)
+    train_grpo(policy, ROWS, Recorder(policy), output_dir=tmp_path)
     (trainer,) = made
     assert {name: getattr(trainer.args, name) for name in NEUTRAL} == NEUTRAL
     config = trainer.generation_config
     assert (config.temperature, config.top_p, config.top_k, config.min_p) == (1.0, 1.0, 0, None)
-    if method == "rloo":
-        assert trainer._tokenize_prompts(["2", "0"])[0] == policy.encode_rows([ROWS[2], ROWS[0]])
-        assert set(trainer.eos_token_ids) == set(policy.support.stop_ids)
-        assert config.min_new_tokens == 1
-        assert len(config.suppress_tokens) == one_lm.vocab_size - 5 - 2
 
 
 def test_rollouts_are_those_of_the_policy(one_lm: LanguageModel) -> None:
@@ -171,18 +161,17 @@ def test_tokens_of_a_tool_leave_the_loss(one_lm: LanguageModel, monkeypatch: pyt
     assert all(mask == [0] + [1] * (len(mask) - 1) for mask in out["env_mask"])
 
 
-@pytest.mark.parametrize("method", ["grpo", "rloo"])
 def test_the_log_probabilities_are_the_models(
-    family_lm: LanguageModel, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+    family_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What TRL differentiates is log p over the whole vocabulary of prompt, completion and stop."""
     import trl
 
     made: list[Any] = []
-    trainer_class = getattr(trl, f"{method.upper()}Trainer")
+    trainer_class = trl.GRPOTrainer
     monkeypatch.setattr(trainer_class, "train", lambda self: made.append(self))
     policy = tiny_policy(family_lm, "{x}", SUPPORT)
-    train_grpo(policy, ROWS, Recorder(policy), output_dir=tmp_path, method=method)
+    train_grpo(policy, ROWS, Recorder(policy), output_dir=tmp_path)
     prompt, ids = policy.encode_rows(ROWS)[1], policy.parse("ab.")[0]
     tokens = torch.tensor([[*prompt, *ids]])
     log_p, _, _ = made[0]._get_per_token_logps_and_entropies(
@@ -210,7 +199,6 @@ def test_settings_that_cannot_work_are_refused(one_lm: LanguageModel, tmp_path: 
     policy = tiny_policy(one_lm, "{x}", SUPPORT)
     reward = Recorder(policy)
     for settings, error, message in (
-        ({"method": "rlo"}, ConfigError, "did you mean 'rloo'"),
         ({"num_samples": 1}, ConfigError, "at least 2"),
         ({"rows_per_step": 4}, DataError, "rows_per_step=4"),
     ):

@@ -59,8 +59,8 @@ def test_figures_of_a_method(light: None, embedded: LanguageModel, tmp_path: Pat
     grid = {**SMOKE["grids"], "temperature": [{"temperature": t} for t in (3.0, 0.3)]}
     settings = {**SMOKE, "grids": grid}
     data = EXPERIMENT.prepare(settings, embedded, None)
-    context = Context(settings, embedded, data, dry_run=method.startswith("gflownet"))
-    outcome = EXPERIMENT.evaluate(context, EXPERIMENT.methods[method](context, 0, tmp_path), 0)
+    context = Context(settings, embedded, data, method.startswith("gflownet"), folder=tmp_path)
+    outcome = EXPERIMENT.evaluate(context, EXPERIMENT.methods[method](context))
     assert set(outcome.metrics) == set(EXPERIMENT.metrics)
     points = outcome.details["points"]
     assert all(p["max_ll"] >= p["mean_ll"] and p["token_passes"] >= 2 for p in points)

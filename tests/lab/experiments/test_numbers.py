@@ -21,15 +21,15 @@ EXPERIMENT = numbers.EXPERIMENT
 STEPS, SAMPLES = 2, 4
 
 
-def context(lm: LanguageModel, dry_run: bool = False) -> Context:
-    settings = {**EXPERIMENT.presets["smoke"], "steps": STEPS, "num_samples": SAMPLES, "lora": 2}
-    return Context(settings, lm, EXPERIMENT.prepare(settings, lm, None), dry_run)
+def context(lm: LanguageModel, folder: Path = Path()) -> Context:
+    settings = {**EXPERIMENT.presets["smoke"], "steps": STEPS, "num_samples": SAMPLES, "adapter": 2}
+    return Context(settings, lm, EXPERIMENT.prepare(settings, lm, None), folder=folder)
 
 
 def test_presets_state_the_same_settings() -> None:
     names = {preset: set(dict(flat(settings))) for preset, settings in EXPERIMENT.presets.items()}
     assert names["smoke"] == names["small"] == names["paper"]
-    assert EXPERIMENT.presets["paper"]["lora"] == 512
+    assert EXPERIMENT.presets["paper"]["adapter"] == 512
     assert EXPERIMENT.presets["paper"]["max_tokens"] == 5
 
 
@@ -39,24 +39,24 @@ def test_trained_methods_judge_equally_many_completions(
 ) -> None:
     if method == "grpo":
         pytest.importorskip("trl")
-    trained = EXPERIMENT.methods[method](context(embedded), 0, tmp_path)
+    trained = EXPERIMENT.methods[method](context(embedded, tmp_path))
     assert trained.reward_evaluations == STEPS * SAMPLES
-    before = EXPERIMENT.methods["untrained"](context(embedded), 0, tmp_path)
-    outcomes = [EXPERIMENT.evaluate(context(embedded), t, 0) for t in (before, trained)]
+    before = EXPERIMENT.methods["untrained"](context(embedded, tmp_path))
+    outcomes = [EXPERIMENT.evaluate(context(embedded), t) for t in (before, trained)]
     assert outcomes[0].metrics != outcomes[1].metrics, "two steps have moved it"
     assert sum(outcomes[1].details["probs"]) == pytest.approx(outcomes[1].metrics["valid"])
 
 
 def test_no_training_is_the_model_itself(embedded: LanguageModel, tmp_path: Path) -> None:
     """Figures of README.md for the model before training."""
-    trained = EXPERIMENT.methods["untrained"](context(embedded), 0, tmp_path)
-    metrics = EXPERIMENT.evaluate(context(embedded), trained, 0).metrics
+    trained = EXPERIMENT.methods["untrained"](context(embedded, tmp_path))
+    metrics = EXPERIMENT.evaluate(context(embedded), trained).metrics
     assert metrics == pytest.approx({"valid": 0.6269, "kl": 1.6244, "tv": 0.7266}, abs=1e-4)
     assert trained.reward_evaluations == 0
 
 
 def test_the_reward_of_reinforcement_learning(embedded: LanguageModel, tmp_path: Path) -> None:
-    posterior: Posterior = EXPERIMENT.methods["untrained"](context(embedded), 0, tmp_path).sampler
+    posterior: Posterior = EXPERIMENT.methods["untrained"](context(embedded, tmp_path)).sampler
     texts = [" 0", " 42", " 100", " 101", " 07", "7", " cat"]
     rollouts = posterior.policy.rollouts([{}], [texts])
     reward = numbers.validity(context(embedded).data.target)
@@ -109,7 +109,7 @@ def test_an_interrupted_gflownet_goes_on_from_its_checkpoint(
     """Cut short in its third step, after the checkpoint of the second; ends where the uninterrupted run ends."""
     options: dict[str, Any] = {
         "methods": ["gflownet-tb"],
-        "overrides": {"num_samples": str(SAMPLES), "lora": "2"},
+        "overrides": {"num_samples": str(SAMPLES), "adapter": "2"},
     }
     whole = runner.execute(runner.make_plan(EXPERIMENT, "smoke", tmp_path / "whole", **options), _silent)
     plan = runner.make_plan(EXPERIMENT, "smoke", tmp_path / "cut", **options)

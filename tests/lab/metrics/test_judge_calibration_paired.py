@@ -14,7 +14,7 @@ from reference import plain_ids, sequence_log_prob
 
 from amortlm.errors import ConfigError, DataError, RewardError
 from amortlm.lab.metrics.calibration import calibration
-from amortlm.lab.metrics.judge import lm_judge, preferences, served_judge, win_rate
+from amortlm.lab.metrics.judge import lm_judge, preferences, served_judge
 from amortlm.lab.metrics.paired import paired_test
 from amortlm.language_model import LanguageModel
 
@@ -25,9 +25,8 @@ def longer(context: str, a: str, b: str) -> float:
     return 1.0 if len(a) > len(b) else 0.0
 
 
-def test_win_rate_asks_in_both_orders() -> None:
+def test_a_judge_is_asked_in_both_orders() -> None:
     assert preferences(CONTEXTS, A, B, longer) == [1.0, 0.0]
-    assert win_rate(CONTEXTS, A, B, longer) == 0.5
     # A judge that always takes the first place prefers neither.
     assert preferences(CONTEXTS, A, B, lambda c, a, b: 1.0) == [0.5, 0.5]
     assert preferences(["x"], ["a"], ["b"], lambda c, a, b: 0.9 if a == "a" else 0.3) == [pytest.approx(0.8)]
@@ -35,9 +34,9 @@ def test_win_rate_asks_in_both_orders() -> None:
 
 def test_bad_judgements_are_refused() -> None:
     with pytest.raises(RewardError, match=r"\[0, 1\]"):
-        win_rate(CONTEXTS, A, B, lambda c, a, b: 1.5)
+        preferences(CONTEXTS, A, B, lambda c, a, b: 1.5)
     with pytest.raises(DataError):
-        win_rate(CONTEXTS, A, B[:1], longer)
+        preferences(CONTEXTS, A, B[:1], longer)
 
 
 def test_lm_judge_compares_log_prob_per_token(one_lm: LanguageModel) -> None:

@@ -37,19 +37,6 @@ def counts(pair: tuple[list[str], list[str]], n: int) -> tuple[int, int, int]:
     return sum((a & b).values()), sum(a.values()), sum(b.values())
 
 
-def test_corpus_bleu_is_pooled_precision_with_brevity_penalty() -> None:
-    pytest.importorskip("sacrebleu")
-    log_p, zeros = 0.0, 1.0
-    for n in range(1, 5):
-        found, total, _ = (sum(c) for c in zip(*(counts(p, n) for p in TOKENS), strict=True))
-        if not found:
-            zeros *= 2
-        log_p += math.log(found / total if found else 1 / (zeros * total)) / 4
-    hyp, ref = (sum(len(p[i]) for p in TOKENS) for i in (0, 1))
-    expected = 100 * math.exp(log_p + min(0.0, 1 - ref / hyp))
-    assert overlap.corpus_bleu(HYPOTHESES, REFERENCES) == pytest.approx(expected)
-
-
 def test_sentence_bleu_by_hand() -> None:
     pytest.importorskip("sacrebleu")
     ps = [counts(TOKENS[0], n) for n in range(1, 5)]
@@ -70,7 +57,7 @@ def test_gleu_is_the_smaller_of_precision_and_recall() -> None:
     assert overlap.sentence_gleu(HYPOTHESES, REFERENCES) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("metric", [overlap.sentence_bleu, overlap.corpus_bleu, overlap.sentence_gleu])
+@pytest.mark.parametrize("metric", [overlap.sentence_bleu, overlap.sentence_gleu])
 def test_pairs_are_checked(metric) -> None:
     for bad in ((["a"], []), ([], []), ("a", "b")):
         with pytest.raises(DataError):
@@ -120,11 +107,9 @@ def letters(texts) -> torch.Tensor:
 
 
 def test_diversity_of_known_vectors() -> None:
-    assert embedding.semantic_diversity(["a", "a", "b"], letters) == pytest.approx(1 - 1 / 3)
-    assert embedding.semantic_diversity(["a", "a"], letters) == pytest.approx(0)
-    assert math.isnan(embedding.semantic_diversity(["a"], letters))
     groups = [["a", "a", "b"], ["c", "d"], ["b", "b"]]
     assert embedding.grouped_diversity(groups, letters) == pytest.approx([2 / 3, 1.0, 0.0])
+    assert math.isnan(embedding.grouped_diversity([["a"]], letters)[0])
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +125,7 @@ def test_default_encoder_sees_meaning(encoder: embedding.Encoder) -> None:
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(4), atol=1e-5, rtol=0)
     cosine = vectors @ vectors.T
     assert cosine[0, 2] > 0.7 > 0.4 > cosine[0, 3]
-    value = embedding.semantic_diversity(SOME, encoder)
+    value = embedding.grouped_diversity([SOME], encoder)[0]
     assert value == pytest.approx(1 - pairwise(vectors), abs=1e-6)
 
 

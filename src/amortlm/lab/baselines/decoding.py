@@ -54,8 +54,8 @@ NEUTRAL_BEAMS = {"do_sample": False, "length_penalty": 0.0, "early_stopping": Fa
 class Decoded:
     """rollouts: num_samples completions per row, in row order, searches best first.
 
-    token_passes: completion tokens that went through the model, those of finished sequences in an unfinished batch
-    included; prompts, and what best_of_n and resampling score, are not counted. Beams that begin alike share theirs.
+    token_passes: completion tokens that went through the model. Sequences that have ended count until their batch ends;
+    prompts, and what best_of_n and resampling score, do not count; beams that begin alike count once.
     """
 
     rollouts: Rollouts
@@ -99,38 +99,42 @@ def decode_counted(
 
 
 def _settings(policy: Policy, method: str, num_samples: int, given: dict[str, Any]) -> dict[str, Any]:
+    """The method's settings, with its defaults. Raises ConfigError."""
     if method not in METHODS:
         raise ConfigError(f"unknown decoding method {method!r}; {nearest(method, METHODS)}")
     unknown = sorted(set(given) - set(METHODS[method]))
     if unknown:
         raise ConfigError(f"{method} has no setting {unknown[0]!r}; {nearest(unknown[0], METHODS[method])}")
     settings = METHODS[method] | given
+    for name in ("num_beams", "num_groups"):
+        if name in settings:
+            settings[name] = settings[name] or num_samples
+    wrong = _why_not(policy, method, num_samples, settings)
+    if wrong:
+        raise ConfigError(wrong)
+    return settings
+
+
+def _why_not(policy: Policy, method: str, n: int, settings: dict[str, Any]) -> str | None:
+    """Why a policy cannot be decoded so, if it cannot."""
     if policy.support.tool is not None:
-        raise ConfigError("decoding methods run no tools: give a policy whose support has none")
+        return "decoding methods run no tools: give a policy whose support has none"
     if not policy.sharing.steps and method != "diverse_beam":
-        raise ConfigError(
+        return (
             f"{policy.lm.name} cannot go on from a padded, cached prompt exactly, which generate() does; "
             "use policy.sample or 'diverse_beam'"
         )
-    if num_samples < 1 or (method == "greedy" and num_samples > 1):
-        raise ConfigError(
-            f"{method} cannot give {num_samples} completions per row: ask for 1 (or more, if not greedy)"
-        )
+    if n < 1 or (method == "greedy" and n > 1):
+        return f"{method} cannot give {n} completions per row: ask for 1 (or more, if not greedy)"
     if not 0 < settings.get("temperature", 1.0) < float("inf") or not 0 < settings.get("top_p", 1.0) <= 1:
-        raise ConfigError(
-            f"{settings}: need temperature > 0 and 0 < top_p <= 1; for temperature 0 use 'greedy'"
-        )
+        return f"{settings}: need temperature > 0 and 0 < top_p <= 1; for temperature 0 use 'greedy'"
     if settings.get("top_k", 1) < 1 or settings.get("n", 1) < 1:
-        raise ConfigError(f"{settings}: top_k and n must be at least 1")
-    if method == "beam":
-        settings["num_beams"] = settings["num_beams"] or num_samples
-        if settings["num_beams"] < num_samples:
-            raise ConfigError(f"num_beams={settings['num_beams']} cannot give {num_samples} completions")
-    if method == "diverse_beam":
-        settings["num_groups"] = settings["num_groups"] or num_samples
-        if num_samples % settings["num_groups"]:
-            raise ConfigError(f"num_groups={settings['num_groups']} must divide num_samples={num_samples}")
-    return settings
+        return f"{settings}: top_k and n must be at least 1"
+    if settings.get("num_beams", n) < n:
+        return f"num_beams={settings['num_beams']} cannot give {n} completions"
+    if n % settings.get("num_groups", n):
+        return f"num_groups={settings['num_groups']} must divide num_samples={n}"
+    return None
 
 
 @contextmanager
@@ -191,14 +195,12 @@ def _resampling(
 ) -> Decoded:
     drawn = _generate(policy, rows, "temperature", num_samples * n, {"temperature": 1.0})
     rollouts = drawn.rollouts
-    log_q = policy.evaluate(rollouts).final(rollouts.lengths)
+    log_q = policy.evaluate(rollouts).final(rollouts.lengths).view(len(rows), -1)
     if score is None:  # relative to the likeliest of the row: no temperature overflows
-        log_r = (log_q.view(len(rows), -1) - log_q.view(len(rows), -1).amax(1, keepdim=True)).view(
-            -1
-        ) / temperature
+        log_r = (log_q - log_q.amax(1, keepdim=True)) / temperature
     else:
-        log_r = score.score_final(rollouts).to(log_q.device)
-    weights = (log_r - log_q).view(len(rows), -1).softmax(1)
+        log_r = score.score_final(rollouts).to(log_q.device).view_as(log_q)
+    weights = (log_r - log_q).softmax(1)
     picked = torch.multinomial(weights, num_samples, replacement=True)
     first = torch.arange(len(rows), device=picked.device)[:, None] * weights.shape[1]
     return Decoded(rollouts.select((first + picked).flatten()), drawn.token_passes)
@@ -207,8 +209,7 @@ def _resampling(
 def _diverse_beams(
     policy: Policy, rows: Sequence[Row], num_samples: int, num_groups: int, penalty: float
 ) -> Decoded:
-    found: list[list[int]] = []
-    passes = 0
+    found, passes = [], 0
     for prompt in policy.encode_rows(rows):
         search = _DiverseBeams(policy, num_groups, num_samples // num_groups, penalty)
         groups = search.run(prompt)

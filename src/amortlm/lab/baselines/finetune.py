@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amortlm.errors import MissingExtraError, RewardError
+from amortlm.errors import RewardError
+from amortlm.lab.extras import extra
 from amortlm.policy import Policy
 from amortlm.types import Rollouts
 
@@ -23,7 +24,7 @@ Reward = Callable[[Rollouts], Tensor]  # [B] of finished completions
 
 
 class BoundedReward:
-    """A reward with a floor in the place of -inf, and a count of the completions it has judged.
+    """A reward that is never below `floor`, with a count of the completions it has judged.
 
     Pass an instance to `train_grpo` or `train_ppo` to read `evaluations` afterwards.
     """
@@ -68,14 +69,9 @@ def trl(*names: str) -> list[Any]:
     from huggingface_hub import constants
 
     constants.HF_HUB_DISABLE_TELEMETRY = True  # TRL reports every run otherwise
-    # It warns that `rollout_func` may change: the extra `[baselines]` holds its version.
+    # TRL warns that `rollout_func` may change; the extra `[baselines]` allows only versions that have it.
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    try:
-        import trl as package
-    except ImportError as e:
-        raise MissingExtraError(
-            "SFT, GRPO and RLOO are trained by TRL: pip install 'amortlm[baselines]'"
-        ) from e
+    package = extra("trl", "training by SFT or GRPO")
     return [getattr(package, name) for name in names]
 
 
@@ -97,7 +93,7 @@ def trl_settings(policy: Policy, output_dir: str | Path, seed: int) -> dict[str,
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what TRL makes others say: deprecated names in its own settings, bars of tiny data sets."""
+    """No warnings about deprecated names in TRL's own settings, and no progress bars of tiny data sets."""
     import datasets
     from transformers import logging
 

@@ -1,17 +1,16 @@
-"""GRPO and RLOO by TRL's public trainers, on a policy's support and with any reward on rollouts.
+"""GRPO by TRL's public trainer, on a policy's support and with any reward on rollouts.
 
-Completions are drawn on the support: for GRPO by `policy.sample`, through TRL's `rollout_func` (which TRL calls
-experimental); for RLOO, which has no such argument, by `generate` with the support as generation settings. The
-sure stop after max_tokens and tokens that a tool wrote (GRPO) are no actions and leave the loss.
+Completions are drawn by `policy.sample`, through TRL's `rollout_func` (which TRL calls experimental). The forced stop
+after max_tokens and tokens that a tool wrote are no actions and do not enter the loss.
 
 What differs from our q: TRL's log-probabilities are over the whole vocabulary, not renormalised on the support,
 and a stop is the symbol that was drawn, not any of them. The gradient of log p is that of log q plus that of the
-log mass of the support. So the surrogate also moves that mass, which q does not see, and the KL penalty also
-holds it where it was. This matters only where a support cuts off much of the model's mass (few allowed tokens, a
-likely stop below min_tokens): there the penalty is not the KL of q. On `numbers`, whose support leaves out special
-tokens only, there is no difference. Reference: a frozen copy of the adapter as given.
+log mass of the support. So the surrogate also moves that mass, on which q does not depend, and the KL penalty
+also keeps it near its first value. This matters only where a support cuts off much of the model's mass (few
+allowed tokens, a likely stop below min_tokens): there the penalty is not the KL of q. On `numbers`, whose support
+leaves out special tokens only, there is no difference. The reference is a frozen copy of the adapter as given.
 
-A step costs about three of our trainer at the same number of completions: TRL repeats the prompt for each
+A step takes about three times as long as one of `GFNTrainer` with as many completions: TRL repeats the prompt for each
 completion in three passes (reference, forward, backward), and off a GPU projects its tokens on the vocabulary.
 """
 
@@ -22,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from amortlm.data import as_rows
-from amortlm.engine.passes import pad_right
-from amortlm.errors import ConfigError, DataError, nearest
+from amortlm.errors import ConfigError, DataError
 from amortlm.lab.baselines.finetune import (
     BoundedReward,
     Reward,
@@ -41,8 +38,7 @@ from amortlm.lab.baselines.sft import padded_tokenizer
 from amortlm.policy import Policy
 from amortlm.types import Rollouts, Row
 
-METHODS = ("grpo", "rloo")
-# Sampling from the policy itself: every field that could bend the distribution is neutral.
+# To sample from the policy itself, every field that could change the distribution is neutral.
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 
 
@@ -52,7 +48,6 @@ def train_grpo(
     reward: Reward,
     *,
     output_dir: str | Path,
-    method: str = "grpo",
     num_samples: int = 16,
     rows_per_step: int = 1,
     max_steps: int = 250,
@@ -62,20 +57,20 @@ def train_grpo(
     floor: float = -100.0,
     **settings: Any,
 ) -> Policy:
-    """Train `policy` in place for expected reward minus beta * KL to the policy as given, and return it.
+    """Train `policy` in place for expected reward minus beta * KL to the policy as given, and return it (Shao et al.
+    2024).
 
     reward      [B] of finished completions, such as `target.score_final`; -inf counts as `floor`
-    method      "grpo" (Shao et al. 2024) or "rloo" (Ahmadian et al. 2024)
-    beta        RLOO: reward per nat of KL. GRPO adds the KL of each token to a loss whose advantages are divided by
-                the standard deviation of the group's rewards (`scale_rewards="none"` leaves them)
+    beta        weight of the KL of each token, in a loss whose advantages are divided by the standard deviation of the
+                group's rewards (`scale_rewards="none"` leaves them)
     one step    rows_per_step rows with num_samples completions each, all judged once
-    settings    further fields of `trl.GRPOConfig` or `trl.RLOOConfig`
+    settings    further fields of `trl.GRPOConfig`
 
-    Writes grpo.jsonl or rloo.jsonl into output_dir. Raises ConfigError for settings that TRL cannot honour,
+    Writes grpo.jsonl into output_dir. Raises ConfigError for settings that TRL cannot honour,
     RewardError for a reward that is NaN or +inf.
     """
     rows = as_rows(rows, "rows")
-    _check(policy, rows, method, num_samples, rows_per_step, beta)
+    _check(policy, rows, num_samples, rows_per_step, beta)
     trained, bounded = working_copy(policy), BoundedReward.of(reward, floor)
     given = trl_settings(policy, output_dir, seed) | {
         **NEUTRAL,
@@ -88,52 +83,34 @@ def train_grpo(
         "logging_steps": 10,
     }
     with quiet():
-        trainer = _trainer(method, trained, rows, bounded, seed, given | settings)
-        run_trl(trainer, Path(output_dir) / f"{method}.jsonl")
+        trainer = _trainer(trained, rows, bounded, seed, given | settings)
+        run_trl(trainer, Path(output_dir) / "grpo.jsonl")
     return adopt_weights(policy, trained)
 
 
 def _trainer(
-    method: str, policy: Policy, rows: Sequence[Row], reward: BoundedReward, seed: int, given: dict[str, Any]
+    policy: Policy, rows: Sequence[Row], reward: BoundedReward, seed: int, given: dict[str, Any]
 ) -> Any:
     """TRL's trainer of the policy. given: fields of its config."""
-    config_class, trainer_class = trl(f"{method.upper()}Config", f"{method.upper()}Trainer")
+    config_class, trainer_class = trl("GRPOConfig", "GRPOTrainer")
     from datasets import Dataset
 
-    arguments: dict[str, Any] = {}
-    if method == "grpo":
-        arguments["rollout_func"] = rollout_function(policy, rows, reward, seed)
-    else:
-        given = {"generation_kwargs": generation_settings(policy)} | given
-        # TRL cuts completions at the end symbols of the model, and generate() takes a setting that is at its default
-        # (temperature 1) from the checkpoint's own settings if it has some.
-        network: Any = policy.model if policy.is_full else policy.model.get_base_model()
-        network.generation_config = GenerationConfig(eos_token_id=list(policy.support.stop_ids))
     return trainer_class(
         model=policy.model,
-        reward_funcs=carried_reward if method == "grpo" else reward_function(policy, rows, reward),
+        reward_funcs=carried_reward,
         args=config_class(**given),
         # TRL hands prompts back to our functions, which know the rows by number.
         train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(len(rows))]}),
-        processing_class=padded_tokenizer(policy) if method == "grpo" else prompt_tokenizer(policy, rows),
-        **arguments,
+        processing_class=padded_tokenizer(policy),
+        rollout_func=rollout_function(policy, rows, reward, seed),
     )
 
 
-def _check(
-    policy: Policy, rows: Sequence[Row], method: str, num_samples: int, rows_per_step: int, beta: float
-) -> None:
-    if method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}; {nearest(method, METHODS)}")
+def _check(policy: Policy, rows: Sequence[Row], num_samples: int, rows_per_step: int, beta: float) -> None:
     if num_samples < 2:
-        raise ConfigError("GRPO and RLOO compare samples of one row: num_samples must be at least 2")
+        raise ConfigError("GRPO compares samples of one row: num_samples must be at least 2")
     if not 1 <= rows_per_step <= len(rows):
         raise DataError(f"rows_per_step={rows_per_step} needs at least so many rows, got {len(rows)}")
-    if method == "rloo" and policy.support.automaton is not None:
-        raise ConfigError(
-            "RLOO cannot draw lists of statements or a pattern in TRL: use GRPO, or a support without separator and "
-            "pattern"
-        )
     if policy.is_full and beta > 0:
         raise ConfigError(
             "TRL reloads the reference of a full copy from the hub name; train LoRA, or set beta=0"
@@ -193,60 +170,3 @@ def tokens_and_stop(policy: Policy, rollouts: Rollouts, i: int) -> list[int]:
     length = int(rollouts.lengths[i])
     tokens = rollouts.tokens[i, :length].tolist()
     return tokens if length >= policy.support.max_tokens else [*tokens, int(rollouts.stops[i])]
-
-
-def reward_function(policy: Policy, rows: Sequence[Row], reward: BoundedReward) -> Callable[..., list[float]]:
-    """TRL's reward function: completions come back as token lists, prompts as row numbers."""
-    stops = set(policy.support.stop_ids)
-
-    def judge(prompts: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        numbers = [int(p) for p in prompts]
-        used = {n: k for k, n in enumerate(dict.fromkeys(numbers))}
-        ended = [ids[-1] in stops for ids in completion_ids]
-        tokens, lengths = pad_right(
-            [ids[:-1] if end else ids for ids, end in zip(completion_ids, ended, strict=True)], policy.device
-        )
-        stop = [
-            ids[-1] if end else policy.support.stop_ids[0]
-            for ids, end in zip(completion_ids, ended, strict=True)
-        ]
-        rollouts = policy.support.rollouts(
-            [rows[n] for n in used],
-            torch.tensor([used[n] for n in numbers], device=policy.device),
-            tokens,
-            lengths,
-            torch.tensor(stop, device=policy.device),
-        )
-        return reward(rollouts).tolist()
-
-    return judge
-
-
-def generation_settings(policy: Policy) -> dict[str, Any]:
-    """The support as settings of `generate`: what is never written, when a stop is possible, when it is sure."""
-    support = policy.support
-    legal = support.allowed.clone()
-    legal[list(support.stop_ids)] = True
-    return {
-        "suppress_tokens": (~legal).nonzero().squeeze(1).tolist(),
-        "min_new_tokens": support.min_tokens,
-        "eos_token_id": list(support.stop_ids),
-    }
-
-
-def prompt_tokenizer(policy: Policy, rows: Sequence[Row]) -> Any:
-    """A tokenizer that gives the policy's own prompt tokens for a row number.
-
-    RLOO tokenises prompts itself, and has no other place for tokens that are ready.
-    """
-    tokenizer = padded_tokenizer(policy)
-    prompts = policy.encode_rows(rows)
-
-    def encode(self: Any, text: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [prompts[int(number)] for number in text]}
-
-    tokenizer.__class__ = type("PromptTokenizer", (type(tokenizer),), {"__call__": encode})
-    if tokenizer.eos_token_id not in policy.support.stop_ids:
-        # TRL adds the tokenizer's own end symbol to those that end a completion.
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(policy.support.stop_ids[0])
-    return tokenizer

@@ -1,8 +1,8 @@
 """PPO (Schulman et al. 2017) for policies on a support, with a per-token KL penalty to the policy it started from.
 
-Written here because no maintained implementation fits this stack; it follows the procedure of reinforcement
-learning from human feedback (Ziegler et al. 2019). A trajectory's actions are its tokens and then the decision to
-stop; the stop that is sure at max_tokens, and tokens that a tool wrote, are no actions.
+It follows the procedure of reinforcement learning from human feedback (Ziegler et al. 2019), and is written here
+because no maintained implementation works with a policy on a support. A trajectory's actions are its tokens and then
+the decision to stop; the forced stop at max_tokens, and tokens that a tool wrote, are no actions.
 
 Slots: tensors [B, T+1] with the token after state t in slot t, and the stop in the slot of the final state.
 """
@@ -253,7 +253,9 @@ def _update(
     config: PPOConfig,
     generator: torch.Generator,
 ) -> dict[str, float]:
-    """Several epochs over one step's trajectories; means of what was seen."""
+    """Several epochs over one step's trajectories. Returns the means of losses and clip fraction over the updates.
+
+    Raises TrainingError."""
     groups = [group["params"] for group in optimizer.param_groups]
     seen: list[Tensor] = []
     for _ in range(config.epochs):

@@ -8,24 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from amortlm.errors import DataError, PromptTooLongError
 from amortlm.lab.baselines.ppo import PPOConfig
 from amortlm.lab.compare import line_figure, paired_digest, paired_table
-from amortlm.lab.experiment import (
-    Context,
-    Experiment,
-    Method,
-    Metric,
-    Outcome,
-    Results,
-    Run,
-    Settings,
-    Trained,
-    read_presets,
-)
+from amortlm.lab.experiment import Context, Experiment, Metric, Outcome, Results, Runs, Settings, Trained
+from amortlm.lab.overrides import read_presets
 from amortlm.lab.tasks.arithmetic import OF, PROMPT, questions, read_questions
 from amortlm.lab.training import (
     Problem,
@@ -91,50 +82,40 @@ def with_steps(context: Context) -> Problem:
     return replace(problem_of(context), rows=shown, gold=[[row["z"]] for row in shown])
 
 
-def few_shot(k: int) -> Method:
+def few_shot(context: Context, k: int) -> Trained:
     """The untrained model after k solved questions, other ones for every seed."""
-
-    def build(context: Context, seed: int, folder: Path) -> Trained:
-        shown = context.data.shown
-        chosen = [shown[(seed * k + i) % len(shown)] for i in range(k)]
-        solved = [PROMPT.format(**row) + OF.replace("{z}", "{z}.").format(**row) for row in chosen]
-        prompt = context.settings["shots_separator"].join([*solved, PROMPT])
-        trained = untrained(context, problem_of(context, prompt))
-        try:
-            trained.sampler.policy.encode_rows(context.data.test[5])
-        except PromptTooLongError:
-            return Trained(None)  # `evaluate` reports it without figures
-        return trained
-
-    return build
+    shown = context.data.shown
+    chosen = [shown[(context.seed * k + i) % len(shown)] for i in range(k)]
+    solved = [PROMPT.format(**row) + OF.replace("{z}", "{z}.").format(**row) for row in chosen]
+    prompt = context.settings["shots_separator"].join([*solved, PROMPT])
+    trained = untrained(context, problem_of(context, prompt))
+    try:
+        trained.sampler.policy.encode_rows(context.data.test[5])
+    except PromptTooLongError:
+        return Trained(None)  # `evaluate` reports it without figures
+    return trained
 
 
-def sft(context: Context, seed: int, folder: Path) -> Trained:
-    return train_supervised(context, with_steps(context), context.settings["sft"], seed, folder / "sft")
+def sft(context: Context) -> Trained:
+    return train_supervised(context, with_steps(context), context.settings["sft"])
 
 
-def reinforced(method: str) -> Method:
+def reinforced(context: Context, method: str) -> Trained:
     """Reward: log p(z y | x), as for the GFlowNet; the KL penalty holds the policy near the SFT it starts from."""
-
-    def train(context: Context, seed: int, folder: Path) -> Trained:
-        policy = sft(context, seed, folder).sampler.policy
-        settings = context.settings[method]
-        return train_reinforced(context, method, problem_of(context), settings, seed, folder, policy=policy)
-
-    return train
+    policy = sft(context).sampler.policy
+    return train_reinforced(context, problem_of(context), method, context.settings[method], policy=policy)
 
 
-def gflownet(context: Context, seed: int, folder: Path) -> Trained:
+def gflownet(context: Context) -> Trained:
     """From SFT, with the 50 written chains in the replay buffer."""
-    settings = context.settings
-    start = from_supervised(context, with_steps(context), settings["sft"], seed, folder)
-    problem = problem_of(context)
-    return train_gflownet(context, problem, settings["gflownet"], seed, folder / "gflownet", start=start)
+    start = from_supervised(context, with_steps(context), context.settings["sft"])
+    config = context.settings["gflownet"]
+    return train_gflownet(context, problem_of(context), config, "gflownet", start=start)
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
-    """Accuracy by number of operands; details: which questions were right."""
-    settings, posterior = context.settings, trained.sampler
+def evaluate(context: Context, trained: Trained) -> Outcome:
+    """Accuracy by number of operands; details: samples of five questions; records: which questions were right."""
+    settings, seed, posterior = context.settings, context.seed, trained.sampler
     if posterior is None:
         note = "the examples do not fit the model's context"
         return Outcome(dict.fromkeys(METRICS, math.nan), {"note": note})
@@ -161,8 +142,12 @@ def single(posterior: Posterior, rows: list[Row], n: int, seed: int) -> list[flo
     return [v.counts.get(str(row["y"]), 0) / v.n for v, row in zip(votes, rows, strict=True)]
 
 
-def digest(runs: dict[str, list[Run]]) -> Any:
-    return paired_digest(runs, [("gflownet", baseline) for baseline in ("sft", "ppo", "grpo")], METRICS)
+def digest(runs: Runs) -> dict[str, Any]:
+    return {
+        "paired": paired_digest(
+            runs, [("gflownet", baseline) for baseline in ("sft", "ppo", "grpo")], METRICS
+        )
+    }
 
 
 def summary(results: Results) -> str:
@@ -172,7 +157,7 @@ def summary(results: Results) -> str:
         for method, runs in results["runs"].items()
         if "note" in runs[0]["details"]
     ]
-    return "\n\n".join([*notes, paired_table(results["digest"], METRICS, "questions")])
+    return "\n\n".join([*notes, paired_table(results["digest"]["paired"], METRICS, "questions")])
 
 
 def figures(results: Results, folder: Path) -> list[str]:
@@ -193,10 +178,9 @@ EXPERIMENT = Experiment(
     prepare=prepare,
     reads_data=True,
     methods={
-        **{f"{k}-shot": few_shot(k) for k in SHOTS},
+        **{f"{k}-shot": partial(few_shot, k=k) for k in SHOTS},
         "sft": sft,
-        "ppo": reinforced("ppo"),
-        "grpo": reinforced("grpo"),
+        **{name: partial(reinforced, method=name) for name in ("ppo", "grpo")},
         "gflownet": gflownet,
     },
     evaluate=evaluate,

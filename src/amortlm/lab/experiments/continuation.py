@@ -1,38 +1,29 @@
 """The next sentence (Hu et al. 2024, section 4.2): likely and yet different continuations of prompts never seen.
 
-z = the next sentence, R(z) = p(z | x)^(1/T). Methods give the same number of completions per prompt. Two figures
-decide: the log-likelihood of the best completion of a prompt, and the diversity among its completions. Decoders have
-a grid of settings, and also run at a multiple of the compute; the GFlowNet has its T. "resampling" says where the
-posterior itself stands, at a cost that no decoder has: importance resampling of many samples, as good as the GFlowNet
-could get.
+z = the next sentence, R(z) = p(z | x)^(1/T). Methods give the same number of completions per prompt. Two figures are
+compared: the log-likelihood of the best completion of a prompt, and the diversity among its completions. Decoders have
+a grid of settings, and also run at a multiple of the compute; the GFlowNet runs at several T. "resampling" is
+importance resampling of many samples: what a perfect sampler of the posterior would reach, at more cost than a decoder.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from amortlm.errors import DataError
 from amortlm.lab.baselines.decoding import decode_counted
-from amortlm.lab.experiment import (
-    Context,
-    Experiment,
-    Method,
-    Metric,
-    Outcome,
-    Settings,
-    Trained,
-    read_presets,
-)
+from amortlm.lab.experiment import Context, Experiment, Metric, Outcome, Settings, Trained
 from amortlm.lab.experiments.frontier import figures, summary
 from amortlm.lab.metrics.embedding import Encoder, encoder_folder, grouped_diversity, sentence_encoder
+from amortlm.lab.overrides import read_presets
 from amortlm.lab.tasks.infilling import STORIES
-from amortlm.lab.training import Problem, train_gflownet, untrained
+from amortlm.lab.training import Problem, Split, train_gflownet, untrained
 from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior
 from amortlm.support import Support
@@ -40,17 +31,10 @@ from amortlm.train import GFNConfig
 from amortlm.types import Rollouts, Row
 
 PROMPT = "{x}"
+DECODERS = ("temperature", "nucleus", "top_k", "greedy", "beam", "diverse_beam", "best_of_n", "resampling")
 TEMPERATURES = (0.8, 0.85, 0.9, 0.95)
 FILES = ("train_head.txt", "prompts.txt")  # looked for where --data is a folder
 STORY_END = "<|endoftext|>"
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Rows with a column x. The posterior is amortised over `train`; `test` is held out."""
-
-    train: list[Row]
-    test: list[Row]
 
 
 @dataclass(frozen=True)
@@ -63,9 +47,9 @@ class Decoder:
     multiples: list[int]
 
 
-def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Prompts:
-    """Prompts: sentences that open the stories of --data (divided by <|endoftext|>) or its lines; without it the
-    beginnings of our own stories. Raises DataError, MissingExtraError."""
+def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Split:
+    """Prompts as rows with a column x: sentences that open the stories of --data (divided by <|endoftext|>) or its
+    lines; without it the beginnings of our own stories. Raises DataError, MissingExtraError."""
     encoder_folder(settings["encoder"])
     texts = _texts(data, settings["sentences"])
     kept = [x for x in dict.fromkeys(texts) if len(lm.encode_start(x)) <= settings["max_prompt_tokens"]]
@@ -77,7 +61,7 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Prompts
             f"{data or 'our own stories'}: {len(kept)} prompts of at most {settings['max_prompt_tokens']} tokens, but "
             f"test_prompts={n} and train_prompts={settings['train_prompts']} are needed; lower these or give more data"
         )
-    return Prompts([{"x": x} for x in train], [{"x": x} for x in kept[:n]])
+    return Split([{"x": x} for x in train], [{"x": x} for x in kept[:n]])
 
 
 def _texts(data: Path | None, sentences: int) -> list[str]:
@@ -109,71 +93,59 @@ def problem_of(context: Context) -> Problem:
     return Problem(target, PROMPT, Support(**context.settings["support"]), context.data.train)
 
 
-def decoder(method: str) -> Method:
-    def build(context: Context, seed: int, folder: Path) -> Trained:
-        base = untrained(context, problem_of(context)).sampler
-        once = method in ("greedy", "best_of_n", "resampling")  # one result, or an n of their own
-        multiples = [1] if once else [1, context.settings["compute"]]
-        return Trained(Decoder(base, method, context.settings["grids"][method], multiples))
-
-    return build
+def decoder(context: Context, method: str) -> Trained:
+    base = untrained(context, problem_of(context)).sampler
+    once = method in ("greedy", "best_of_n", "resampling")  # one result, or an n of their own
+    multiples = [1] if once else [1, context.settings["compute"]]
+    return Trained(Decoder(base, method, context.settings["grids"][method], multiples))
 
 
-def gflownet(temperature: float) -> Method:
-    def train(context: Context, seed: int, folder: Path) -> Trained:
-        problem, config = problem_of(context), dict(context.settings["gflownet"])
-        if context.settings["anneal"]:  # p(z | x) at the first update, p(z | x)^(1/T) at the last
-            config["reward_temperature"] = (1 / temperature, 1.0, config["max_steps"])
-        problem = replace(problem, target=problem.target / temperature)
-        return train_gflownet(context, problem, config, seed, folder)
-
-    return train
+def gflownet(context: Context, temperature: float) -> Trained:
+    problem, config = problem_of(context), dict(context.settings["gflownet"])
+    if context.settings["anneal"]:  # p(z | x) at the first update, p(z | x)^(1/T) at the last
+        config["reward_temperature"] = (1 / temperature, 1.0, config["max_steps"])
+    return train_gflownet(context, replace(problem, target=problem.target / temperature), config)
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+def evaluate(context: Context, trained: Trained) -> Outcome:
     """Every point of the method on held-out prompts, and at one times the compute on training prompts too.
 
     The method's figures are those of the setting with the best max log-likelihood on training prompts.
     """
     data, measured = context.data, context.settings["train_prompts_measured"]
     points = [
-        point
+        {"split": split, **point}
         for split, rows in (("train", data.train[:measured]), ("test", data.test))
-        for point in _points(context, trained.sampler, rows, split, seed)
+        for point in _points(context, trained.sampler, rows, split == "test")
     ]
     chosen = max((p for p in points if p["split"] == "train"), key=lambda p: p["max_ll"])
     held_out = [p for p in points if p["split"] == "test" and p["setting"] == chosen["setting"]]
     one, more = held_out[0], held_out[-1]
     has_more = more["compute"] == context.settings["compute"]
     metrics = {name: one[name] for name in ("max_ll", "mean_ll", "diversity")}
-    metrics["max_ll_more"] = more["max_ll"] if has_more else math.nan
-    metrics["diversity_more"] = more["diversity"] if has_more else math.nan
-    metrics["max_ll_train"], metrics["diversity_train"] = chosen["max_ll"], chosen["diversity"]
+    for name in ("max_ll", "diversity"):
+        metrics[f"{name}_more"] = more[name] if has_more else math.nan
+        metrics[f"{name}_train"] = chosen[name]
     return Outcome(metrics, {"chosen": chosen["setting"], "points": points})
 
 
 def _points(
-    context: Context, sampler: Decoder | Posterior, rows: Sequence[Row], split: str, seed: int
-) -> list[dict[str, Any]]:
+    context: Context, sampler: Decoder | Posterior, rows: Sequence[Row], with_more: bool
+) -> Iterator[dict[str, Any]]:
+    """Setting, compute and figures. with_more: of decoders also at more compute."""
     k = context.settings["num_samples"]
     if isinstance(sampler, Posterior):
-        rollouts, _ = sampler.policy.sample(rows, k, seed=("evaluate", seed))
+        rollouts, _ = sampler.policy.sample(rows, k, seed=("evaluate", context.seed))
         passes = int((rollouts.lengths + 1).sum())
-        return [{"split": split, "setting": {}, "compute": 1, **_measure(context, sampler, rollouts, passes)}]
-    points = []
+        yield {"setting": {}, "compute": 1, **_measure(context, sampler, rollouts, passes)}
+        return
+    base, method = sampler.base, sampler.method
     for setting in sampler.grid:
-        for multiple in sampler.multiples if split == "test" else [1]:
-            count = 1 if sampler.method == "greedy" else k * multiple
-            decoded = decode_counted(sampler.base.policy, rows, sampler.method, count, seed=seed, **setting)
-            points.append(
-                {
-                    "split": split,
-                    "setting": setting,
-                    "compute": multiple * setting.get("n", 1),
-                    **_measure(context, sampler.base, decoded.rollouts, decoded.token_passes),
-                }
-            )
-    return points
+        for multiple in sampler.multiples if with_more else [1]:
+            count = 1 if method == "greedy" else k * multiple
+            decoded = decode_counted(base.policy, rows, method, count, seed=context.seed, **setting)
+            found = _measure(context, base, decoded.rollouts, decoded.token_passes)
+            yield {"setting": setting, "compute": multiple * setting.get("n", 1), **found}
 
 
 def _measure(context: Context, posterior: Posterior, rollouts: Rollouts, passes: int) -> dict[str, float]:
@@ -207,15 +179,8 @@ EXPERIMENT = Experiment(
     prepare=prepare,
     reads_data=True,
     methods={
-        "temperature": decoder("temperature"),
-        "nucleus": decoder("nucleus"),
-        "top-k": decoder("top_k"),
-        "greedy": decoder("greedy"),
-        "beam": decoder("beam"),
-        "diverse-beam": decoder("diverse_beam"),
-        "best-of-n": decoder("best_of_n"),
-        "resampling": decoder("resampling"),
-        **{f"gflownet-{t:g}": gflownet(t) for t in TEMPERATURES},
+        **{name.replace("_", "-"): partial(decoder, method=name) for name in DECODERS},
+        **{f"gflownet-{t:g}": partial(gflownet, temperature=t) for t in TEMPERATURES},
     },
     evaluate=evaluate,
     metrics={

@@ -1,4 +1,4 @@
-"""Likelihood against diversity (the form of figure 3 of Hu et al. 2024), and who dominates whom."""
+"""Likelihood against diversity, as in figure 3 of Hu et al. 2024, and which points dominate which."""
 
 from __future__ import annotations
 
@@ -53,16 +53,21 @@ def standing(results: Results) -> dict[str, Any]:
     and at up to `compute` times as much ("more"); and how much more diverse it is than the decoders at least as
     likely (None: there are none)."""
     points = held_out_points(results)
-    decoders = [p for p in points if not p["method"].startswith(GFLOWNET)]
-    out = {}
-    for ours in points:
-        if not ours["method"].startswith(GFLOWNET):
-            continue
-        out[ours["method"]] = {
+    decoders, gflownets = by_kind(points)
+    limits = {"same": 1, "more": results["settings"]["compute"]}
+    return {
+        ours["method"]: {
             name: _compare(ours, [p for p in decoders if p["compute"] <= limit])
-            for name, limit in (("same", 1), ("more", results["settings"]["compute"]))
+            for name, limit in limits.items()
         }
-    return out
+        for ours in gflownets
+    }
+
+
+def by_kind(points: list[Point]) -> tuple[list[Point], list[Point]]:
+    """Those of decoders, and those of GFlowNets."""
+    ours = [p for p in points if p["method"].startswith(GFLOWNET)]
+    return [p for p in points if p not in ours], ours
 
 
 def summary(results: Results) -> str:
@@ -76,12 +81,12 @@ def summary(results: Results) -> str:
 
 
 def _compare(ours: Point, decoders: list[Point]) -> dict[str, Any]:
-    rivals = [
-        p["diversity"] for p in decoders if p["max_ll"] >= ours["max_ll"] and p["diversity"] > -math.inf
-    ]
+    likely = [p["diversity"] for p in decoders if p["max_ll"] >= ours["max_ll"]]
+    rivals = [d for d in likely if not math.isnan(d)]
+    by = [name_of(p) for p in decoders if dominates(p, ours)]
     return {
-        "dominated": any(dominates(p, ours) for p in decoders),
-        "dominated_by": [name_of(p) for p in decoders if dominates(p, ours)],
+        "dominated": bool(by),
+        "dominated_by": by,
         "dominates": [name_of(p) for p in decoders if dominates(ours, p)],
         "diversity_margin": ours["diversity"] - max(rivals) if rivals else None,
     }
@@ -93,7 +98,7 @@ def name_of(point: Point) -> str:
 
 
 def figures(results: Results, folder: Path) -> list[str]:
-    """The scatter, and `standing` as standing.json."""
+    """Draw frontier.png, and write `standing` to standing.json."""
     from amortlm.lab.style import INK, SMALL, TEXT, TITLE, new_figure, save, style
 
     points = [p for p in held_out_points(results) if math.isfinite(p["diversity"])]
@@ -101,8 +106,9 @@ def figures(results: Results, folder: Path) -> list[str]:
     write_json(folder / "standing.json", found)
     fig = new_figure(7.2, 4.8)
     ax = fig.subplots()
-    _scatter_decoders(ax, [p for p in points if not p["method"].startswith(GFLOWNET)])
-    _line_of_gflownets(ax, [p for p in points if p["method"].startswith(GFLOWNET)])
+    decoders, gflownets = by_kind(points)
+    _scatter_decoders(ax, decoders)
+    _line_of_gflownets(ax, gflownets)
     ax.set_title(headline(found), loc="left", fontsize=TITLE, color=INK)
     ax.set_xlabel("max log p(z | x), nats, mean over held-out prompts", fontsize=TEXT)
     ax.set_ylabel("diversity, 1 - mean pairwise cosine", fontsize=TEXT)
@@ -140,22 +146,16 @@ def _line_of_gflownets(ax: Axes, points: list[Point]) -> None:
         return
     x, y = [p["max_ll"] for p in points], [p["diversity"] for p in points]
     ax.plot(x, y, color=AFTER, marker="o", markersize=8, linewidth=1.8, label="GFlowNet", zorder=5)
-    text: dict[str, Any] = {
-        "xytext": (5, 6),
-        "textcoords": "offset points",
-        "fontsize": SMALL,
-        "color": AFTER,
-    }
-    for p, at in zip(points, zip(x, y, strict=True), strict=True):
-        ax.annotate(p["method"].removeprefix(f"{GFLOWNET}-"), at, **text)
+    for p in points:
+        name, at = p["method"].removeprefix(f"{GFLOWNET}-"), (p["max_ll"], p["diversity"])
+        ax.annotate(name, at, (5, 6), textcoords="offset points", fontsize=SMALL, color=AFTER)
 
 
 def headline(found: dict[str, Any]) -> str:
     """How many of the GFlowNet's points no decoder dominates."""
     if not found:
         return "decoders"
-    free = [sum(not f[name]["dominated"] for f in found.values()) for name in ("same", "more")]
+    same, more = (sum(not f[name]["dominated"] for f in found.values()) for name in ("same", "more"))
     return (
-        f"GFlowNet points that no decoder dominates: {free[0]} of {len(found)} at equal compute, "
-        f"{free[1]} at more"
+        f"GFlowNet points that no decoder dominates: {same} of {len(found)} at equal compute, {more} at more"
     )

@@ -1,21 +1,24 @@
 """Story infilling (Hu et al. 2024, section 4.3): the fourth sentence of five, given the others, on held-out stories.
 
 R(z) = p(z y | x) with x the first three sentences and y the fifth. SFT sees the fourth sentences as written; the
-GFlowNet never does. MCMC and SMC work on each test story anew, from the prompted model: the slow truth.
+GFlowNet never does. MCMC and SMC start anew on each test story, from the prompted model: slow, and near the posterior.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from amortlm.errors import DataError
+from amortlm.inference.mcmc import metropolis_hastings
+from amortlm.inference.smc import smc as run_smc
 from amortlm.lab.compare import (
     box_figure,
     boxes_digest,
@@ -24,37 +27,20 @@ from amortlm.lab.compare import (
     shared_digest,
     shared_table,
 )
-from amortlm.lab.experiment import (
-    Context,
-    Experiment,
-    Metric,
-    Outcome,
-    Results,
-    Run,
-    Settings,
-    Trained,
-    read_presets,
-)
-from amortlm.lab.experiments.drawn import Slow, draw
+from amortlm.lab.experiment import Context, Experiment, Metric, Outcome, Results, Runs, Settings, Trained
+from amortlm.lab.overrides import read_presets
 from amortlm.lab.tasks.infilling import STORIES, read_stories
-from amortlm.lab.training import Problem, from_supervised, train_gflownet, train_supervised, untrained
+from amortlm.lab.training import Problem, Split, from_supervised, train_gflownet, train_supervised, untrained
 from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior
 from amortlm.support import Support
 from amortlm.train import GFNConfig
 from amortlm.types import Rollouts, Row
+from amortlm.weights import effective_sample_size
 
 
-@dataclass(frozen=True)
-class Stories:
-    """Rows with x, y and gold (the fourth sentence as written)."""
-
-    train: list[Row]
-    test: list[Row]
-
-
-def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Stories:
-    """Stories of --data, or our own. Raises DataError, ConfigError."""
+def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Split:
+    """Stories of --data, or our own, as rows with x, y and gold, the fourth sentence as written. Raises DataError."""
     rows: Sequence[Row] = STORIES[20:] if data is None else read_stories(data)  # the first belong to the task
     support = Support(**settings["support"]).bind(lm)
     rows = [row for row in rows if support.contains(lm.encode_continuation(row["gold"].removesuffix(".")))]
@@ -64,7 +50,7 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Stories
             f"{data or 'our own stories'}: {len(rows)} stories whose fourth sentence lies in the support, but "
             f"test_stories={n} and train_stories={wanted} are needed; lower these or give more data"
         )
-    return Stories(rows[-wanted - n : -n], rows[-n:])
+    return Split(rows[-wanted - n : -n], rows[-n:])
 
 
 def problem_of(context: Context, with_gold: bool = True) -> Problem:
@@ -78,69 +64,102 @@ def problem_of(context: Context, with_gold: bool = True) -> Problem:
     )
 
 
-def prompting(context: Context, seed: int, folder: Path) -> Trained:
+def prompting(context: Context) -> Trained:
     return untrained(context, problem_of(context))
 
 
-def sft(context: Context, seed: int, folder: Path) -> Trained:
-    return train_supervised(context, problem_of(context), context.settings["sft"], seed, folder / "sft")
+def sft(context: Context) -> Trained:
+    return train_supervised(context, problem_of(context), context.settings["sft"])
 
 
-def gflownet(context: Context, seed: int, folder: Path) -> Trained:
+def gflownet(context: Context) -> Trained:
     """From the model, without written middles."""
-    problem = problem_of(context, with_gold=False)
-    return train_gflownet(context, problem, context.settings["gflownet"], seed, folder)
+    return train_gflownet(context, problem_of(context, with_gold=False), context.settings["gflownet"])
 
 
-def sft_then_gflownet(context: Context, seed: int, folder: Path) -> Trained:
-    """The GFlowNet started from SFT and with written middles in the replay buffer, for where they are at hand."""
+def sft_then_gflownet(context: Context) -> Trained:
+    """The GFlowNet started from SFT and with written middles in the replay buffer."""
     problem, settings = problem_of(context), context.settings
-    start = from_supervised(context, problem, settings["sft"], seed, folder)
+    start = from_supervised(context, problem, settings["sft"])
     mix = {**settings["gflownet"]["behaviour"], "replay": 0.25}
     mix.pop("policy", None)  # takes the rest
-    config = {**settings["gflownet"], "behaviour": mix}
-    return train_gflownet(context, problem, config, seed, folder / "gflownet", start=start)
+    return train_gflownet(
+        context, problem, {**settings["gflownet"], "behaviour": mix}, "gflownet", start=start
+    )
 
 
-def mcmc(context: Context, seed: int, folder: Path) -> Trained:
-    from amortlm.inference.mcmc import metropolis_hastings
+def mcmc(base: Posterior, row: Row, n: int, seed: object, settings: Settings) -> tuple[Rollouts, float]:
+    assert base.target is not None
+    chains = metropolis_hastings(base.policy, base.target, row, seed=seed, **settings)
+    return chains.rollouts.select(torch.arange(n) % settings["num_chains"]), math.nan
 
-    settings = dict(context.settings["mcmc"])
+
+def smc(base: Posterior, row: Row, n: int, seed: object, settings: Settings) -> tuple[Rollouts, float]:
+    assert base.target is not None
+    particles = run_smc(base.policy, base.target, row, seed=seed, **settings)
+    return particles.resample(n, seed), particles.ess[-1] / settings["num_particles"]
+
+
+def slow(context: Context, name: str) -> Trained:
+    settings = dict(context.settings[name])
     stories = settings.pop("stories")
-
-    def run(base: Posterior, row: Row, n: int, seed: object) -> tuple[Rollouts, float]:
-        assert base.target is not None
-        chains = metropolis_hastings(base.policy, base.target, row, seed=seed, **settings)
-        return chains.rollouts.select(torch.arange(n) % settings["num_chains"]), math.nan
-
-    return Trained(Slow(prompting(context, seed, folder).sampler, run, stories))
+    run = partial({"mcmc": mcmc, "smc": smc}[name], settings=settings)
+    return Trained(Slow(prompting(context).sampler, run, stories))
 
 
-def smc(context: Context, seed: int, folder: Path) -> Trained:
-    from amortlm.inference.smc import smc as run_smc
+@dataclass(frozen=True)
+class Slow:
+    """MCMC or SMC as a sampler, from the prompted model: one run for each of so many stories.
 
-    settings = dict(context.settings["smc"])
-    stories = settings.pop("stories")
+    run: (base, row, n, seed) -> n completions, and their effective share (nan where it has no meaning)
+    """
 
-    def run(base: Posterior, row: Row, n: int, seed: object) -> tuple[Rollouts, float]:
-        assert base.target is not None
-        particles = run_smc(base.policy, base.target, row, seed=seed, **settings)
-        return particles.resample(n, seed), particles.ess[-1] / settings["num_particles"]
-
-    return Trained(Slow(prompting(context, seed, folder).sampler, run, stories))
+    base: Posterior
+    run: Callable[[Posterior, Row, int, object], tuple[Rollouts, float]]
+    stories: int
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
-    """Metrics on held-out stories; details hold every story's mean, for paired tests."""
-    settings, sampler = context.settings, trained.sampler
-    rows = context.data.test
-    if isinstance(sampler, Slow):
-        drawn = sampler.draw(rows[: sampler.stories], settings["samples"], ("evaluate", seed))
-    else:
-        drawn = draw(sampler, rows, settings["samples"], ("evaluate", seed))
+@dataclass(frozen=True)
+class Drawn:
+    """Samples of N rows, n each: texts [N][n], log_reward [N, n], ess [N] as a share of n."""
+
+    texts: list[list[str]]
+    log_reward: Tensor
+    ess: list[float]
+
+
+def draw_slowly(slow: Slow, rows: Sequence[Row], n: int, seed: object) -> Drawn:
+    found = [slow.run(slow.base, row, n, seed) for row in rows[: slow.stories]]
+    assert slow.base.target is not None
+    rewards = [slow.base.target.score_final(rollouts) for rollouts, _ in found]
+    texts = [slow.base.texts(rollouts) for rollouts, _ in found]
+    return Drawn(texts, torch.stack(rewards), [share for _, share in found])
+
+
+def draw(posterior: Posterior, rows: Sequence[Row], n: int, seed: object, batch: int = 16) -> Drawn:
+    """n samples of every row, and the share of them that importance weights leave effective."""
+    assert posterior.target is not None
+    texts, rewards, ess = [], [], []
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        rollouts, log_q = posterior.policy.sample(part, n, seed=(seed, start))
+        log_r = posterior.target.score_final(rollouts).view(len(part), n)
+        log_w = log_r.double() - log_q.final(rollouts.lengths).double().view(len(part), n)
+        flat = posterior.texts(rollouts)
+        texts += [flat[i * n : (i + 1) * n] for i in range(len(part))]
+        rewards.append(log_r)
+        ess += [effective_sample_size(w) / n for w in log_w]
+    return Drawn(texts, torch.cat(rewards), ess)
+
+
+def evaluate(context: Context, trained: Trained) -> Outcome:
+    """Metrics on held-out stories; details: samples of five stories; records: every story's mean, for paired tests."""
+    settings, sampler, rows = context.settings, trained.sampler, context.data.test
+    how = draw_slowly if isinstance(sampler, Slow) else draw
+    drawn = how(sampler, rows, settings["samples"], ("evaluate", context.seed))
     per_story = {"log_reward": drawn.log_reward.mean(1).tolist(), "ess": drawn.ess}
     per_story |= text_metrics(drawn.texts, [row["gold"] for row in rows], settings["bertscore"])
-    per_story["judge"] = judged(context, drawn.texts, rows, seed)
+    per_story["judge"] = judged(context, drawn.texts, rows)
     metrics = {name: sum(values) / len(values) for name, values in per_story.items()}
     examples = [
         {"x": row["x"], "y": row["y"], "gold": row["gold"], "samples": texts[:4]}
@@ -178,7 +197,7 @@ def bert_scorer() -> Any:
     return BertScorer()
 
 
-def judged(context: Context, texts: Sequence[Sequence[str]], rows: Sequence[Row], seed: int) -> list[float]:
+def judged(context: Context, texts: Sequence[Sequence[str]], rows: Sequence[Row]) -> list[float]:
     """Share of stories whose first sample a judge prefers to that of the prompted model; nan without a judge.
 
     settings["judge"]: a model by name or folder, or {"url": ..., "model": ...} of a served one.
@@ -188,7 +207,7 @@ def judged(context: Context, texts: Sequence[Sequence[str]], rows: Sequence[Row]
         return [math.nan] * len(texts)
     from amortlm.lab.metrics.judge import lm_judge, preferences, served_judge
 
-    base = draw(prompting(context, seed, Path()).sampler, rows[: len(texts)], 1, ("judge", seed))
+    base = draw(prompting(context).sampler, rows[: len(texts)], 1, ("judge", context.seed))
     judge = (
         served_judge(**judge_of)
         if isinstance(judge_of, dict)
@@ -202,7 +221,7 @@ LABELS = {"log_reward": "log p(zy|x), nats", "bleu": "BLEU-4", "gleu": "GLEU-4"}
 PANELS = {"log_reward": "mean log p(zy|x) of a story, nats", "bleu": "mean BLEU-4 of a story"}
 
 
-def digest(runs: dict[str, list[Run]]) -> Any:
+def digest(runs: Runs) -> dict[str, Any]:
     """Of the held-out stories, each with its mean over seeds."""
     pairs = [(a, b) for a in ("gflownet", "sft-gflownet") for b in ("prompting", "sft")]
     return {
@@ -237,8 +256,7 @@ EXPERIMENT = Experiment(
         "sft": sft,
         "gflownet": gflownet,
         "sft-gflownet": sft_then_gflownet,
-        "smc": smc,
-        "mcmc": mcmc,
+        **{name: partial(slow, name=name) for name in ("smc", "mcmc")},
     },
     evaluate=evaluate,
     digest=digest,

@@ -1,7 +1,7 @@
 """Random integers (Hu et al. 2024, section 4.1): who samples "uniformly between 0 and 100", and how exactly?
 
-Every trained method sees the same number of completions. Only SFT sees none: it is told the truth, by integers drawn
-uniformly (`sft.examples` of them, 50 in the presets). Both distances are sums over the 101 integers, not estimates.
+Every trained method draws the same number of completions, but for SFT: it learns from integers drawn uniformly
+(`sft.examples` of them, 50 in the presets). Both distances are sums over the 101 integers, not estimates.
 """
 
 from __future__ import annotations
@@ -9,23 +9,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from amortlm.lab.baselines.ppo import PPOConfig
-from amortlm.lab.experiment import (
-    Context,
-    Experiment,
-    Method,
-    Metric,
-    Outcome,
-    Results,
-    Settings,
-    Trained,
-    read_presets,
-)
+from amortlm.lab.experiment import Context, Experiment, Metric, Outcome, Results, Settings, Trained
+from amortlm.lab.overrides import read_presets
 from amortlm.lab.tasks.numbers import HIGHEST, SPEC, exactness
 from amortlm.lab.training import Problem, train_gflownet, train_reinforced, train_supervised, untrained
 from amortlm.language_model import LanguageModel
@@ -35,6 +27,8 @@ from amortlm.targets.spec import target_from_spec
 from amortlm.train import GFNConfig
 from amortlm.types import Rollouts
 
+OBJECTIVES = ("subtb", "tb", "vargrad")
+
 
 def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Problem:
     """Uniform over the integers 0 to 100, each written in one way."""
@@ -42,15 +36,15 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Problem
     return Problem(target_from_spec(SPEC.target, lm), SPEC.prompt, support, [{}])
 
 
-def without_training(context: Context, seed: int, folder: Path) -> Trained:
+def without_training(context: Context) -> Trained:
     return untrained(context, context.data)
 
 
-def sft(context: Context, seed: int, folder: Path) -> Trained:
+def sft(context: Context) -> Trained:
     """Supervised fine-tuning on integers drawn uniformly: samples of the posterior itself."""
     settings = {"max_steps": context.settings["steps"], **context.settings["sft"]}
-    problem = replace(context.data, gold=[uniform_integers(settings.pop("examples"), seed)])
-    return train_supervised(context, problem, settings, seed, folder)
+    problem = replace(context.data, gold=[uniform_integers(settings.pop("examples"), context.seed)])
+    return train_supervised(context, problem, settings)
 
 
 def uniform_integers(count: int, seed: int) -> list[str]:
@@ -58,13 +52,14 @@ def uniform_integers(count: int, seed: int) -> list[str]:
     return [f" {draw.randint(0, HIGHEST)}" for _ in range(count)]
 
 
-def reinforced(method: str) -> Method:
-    def train(context: Context, seed: int, folder: Path) -> Trained:
-        settings = {**common(context.settings), "rows_per_step": 1, **context.settings[method]}
-        reward = validity(context.data.target)
-        return train_reinforced(context, method, context.data, settings, seed, folder, reward=reward)
+def common(settings: Settings) -> Settings:
+    return {"max_steps": settings["steps"], "num_samples": settings["num_samples"]}
 
-    return train
+
+def reinforced(context: Context, method: str) -> Trained:
+    settings = {**common(context.settings), "rows_per_step": 1, **context.settings[method]}
+    reward = validity(context.data.target)
+    return train_reinforced(context, context.data, method, settings, reward=reward)
 
 
 def validity(target: Target) -> Callable[[Rollouts], Tensor]:
@@ -72,29 +67,21 @@ def validity(target: Target) -> Callable[[Rollouts], Tensor]:
     return lambda rollouts: (target.score_final(rollouts) == 0).float()
 
 
-def common(settings: Settings) -> Settings:
-    return {"max_steps": settings["steps"], "num_samples": settings["num_samples"]}
+def gflownet(context: Context, objective: str) -> Trained:
+    """Trained with an objective. Its own settings replace those that all three share."""
+    settings = context.settings
+    config = {
+        "objective": objective,
+        **common(settings),
+        "per_device_train_batch_size": 1,
+        "save_steps": settings["save_steps"],
+        **settings["gflownet"],
+        **settings[objective],
+    }
+    return train_gflownet(context, context.data, config)
 
 
-def gflownet(objective: str) -> Method:
-    """The method that trains with an objective: its own settings win over those of all three."""
-
-    def train(context: Context, seed: int, folder: Path) -> Trained:
-        settings = context.settings
-        config = {
-            "objective": objective,
-            **common(settings),
-            "per_device_train_batch_size": 1,
-            "save_steps": settings["save_steps"],
-            **settings["gflownet"],
-            **settings[objective],
-        }
-        return train_gflownet(context, context.data, config, seed, folder)
-
-    return train
-
-
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
+def evaluate(context: Context, trained: Trained) -> Outcome:
     """Exact figures: the seed changes nothing."""
     found = exactness(trained.sampler)
     metrics = {"valid": found.valid, "kl": found.kl, "tv": found.total_variation}
@@ -126,16 +113,13 @@ EXPERIMENT = Experiment(
     question="Asked for an integer drawn uniformly between 0 and 100, how near to uniform does each method bring a "
     "language model, at equal numbers of judged completions?",
     presets=read_presets("numbers"),
-    groups={"ppo": PPOConfig, **dict.fromkeys(("gflownet", "subtb", "tb", "vargrad"), GFNConfig)},
+    groups={"ppo": PPOConfig, **dict.fromkeys(("gflownet", *OBJECTIVES), GFNConfig)},
     prepare=prepare,
     methods={
         "untrained": without_training,
         "sft": sft,
-        "ppo": reinforced("ppo"),
-        "grpo": reinforced("grpo"),
-        "gflownet-subtb": gflownet("subtb"),
-        "gflownet-tb": gflownet("tb"),
-        "gflownet-vargrad": gflownet("vargrad"),
+        **{name: partial(reinforced, method=name) for name in ("ppo", "grpo")},
+        **{f"gflownet-{name}": partial(gflownet, objective=name) for name in OBJECTIVES},
     },
     evaluate=evaluate,
     metrics={

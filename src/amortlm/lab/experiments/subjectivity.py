@@ -8,30 +8,25 @@ first of the training split in an order that the seed shuffles, balanced between
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from amortlm.em import EM, MStep
 from amortlm.errors import DataError
 from amortlm.lab.baselines.ppo import PPOConfig
 from amortlm.lab.compare import line_figure, paired_digest, paired_table
-from amortlm.lab.experiment import (
-    Context,
-    Experiment,
-    Method,
-    Metric,
-    Outcome,
-    Results,
-    Run,
-    Settings,
-    Trained,
-    read_presets,
-)
-from amortlm.lab.experiments.classifiers import Direct, Latent
+from amortlm.lab.experiment import Context, Experiment, Metric, Outcome, Results, Runs, Settings, Trained
+from amortlm.lab.metrics.calibration import calibration
+from amortlm.lab.overrides import read_presets
 from amortlm.lab.tasks.subjectivity import ANSWERS, OF, QUESTION, made_up, read_reviews
 from amortlm.lab.training import (
     Problem,
+    Split,
     config_of,
     train_gflownet,
     train_reinforced,
@@ -39,19 +34,18 @@ from amortlm.lab.training import (
     untrained,
 )
 from amortlm.language_model import LanguageModel
+from amortlm.policy import Policy
+from amortlm.posterior import Posterior
 from amortlm.support import Support
 from amortlm.train import GFNConfig
 from amortlm.types import Row
 
 LABELS = (10, 20, 50)
+BATCH = 64  # rows whose labels are scored at once
 
 
-@dataclass(frozen=True)
-class Reviews:
+class Reviews(Split):
     """Rows with x (the sentence) and y (its label)."""
-
-    train: list[Row]
-    test: list[Row]
 
     def labelled(self, count: int, seed: int) -> list[Row]:
         """`count` training rows, half of each label."""
@@ -83,105 +77,118 @@ def prepare(settings: Settings, lm: LanguageModel, data: Path | None) -> Reviews
     return Reviews(train, test[:wanted])
 
 
-def problem_of(context: Context, labels: int = 0, seed: int = 0) -> Problem:
-    """A reason z for the label of each of so many labelled sentences."""
+def problem_of(context: Context, labels: int = 0) -> Problem:
+    """A reason z for the label of each of `labels` labelled sentences."""
     target, support = context.lm.log_prob(OF, given=QUESTION), Support(**context.settings["support"])
-    return Problem(target, QUESTION, support, context.data.labelled(labels, seed))
+    return Problem(target, QUESTION, support, context.data.labelled(labels, context.seed))
 
 
-def direct_problem(context: Context, prompt: str = QUESTION, labels: int = 0, seed: int = 0) -> Problem:
-    """The label itself in the place of a reason."""
+def direct_problem(context: Context, prompt: str = QUESTION, labels: int = 0) -> Problem:
+    """A label in place of a reason: z is the label itself."""
     longest = max(len(context.lm.encode_continuation(f" {a}")) for a in ANSWERS)
     support = Support(stop=".", min_tokens=1, max_tokens=longest)
-    rows = context.data.labelled(labels, seed)
+    rows = context.data.labelled(labels, context.seed)
     gold = [[f" {row['y']}"] for row in rows]
     return Problem(context.lm.log_prob("{z}", given=QUESTION), prompt, support, rows, gold)
+
+
+@dataclass(frozen=True)
+class Direct:
+    """p(y | x) without a latent: the label itself is what the policy writes."""
+
+    policy: Policy
+
+    def probabilities(self, rows: Sequence[Row], seed: object) -> list[list[float]]:
+        """p of each answer, normalised among them, for each row; nothing is drawn."""
+        out = []
+        for start in range(0, len(rows), BATCH):
+            part = rows[start : start + BATCH]
+            rollouts = self.policy.rollouts(part, [[f" {a}" for a in ANSWERS]] * len(part))
+            with torch.no_grad():
+                log_q = self.policy.evaluate(rollouts).final(rollouts.lengths)
+            out += log_q.view(len(part), len(ANSWERS)).double().softmax(1).tolist()
+        return out
+
+
+@dataclass(frozen=True)
+class Latent:
+    """p(y | x) as the mean of p(y | x z) over samples of z."""
+
+    posterior: Posterior
+    samples: int
+
+    def probabilities(self, rows: Sequence[Row], seed: object) -> list[list[float]]:
+        return [p.probs for p in self.posterior.predict(rows, ANSWERS, self.samples, seed=seed)]
 
 
 def latent(context: Context, trained: Trained) -> Trained:
     return replace(trained, sampler=Latent(trained.sampler, context.settings["samples"]))
 
 
-def zero_shot(context: Context, seed: int, folder: Path) -> Trained:
-    return Trained(Direct(direct_problem(context).policy(context, seed)))
+def zero_shot(context: Context) -> Trained:
+    return Trained(Direct(direct_problem(context).policy(context)))
 
 
-def zero_shot_latent(context: Context, seed: int, folder: Path) -> Trained:
+def zero_shot_latent(context: Context) -> Trained:
     return latent(context, untrained(context, problem_of(context)))
 
 
-def few_shot(context: Context, seed: int, folder: Path) -> Trained:
+def few_shot(context: Context) -> Trained:
     """Labelled sentences in the prompt, the shortest of 50, so that they fit."""
-    shots = sorted(context.data.labelled(max(LABELS), seed), key=lambda row: len(row["x"]))
+    shots = sorted(context.data.labelled(max(LABELS), context.seed), key=lambda row: len(row["x"]))
     half = context.settings["shots"] // 2
     chosen = [row for a in ANSWERS for row in [r for r in shots if r["y"] == a][:half]]
-    random.Random(seed).shuffle(chosen)
+    random.Random(context.seed).shuffle(chosen)
     shown = [f"{QUESTION} {{y}}.".format(**row).replace("{", "{{").replace("}", "}}") for row in chosen]
     prompt = context.settings["shots_separator"].join([*shown, QUESTION])
-    return Trained(Direct(direct_problem(context, prompt).policy(context, seed)))
+    return Trained(Direct(direct_problem(context, prompt).policy(context)))
 
 
-def sft(labels: int) -> Method:
-    def train(context: Context, seed: int, folder: Path) -> Trained:
-        problem = direct_problem(context, labels=labels, seed=seed)
-        trained = train_supervised(context, problem, context.settings["sft"], seed, folder)
-        return Trained(Direct(trained.sampler.policy))
-
-    return train
+def sft(context: Context, labels: int) -> Trained:
+    trained = train_supervised(context, direct_problem(context, labels=labels), context.settings["sft"])
+    return Trained(Direct(trained.sampler.policy))
 
 
-def ppo(labels: int) -> Method:
+def ppo(context: Context, labels: int) -> Trained:
     """Reward: log p(z y | x), as for the GFlowNet."""
-
-    def train(context: Context, seed: int, folder: Path) -> Trained:
-        problem, settings = problem_of(context, labels, seed), context.settings["ppo"]
-        return latent(context, train_reinforced(context, "ppo", problem, settings, seed, folder))
-
-    return train
+    return latent(
+        context, train_reinforced(context, problem_of(context, labels), "ppo", context.settings["ppo"])
+    )
 
 
-def gflownet(labels: int) -> Method:
-    def train(context: Context, seed: int, folder: Path) -> Trained:
-        problem, settings = problem_of(context, labels, seed), context.settings["gflownet"]
-        return latent(context, train_gflownet(context, problem, settings, seed, folder))
-
-    return train
+def gflownet(context: Context, labels: int) -> Trained:
+    return latent(context, train_gflownet(context, problem_of(context, labels), context.settings["gflownet"]))
 
 
-def gflownet_em(labels: int) -> Method:
+def gflownet_em(context: Context, labels: int) -> Trained:
     """The GFlowNet as E-step, then the M-step: p itself learns from z ~ q."""
-
-    def train(context: Context, seed: int, folder: Path) -> Trained:
-        settings, problem = context.settings, problem_of(context, labels, seed)
-        args = config_of(settings["gflownet"], seed, folder)
-        em = EM(
-            context.lm,
-            target=problem.target,
-            prompt=problem.prompt,
-            support=problem.support,
-            train_dataset=problem.rows,
-            args=args,
-            m_step=MStep(**settings["m_step"]),
-            rounds=settings["rounds"],
-            adapter=settings["lora"],
-            p_adapter=settings["lora"],
-        )
-        if context.dry_run:
-            return Trained(None)
-        updates = args.max_steps * args.per_device_train_batch_size * args.num_samples
-        m = em.m_step
-        evaluations = em.rounds * (updates + m.steps * m.batch_size * m.num_samples)
-        return latent(context, Trained(em.run(), evaluations))
-
-    return train
+    settings, problem = context.settings, problem_of(context, labels)
+    args = config_of(context, settings["gflownet"])
+    em = EM(
+        context.lm,
+        target=problem.target,
+        prompt=problem.prompt,
+        support=problem.support,
+        train_dataset=problem.rows,
+        args=args,
+        m_step=MStep(**settings["m_step"]),
+        rounds=settings["rounds"],
+        adapter=settings["adapter"],
+        p_adapter=settings["adapter"],
+    )
+    if context.dry_run:
+        return Trained(None)
+    updates = args.max_steps * args.per_device_train_batch_size * args.num_samples
+    m = em.m_step
+    evaluations = em.rounds * (updates + m.steps * m.batch_size * m.num_samples)
+    return latent(context, Trained(em.run(), evaluations))
 
 
-def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
-    """Accuracy and calibration on the test sentences; details: which were right, and the reliability diagram."""
-    from amortlm.lab.metrics.calibration import calibration
-
+def evaluate(context: Context, trained: Trained) -> Outcome:
+    """Accuracy and calibration on the test sentences; details: the reliability diagram, and samples of five sentences;
+    records: which were right."""
     rows = context.data.test
-    probabilities = trained.sampler.probabilities(rows, seed)
+    probabilities = trained.sampler.probabilities(rows, context.seed)
     best = [max(range(len(ANSWERS)), key=p.__getitem__) for p in probabilities]
     right = [ANSWERS[i] == row["y"] for i, row in zip(best, rows, strict=True)]
     found = calibration([p[i] for p, i in zip(probabilities, best, strict=True)], right)
@@ -195,14 +202,14 @@ def evaluate(context: Context, trained: Trained, seed: int) -> Outcome:
     return Outcome({"accuracy": found.accuracy, "ece": found.ece}, details, records)
 
 
-def digest(runs: dict[str, list[Run]]) -> Any:
+def digest(runs: Runs) -> dict[str, Any]:
     pairs = [(f"{family}-{n}", f"sft-{n}") for n in LABELS for family in ("gflownet-em", "gflownet")]
-    return paired_digest(runs, pairs, ["accuracy"])
+    return {"paired": paired_digest(runs, pairs, ["accuracy"])}
 
 
 def summary(results: Results) -> str:
     """Paired tests on the test sentences (each sentence's mean over seeds), for each number of labels."""
-    return paired_table(results["digest"], {"accuracy": "accuracy"}, "sentences")
+    return paired_table(results["digest"]["paired"], {"accuracy": "accuracy"}, "sentences")
 
 
 def figures(results: Results, folder: Path) -> list[str]:
@@ -225,7 +232,10 @@ EXPERIMENT = Experiment(
     groups={"gflownet": GFNConfig, "ppo": PPOConfig, "m_step": MStep},
     prepare=prepare,
     reads_data=True,
-    methods={**ZERO, **{f"{family}-{n}": method(n) for n in LABELS for family, method in FAMILIES.items()}},
+    methods={
+        **ZERO,
+        **{f"{family}-{n}": partial(method, labels=n) for n in LABELS for family, method in FAMILIES.items()},
+    },
     evaluate=evaluate,
     digest=digest,
     metrics={

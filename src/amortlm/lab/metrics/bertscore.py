@@ -26,8 +26,8 @@ class BertScores:
 class BertScorer:
     """Greedy matching of last-layer token embeddings, without idf weights and without baseline rescaling.
 
-    Special tokens take no part. A text without tokens scores 0. Figures of other encoders, of tuned layers, or
-    rescaled ones are on other scales. encoder: a local folder; default: that of `sentence_encoder`.
+    Special tokens take no part. A text without tokens scores 0. Figures cannot be compared with those of another
+    encoder or layer, or with rescaled ones. encoder: a local folder; default: that of `sentence_encoder`.
     """
 
     def __init__(self, encoder: str | Path | None = None, device: str = "cpu", batch_size: int = 64):

@@ -1,4 +1,4 @@
-"""Are confidences right as often as they say?"""
+"""Calibration: is a prediction of confidence 0.8 right in 80 % of cases?"""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def calibration(confidences: Sequence[float], correct: Sequence[bool], num_bins:
     """Calibration of predictions from their confidence in [0, 1] and whether they were correct.
 
     ECE (Naeini et al. 2015): |accuracy - confidence| of equal-width bins, averaged with their share of predictions.
+    Raises DataError.
     """
     p, right = np.asarray(confidences, float), np.asarray(correct, float)
     if p.shape != right.shape or p.ndim != 1 or not len(p):

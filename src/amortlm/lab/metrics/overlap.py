@@ -6,33 +6,25 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from amortlm.errors import DataError, MissingExtraError
+from amortlm.errors import DataError
+from amortlm.lab.extras import extra
 
 
 def sentence_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> list[float]:
     """BLEU-4 of every pair by sacrebleu, 0 to 100: 13a tokens, exponential smoothing, effective order.
 
-    Not comparable with `corpus_bleu`, which pools n-gram counts over the pairs.
+    Not comparable with corpus BLEU, which pools n-gram counts over the pairs. Raises DataError (see `check_pairs`).
     """
     check_pairs(hypotheses, references)
-    bleu = _sacrebleu().BLEU(effective_order=True)
+    bleu = extra("sacrebleu", "BLEU").BLEU(effective_order=True)
     pairs = zip(hypotheses, references, strict=True)
     return [bleu.sentence_score(hypothesis, [reference]).score for hypothesis, reference in pairs]
-
-
-def corpus_bleu(hypotheses: Sequence[str], references: Sequence[str]) -> float:
-    """BLEU-4 of the corpus by sacrebleu with its defaults, 0 to 100."""
-    check_pairs(hypotheses, references)
-    return _sacrebleu().BLEU().corpus_score(list(hypotheses), [list(references)]).score
 
 
 def sentence_gleu(hypotheses: Sequence[str], references: Sequence[str]) -> list[float]:
     """GLEU-4 of every pair by nltk (Wu et al. 2016), 0 to 100, on the tokens that BLEU counts."""
     check_pairs(hypotheses, references)
-    try:
-        from nltk.translate.gleu_score import sentence_gleu as gleu
-    except ImportError as e:
-        raise MissingExtraError("GLEU needs nltk: pip install 'amortlm[baselines]'") from e
+    gleu = extra("nltk.translate.gleu_score", "GLEU").sentence_gleu
     tokenize = _tokenizer()
     pairs = zip(hypotheses, references, strict=True)
     return [100 * gleu([tokenize(r).split()], tokenize(h).split(), max_len=4) for h, r in pairs]
@@ -50,15 +42,4 @@ def check_pairs(hypotheses: Sequence[str], references: Sequence[str]) -> None:
 
 @lru_cache
 def _tokenizer() -> Any:
-    _sacrebleu()
-    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
-
-    return Tokenizer13a()
-
-
-def _sacrebleu() -> Any:
-    try:
-        import sacrebleu
-    except ImportError as e:
-        raise MissingExtraError("BLEU needs sacrebleu: pip install 'amortlm[baselines]'") from e
-    return sacrebleu
+    return extra("sacrebleu.tokenizers.tokenizer_13a", "GLEU").Tokenizer13a()

@@ -15,7 +15,7 @@ CHUNK = 2**22  # numbers drawn at once
 @dataclass(frozen=True)
 class PairedTest:
     """difference: mean of a - b over the n examples; low, high: its 95 % bootstrap percentile interval;
-    p_value: two-sided, of the hypothesis that the sign of each difference is a coin flip."""
+    p_value: two-sided, of the hypothesis that the sign of each difference is random."""
 
     n: int
     difference: float
@@ -29,8 +29,8 @@ def paired_test(
 ) -> PairedTest:
     """Compare the values a and b of the same examples, by resampling their differences.
 
-    The p-value counts the observed signs among the flips, so it is at least 1 / (resamples + 1). Intervals of few
-    examples (below 20, say) are too narrow.
+    The p-value counts the observed signs as one of the flips, so it is at least 1 / (resamples + 1). Intervals from
+    fewer than about 20 examples are too narrow. Raises DataError for lists of different lengths, empty or not finite.
     """
     d = np.asarray(a, float) - np.asarray(b, float) if len(a) == len(b) else np.empty(0)
     if not len(d) or not np.isfinite(d).all():

@@ -1,4 +1,4 @@
-"""Tasks: what the paper's experiments ask, each as a short file with a `SPEC`, and runs stated in YAML."""
+"""Tasks of the paper's experiments. Those in `TASKS` have a `SPEC`, which `amortlm train NAME` runs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ TRAINED = 12  # stories the posterior is amortised over
 UNSEEN = STORIES[TRAINED:20]
 
 SPEC = RunSpec(
-    # The ending, then the beginning as a document of its own: the model continues what it read last.
+    # The ending, then the beginning as a document of its own, since the model continues the last document.
     prompt="{y}</s><s>{x}",
     target=[{"log_prob": {"of": "{z} {y}", "given": "{x}"}}],
     support={"stop": ".", "min_tokens": 3, "max_tokens": 20},

@@ -53,7 +53,7 @@ class Exactness:
 
 
 def exactness(posterior: Posterior) -> Exactness:
-    """Where the policy stands, exactly."""
+    """`Exactness` of a posterior for the numbers task."""
     log_q = posterior.log_prob({}, [f" {n}" for n in range(HIGHEST + 1)]).double()
     q, uniform = log_q.exp(), 1.0 / (HIGHEST + 1)
     valid = q.sum().item()

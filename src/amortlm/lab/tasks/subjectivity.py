@@ -32,7 +32,7 @@ def read_reviews(file: Path, max_words: int) -> list[Row]:
 
 
 def made_up(count: int) -> list[Row]:
-    """Sentences enough to see that every method runs."""
+    """Made-up sentences, for runs that only show that every method works."""
     kinds = {
         "objective": "a nurse moves to town number {i} .",
         "subjective": "a warm and witty film , part {i} .",
