@@ -364,11 +364,8 @@ class VarGrad(_OfGroup):
 @dataclass(frozen=True)
 class ForwardKL(_OfGroup):
     name = "forward_kl"
-    biased_by = (
-        "tempered",
-        "replay",
-        "epsilon",
-    )  # the weights R / q are right only for samples of q
+    # The weights R / q are right only for samples of q.
+    biased_by = ("tempered", "replay", "prior", "epsilon")
     posterior_only = True
 
     def loss(self, inputs: LossInputs) -> Loss:

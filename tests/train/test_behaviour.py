@@ -18,9 +18,11 @@ from amortlm.train.spec import RunSpec, settings_from_text
 def test_a_mix_sums_to_one() -> None:
     assert GFNConfig().behaviour == full_mix(DEFAULT) == DEFAULT
     assert sum(DEFAULT.values()) == 1
-    assert full_mix({"replay": "0.25"}) == {"policy": 0.75, "tempered": 0, "replay": 0.25, "corrected": 0}
-    assert full_mix({}) == {"policy": 1, "tempered": 0, "replay": 0, "corrected": 0}
-    assert full_mix({"replay": 1}) == {"policy": 0, "tempered": 0, "replay": 1, "corrected": 0}
+    assert full_mix({"replay": "0.25"}) == DEFAULT | {"policy": 0.75, "tempered": 0}
+    nothing = dict.fromkeys(DEFAULT, 0)
+    assert full_mix({}) == nothing | {"policy": 1}
+    assert full_mix({"replay": 1}) == nothing | {"replay": 1}
+    assert full_mix({"prior": 0.2, "replay": 0.3}) == nothing | {"prior": 0.2, "replay": 0.3, "policy": 0.5}
     assert full_mix(full_mix({"corrected": 0.1, "replay": 0.2})) == full_mix(
         {"corrected": 0.1, "replay": 0.2}
     )
@@ -30,12 +32,15 @@ def test_a_mix_sums_to_one() -> None:
 
 def test_chances_are_those_of_the_shares() -> None:
     """Chosen one after the other, they give the shares; and the ratios of earlier versions come back to the bit."""
-    assert chances(DEFAULT) == (0.0, 0.25, 0.5)
+    assert chances(DEFAULT) == (0.0, 0.25, 0.5, 0.0)
+    assert chances(full_mix({"corrected": 0.2, "replay": 0.4, "prior": 0.1})) == pytest.approx(
+        (0.2, 0.5, 0, 0.25)
+    )
     rng = random.Random(0)
     for _ in range(100):
         c, r, t = (rng.choice([0.0, 0.25, 0.5, 0.75, 1.0]) for _ in range(3))
         found = chances(full_mix({"corrected": c, "replay": (1 - c) * r, "tempered": (1 - c) * (1 - r) * t}))
-        expected = (c, r if c < 1 else 0.0, t if c < 1 and r < 1 else 0.0)
+        expected = (c, r if c < 1 else 0.0, t if c < 1 and r < 1 else 0.0, 0.0)
         assert found == expected
     assert chances(full_mix({"policy": 0.0, "tempered": 0.3, "replay": 0.3, "corrected": 0.4}))[2] <= 1
 

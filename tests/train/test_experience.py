@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from stats import LEVEL, g_test
 from trainers import ROWS, make_trainer
 
-from amortlm import LanguageModel, types
+from amortlm import LanguageModel, Support, types
 from amortlm.engine.decoding import Draws
 from amortlm.engine.sampler import Request, Sampler
+from amortlm.inference.exact import policy_log_probs
+from amortlm.policy.laws import support_completions
 from amortlm.train.metrics import Metrics
 from amortlm.train.source import Experience
 
@@ -41,6 +44,37 @@ def test_the_samplers_log_q_is_kept_and_is_that_of_the_trainer(one_lm: LanguageM
         atol=1e-5,
         rtol=1e-5,
     )
+
+
+def test_prior_draws_are_of_the_model_before_training(one_lm: LanguageModel, tmp_path: Path) -> None:
+    """Whatever has become of the policy; a false alarm as rare as `stats.LEVEL` says, and the policy as control."""
+    settings = {"support": Support(stop=".", max_tokens=1), "num_samples": 2000}
+    trainer = make_trainer(one_lm, tmp_path, behaviour={"prior": 1.0}, rows=ROWS[:1], **settings)
+    before = policy_log_probs(trainer.policy, ROWS[0]).exp()
+    with torch.no_grad():
+        for p in trainer.policy.parameters():
+            p += 0.05 if p.requires_grad else 0
+    after = policy_log_probs(trainer.policy, ROWS[0]).exp()
+    found = trainer._prepare_inputs({"rows": trainer.train_dataset})
+    assert found.log_q.isnan().all()
+    order = {tuple(z): i for i, z in enumerate(support_completions(trainer.policy))}
+    drawn = torch.tensor([order[tuple(z)] for z in found.rollouts.completions()])
+    counts = torch.bincount(drawn, minlength=len(before))
+    assert g_test(counts, before) > LEVEL > g_test(counts, after)
+
+
+def test_each_prompt_has_one_behaviour(one_lm: LanguageModel, tmp_path: Path) -> None:
+    """Half of the prompts are the prior's; the rest is drawn as it is without a prior."""
+    rows = [{"x": "a", "y": f" {a}{b}"} for a in "abcdefgh" for b in "abcdefgh"]
+    own, mixed = (
+        make_trainer(one_lm, tmp_path, rows=rows, behaviour=mix).source.collect(rows, (0, 0))
+        for mix in ({"policy": 1.0}, {"prior": 0.5})
+    )
+    prior = mixed.log_q.view(len(rows), 4).isnan()
+    assert torch.equal(prior.all(1), prior.any(1))
+    assert 12 < prior.all(1).sum() < 52, "64 coins: outside once in a million"
+    same = [a == b for a, b in zip(own.rollouts.completions(), mixed.rollouts.completions(), strict=True)]
+    assert all(torch.tensor(same)[~prior.flatten()])
 
 
 @pytest.mark.parametrize("objective", ["vargrad", "forward_kl"])

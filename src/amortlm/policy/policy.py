@@ -94,17 +94,19 @@ class Policy(nn.Module):
         *,
         seed: object = 0,
         exploration: Exploration | None = None,
+        sampler: Sampler | None = None,
     ) -> tuple[Rollouts, PolicyLogProbs]:
         """Completions in row order and their log q (nats). num_samples: K for every row, or a count for each.
 
         The same (seed, row) gives the same completions, whatever else is in the batch. `exploration` changes the
-        completions, but the returned log q is that of the policy itself. Raises PromptTooLongError for a prompt that
+        completions, but the returned log q is that of the policy itself. sampler: draws in place of the policy's own,
+        and log q is then that of its model. Raises PromptTooLongError for a prompt that
         does not fit, DataError or TemplateError for rows that do not fit the prompt.
         """
         counts = [num_samples] * len(rows) if isinstance(num_samples, int) else list(num_samples)
         seeds = [seed_of((seed, row_key(row))) for row in rows]
         request = Request(self.encode_rows(rows), counts, seeds, self.support, exploration)
-        draws = self.sampler.sample(request)
+        draws = (sampler or self.sampler).sample(request)
         tokens, lengths, stops, log_pf, log_pterm = (
             x.to(self.device)
             for x in (draws.tokens, draws.lengths, draws.stops, draws.log_pf, draws.log_pterm)

@@ -8,13 +8,13 @@ from typing import Any
 from amortlm.errors import ConfigError
 from amortlm.settings import check_keys, typed_value
 
-POLICY, TEMPERED, REPLAY, CORRECTED = NAMES = ("policy", "tempered", "replay", "corrected")
-DEFAULT = {POLICY: 0.375, TEMPERED: 0.375, REPLAY: 0.25, CORRECTED: 0.0}
+POLICY, TEMPERED, REPLAY, CORRECTED, PRIOR = NAMES = ("policy", "tempered", "replay", "corrected", "prior")
+DEFAULT = {POLICY: 0.375, TEMPERED: 0.375, REPLAY: 0.25, CORRECTED: 0.0, PRIOR: 0.0}
 ROUNDING = 1e-6  # tolerance of the sum of the shares
 
 
 def full_mix(given: Any) -> dict[str, float]:
-    """All four shares. Shares that are left out are 0, except that `policy` takes the rest if it is left out. Raises
+    """All five shares. Shares that are left out are 0, except that `policy` takes the rest if it is left out. Raises
     ConfigError for other names, negative shares or a wrong sum."""
     check_keys(given, NAMES, "behaviour")
     shares = {name: typed_value(share, float, f"behaviour: {name}") for name, share in given.items()}
@@ -28,11 +28,12 @@ def full_mix(given: Any) -> dict[str, float]:
     return {name: shares.get(name, max(0.0, 1.0 - total) if name == POLICY else 0.0) for name in NAMES}
 
 
-def chances(mix: Mapping[str, float]) -> tuple[float, float, float]:
-    """Conditional chances of (corrected, replay, tempered): of each behaviour, given that none before it was chosen
-    for the prompt."""
-    corrected, replay, tempered = mix[CORRECTED], mix[REPLAY], mix[TEMPERED]
-    return corrected, _share(replay, 1 - corrected), _share(tempered, 1 - corrected - replay)
+def chances(mix: Mapping[str, float]) -> tuple[float, float, float, float]:
+    """Conditional chances of (corrected, replay, tempered, prior): of corrected; of replay if it is not corrected; of
+    each of the others if it is neither."""
+    corrected, replay = mix[CORRECTED], mix[REPLAY]
+    left = 1 - corrected - replay
+    return corrected, _share(replay, 1 - corrected), _share(mix[TEMPERED], left), _share(mix[PRIOR], left)
 
 
 def _share(part: float, of: float) -> float:

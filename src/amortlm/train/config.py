@@ -104,8 +104,9 @@ class GFNConfig(TrainingArguments):
         default_factory=DEFAULT.copy,
         metadata={
             "help": "Shares of the prompts whose completions come from the policy, from the policy at a random "
-            "temperature (tempered), from the buffer (replay), or from importance resampling of policy and buffer, "
-            "near the posterior (corrected). They sum to one. Paper: {replay: 0.25, tempered: 0.5025}."
+            "temperature (tempered), from the buffer (replay), from the model before training with the policy's "
+            "prompt (prior), or from importance resampling of policy and buffer, near the posterior (corrected). They "
+            "sum to one. Paper: {replay: 0.25, tempered: 0.5025}."
         },
     )
     corrected_method: str = field(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from amortlm.buffer import ReplayBuffer
 from amortlm.engine.decoding import Exploration
+from amortlm.engine.sampler import LocalSampler
 from amortlm.errors import ConfigError
 from amortlm.inference.smc import smc
 from amortlm.objectives import Objective
@@ -77,7 +78,9 @@ class ExperienceSource:
         """target: the rewards used in training, finite everywhere (`Softened`)."""
         self.policy, self.target, self.buffer = policy, target, buffer
         self.objective, self.config = objective, config
-        self._corrected_chance, self._replay_chance, self._tempered_chance = chances(config.behaviour)
+        found = chances(config.behaviour)
+        self._corrected_chance, self._replay_chance, self._tempered_chance, self._prior_chance = found
+        self._prior = LocalSampler(policy.lm.model, policy.lm.sharing, policy.lm.memory)
         if (
             self._corrected_chance > 0
             and config.corrected_method == "smc"
@@ -105,22 +108,24 @@ class ExperienceSource:
             self._correct(row, step) if yes else self._replay(row, choice)
             for row, choice, yes in zip(rows, choices, corrected.tolist(), strict=True)
         ]
+        heat = [self._temperature(choice) for choice in choices]
         fresh = [self.config.num_samples - len(old) for old in given]
-        parts, log_q = [], []
-        if any(fresh):
-            heat = [self._temperature(choice) for choice in choices]
-            temperature = torch.tensor(heat, device=self.policy.device)
-            exploration = Exploration(
-                temperature.repeat_interleave(torch.tensor(fresh, device=self.policy.device)),
-                self.config.epsilon,
-            )
-            seed = (self.config.seed, step)
-            rollouts, log_probs = self.policy.sample(rows, fresh, seed=seed, exploration=exploration)
+        own = [0 if t is None else n for n, t in zip(fresh, heat, strict=True)]
+        prior = [n if t is None else 0 for n, t in zip(fresh, heat, strict=True)]
+        seed, parts, log_q = (self.config.seed, step), [], []
+        if any(own):
+            each = [t for n, t in zip(own, heat, strict=True) for _ in range(n)]
+            exploration = Exploration(torch.tensor(each, device=self.policy.device), self.config.epsilon)
+            rollouts, log_probs = self.policy.sample(rows, own, seed=seed, exploration=exploration)
             parts.append(rollouts)
             log_q.append(log_probs.final(rollouts.lengths))
+        if any(prior):
+            parts.append(self.policy.sample(rows, prior, seed=seed, sampler=self._prior)[0])
         if any(given):
             parts.append(self.policy.rollouts(rows, given))
-            log_q.append(torch.full((len(parts[-1]),), torch.nan, device=self.policy.device))
+        log_q += [
+            torch.full((len(part),), torch.nan, device=self.policy.device) for part in parts[len(log_q) :]
+        ]
         order = torch.cat([part.row_index for part in parts]).argsort(stable=True)
         return Rollouts.cat(parts), torch.cat(log_q)[order]  # in the order of `cat`
 
@@ -186,7 +191,9 @@ class ExperienceSource:
         drawn = self.buffer.draw(row_key(row), self.config.num_samples, generator)
         return [[*e.tokens, e.stop] for e in drawn]
 
-    def _temperature(self, choice: random.Random) -> float:
-        if choice.random() >= self._tempered_chance:
-            return 1.0
-        return choice.uniform(*self.config.temperature_range)
+    def _temperature(self, choice: random.Random) -> float | None:
+        """The temperature of the policy, or None for the prior."""
+        u = choice.random()
+        if u < self._tempered_chance:
+            return choice.uniform(*self.config.temperature_range)
+        return None if u < self._tempered_chance + self._prior_chance else 1.0
