@@ -196,8 +196,7 @@ def decode(
     kept: Draws | None = None,
     keep: Tensor | None = None,
 ) -> Draws:
-    """Draw one completion for each entry of `index` [B], the number of its prompt in `prefix`. uniforms [B, max_tokens
-    + 1].
+    """Draw one completion for each of `index` [B], the number of its prompt in `prefix`. uniforms [B, max_tokens + 1].
 
     kept, keep [B]: completion b begins with the first keep[b] tokens of `kept`, whose log q is kept, too. Exploration
     changes the draws, but log q is that of the policy itself. The result has T = max_tokens.
