@@ -179,6 +179,7 @@ def test_reports_are_json(one_lm: LanguageModel) -> None:
         "log_w_variance",
         "log_reward",
         "valid",
+        "accepted_elbo",
         "num_distinct",
         "distinct",
         "distinct_1",

@@ -557,7 +557,7 @@ def test_the_command_says_in_one_line_what_went_wrong(
     for error, status, words in (
         (MissingExtraError("install it"), 2, "two, seed 0: install it"),
         (OSError(28, "No space left on device"), 2, "Earlier saves are intact"),
-        (KeyboardInterrupt(), 130, "the same command goes on"),
+        (KeyboardInterrupt(), 130, "the same command continues"),
     ):
         toy_command.fail = {"two": error}
         assert main(argv) == status

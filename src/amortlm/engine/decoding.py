@@ -206,8 +206,7 @@ def decode(
     kept: Draws | None = None,
     keep: Tensor | None = None,
 ) -> Draws:
-    """Draw one completion for each entry of `index` [B], the number of its prompt in `prefix`. uniforms [B, max_tokens
-    + 1].
+    """Draw one completion for each of `index` [B], the number of its prompt in `prefix`. uniforms [B, max_tokens + 1].
 
     kept, keep [B]: completion b begins with the first keep[b] tokens of `kept`, whose log q stays. Exploration
     changes what is drawn, not the log q. Draws come at the full width, max_tokens. They are made in packs that fit the
