@@ -490,6 +490,11 @@ def test_a_group_takes_any_field_of_its_class() -> None:
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_command_knows_every_preset(name: str) -> None:
+    assert sorted(load_experiment(name).presets) == sorted(experiments.PRESETS)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.parametrize("preset", experiments.PRESETS)
 def test_every_preset_of_every_experiment_takes_every_field(name: str, preset: str) -> None:
     experiment = load_experiment(name)

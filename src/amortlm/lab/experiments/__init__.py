@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from amortlm.lab.experiment import Experiment
 
 EXPERIMENTS = ("numbers", "continuation", "infilling", "subjectivity", "arithmetic")
-PRESETS = ("smoke", "small", "paper")
+PRESETS = ("smoke", "small", "real", "paper")
 
 
 def load_experiment(name: str) -> Experiment:
