@@ -84,14 +84,17 @@ TARGETS: dict[str, Callable[[LanguageModel], Target]] = {
 }
 
 
+LONG = [pytest.mark.slow, pytest.mark.long]
+
+
 @pytest.mark.parametrize(
     ("name", "low", "threshold"),
     [
-        ("tempered", 0, 1.0),
+        pytest.param("tempered", 0, 1.0, marks=LONG),
         ("infilling", 2, 1.0),
         ("infilling", 0, 0.0),
         ("finished", 0, 0.9),
-        ("hard", 1, 0.9),
+        pytest.param("hard", 1, 0.9, marks=LONG),
     ],
 )
 def test_estimates_are_unbiased(one_lm: LanguageModel, name: str, low: int, threshold: float) -> None:

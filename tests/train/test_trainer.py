@@ -25,15 +25,17 @@ from amortlm.errors import (
 from amortlm.objectives import log_weights
 from amortlm.targets.base import Target
 
+LONG = [pytest.mark.slow, pytest.mark.long]
+
 
 @pytest.mark.parametrize(
     "settings",
     [
         {"objective": "subtb"},
         {"objective": {"subtb": {"lam": 0.9, "states": 2}}},
-        {"objective": "db"},
+        pytest.param({"objective": "db"}, marks=LONG),
         {"objective": {"tb": {"log_z": "learned", "log_z_learning_rate": 0.5}}},
-        {"objective": "tb"},
+        pytest.param({"objective": "tb"}, marks=LONG),
         {"objective": "vargrad"},
     ],
     ids=lambda s: "-".join(map(str, s.values())),
