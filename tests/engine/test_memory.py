@@ -49,22 +49,21 @@ def score(it: Posterior) -> Tensor:
     return it.target.score(random_rollouts(it.lm, SUPPORT, ROWS, per_row=7))  # type: ignore[union-attr]
 
 
-def diagnose(it: Posterior) -> Tensor:
-    found = it.diagnose(ROWS, n=20, limit=0)
-    return torch.tensor([[row.importance.log_z, row.importance.ess, row.gap_low] for row in found.rows])
+def estimate(it: Posterior) -> Tensor:
+    return torch.tensor([[found.log_z, found.ess] for found in it.estimate(ROWS, n=20)])
 
 
 def answers(it: Posterior) -> Tensor:
     it = Posterior(it.policy, it.lm.log_prob("{z} the {y}!", given="{x}"))
-    votes = it.vote(ROWS, n=12, max_tokens=3)
-    probs = [p.probs for p in it.predict(ROWS, ["dog", "a cat"], n=12)]
+    votes = it.vote(ROWS, n=8, max_tokens=3)
+    probs = [p.probs for p in it.predict(ROWS, ["dog", "a cat"], n=8)]
     counts = [sorted((answer, c) for answer, c in v.counts.items()) for v in votes]
     return torch.tensor([*(p for row in probs for p in row), *(float(c) for row in counts for _, c in row)])
 
 
 def corrections(it: Posterior) -> Tensor:
     drawn = [
-        corrected(it.policy, it.target, ROWS[2], 4, method=m, budget=24, seed=0).drawn  # type: ignore[arg-type]
+        corrected(it.policy, it.target, ROWS[2], 2, method=m, budget=12, seed=0).drawn  # type: ignore[arg-type]
         for m in ("sir", "smc", "mh")
     ]
     return torch.cat([torch.stack([d.log_q.double(), d.log_reward.double()]) for d in drawn])
@@ -75,7 +74,7 @@ def searches(it: Posterior) -> Tensor:
     return torch.cat([rollouts.tokens, rollouts.lengths[:, None]], 1).float()
 
 
-CASES = [evaluate, sample, score, diagnose, answers, corrections, searches]
+CASES = [evaluate, sample, score, estimate, answers, corrections, searches]
 
 
 @contextmanager
