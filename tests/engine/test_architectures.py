@@ -24,6 +24,7 @@ EXACT = [
     "gemma3_text",
     "qwen2, middle window",
     "gpt_oss",
+    "gemma4_text",  # layers with heads of different sizes
     "llama4_text",
     "gpt_neo",
     # biases by distance

@@ -78,12 +78,16 @@ class Sizes:
 
 
 def _setting(config: Any, otherwise: int, *names: str) -> int:
-    """A number in a config, the largest where each layer has its own."""
+    """A number in a config, the largest if it differs between layers."""
     for name in names:
-        value = getattr(config, name, None)
-        found = [
-            x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, int) and x > 0
-        ]
-        if found:
+        if found := [x for x in _values(config, name) if isinstance(x, int) and x > 0]:
             return max(found)
     return otherwise
+
+
+def _values(config: Any, name: str) -> list[Any]:
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers: it varies by layer
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+    return list(value) if isinstance(value, list | tuple) else [value]
