@@ -193,7 +193,7 @@ def _flat(stated: dict[str, Any]) -> dict[str, Any]:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:40]} ... {text[-35:]}"
+    return text if len(text) <= 100 else f"{text[:50]} ... {text[-45:]}"
 
 
 # The folder of a run
