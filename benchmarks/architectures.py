@@ -324,8 +324,11 @@ says why. Written by
 Of {kinds} architectures {counts}. The table has {cases} variants: windows narrower and wider than the texts, encoders
 as decoders, rotary embeddings that change with the length.
 
-Known deviations: which keys the index of GLM-MoE-DSA picks depends on rounding, so that plain passes of one text and
-of a batch differ; the gradient of Zamba is 2e-5 off in float32 and 1.5e-7 in float64; Reformer gives gradients only in
+Where an index picks the keys that attention sees (DeepSeek V3.2, GLM-MoE-DSA, dots3-note, Hy V4), plain passes of one
+text and of a padded batch differ by up to 5 nats, because equal scores are picked by padding: texts of more than
+`index_topk` tokens are refused.
+
+Known deviations: the gradient of Zamba is 2e-5 off in float32 and 1.5e-7 in float64; Reformer gives gradients only in
 training mode, and training it is refused.
 
 {table}

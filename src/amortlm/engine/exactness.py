@@ -24,7 +24,7 @@ from amortlm.errors import ModelError
 # Nats by which correct passes may differ (order of sums, on random tokens); wrong passes differ by tenths at least.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 WINDOW = 4  # windows are narrowed to so many tokens, so that the short texts are longer than a window
-WINDOWS = re.compile(r"(sliding|attention|attn|local)_?(window|chunk)\w*|window_size|index_topk")
+WINDOWS = re.compile(r"(sliding|attention|attn|local)_?(window|chunk)\w*|window_size")
 NONE = Sharing(steps=False, spans=False, packed=False)
 
 
@@ -293,7 +293,7 @@ def branch_mask(past: Tensor, state: Tensor, branch: Tensor, n_states: int) -> T
 
 
 def attention_windows(config: Any) -> dict[str, int]:
-    """The settings of a model that limit how far attention reaches, in tokens: windows, chunks, keys of an index."""
+    """The settings of a model that limit how far attention reaches, in tokens: windows, chunks."""
     settings = config.get_text_config(decoder=True).to_dict()
     return {
         k: v
@@ -310,6 +310,18 @@ def rotary_switch(config: Any) -> int | None:
 def rotary_limit(config: Any) -> int | None:
     """The length in tokens beyond which dynamic rotary embeddings change with the length of a text."""
     return min(_rope_lengths(config, "dynamic"), default=None)
+
+
+def index_limit(config: Any) -> int | None:
+    """The length in tokens beyond which an index picks the keys that attention sees (DSA, sparse attention).
+
+    Its scores pass a ReLU, so that many are 0, and which of equal ones is picked depends on padding and rounding: the
+    model gives no one log-probability of a longer text.
+    """
+    text = config.get_text_config(decoder=True)
+    picked = getattr(text, "index_topk", None)
+    rates = getattr(text, "compress_rates", None) or {}  # tokens to a key
+    return picked and int(picked) * int(rates.get("compressed_sparse_attention", 1))
 
 
 def _rope_lengths(config: Any, kind: str) -> list[int]:

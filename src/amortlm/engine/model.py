@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from amortlm.engine.exactness import Exactness, examine, rotary_limit, rotary_switch
+from amortlm.engine.exactness import Exactness, examine, index_limit, rotary_limit, rotary_switch
 from amortlm.engine.memory import Memory, default_mb
 from amortlm.engine.passes import Passes, Sharing
 from amortlm.errors import PromptTooLongError
@@ -100,6 +100,13 @@ class CausalLM(Codec):
         if self.context is not None and total > self.context:
             raise PromptTooLongError(
                 f"{what} needs {total} tokens, but {self.name} has a context of {self.context}; "
+                "shorten the prompt, lower max_tokens, or drop such rows"
+            )
+        index = index_limit(self.model.config)
+        if index is not None and total > index:
+            raise PromptTooLongError(
+                f"{what} needs {total} tokens, and beyond {index} an index of {self.name} picks the keys that attention "
+                "sees: among equal ones by padding and rounding, so that log-probabilities of a text differ by nats; "
                 "shorten the prompt, lower max_tokens, or drop such rows"
             )
         switch = rotary_switch(self.model.config)
