@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Rollouts, Support
-from amortlm.engine.passes import pad_left, select_cache
+from amortlm.engine.prefix import pad_left, select_cache
 from amortlm.lab.tasks.infilling import STORIES
 from amortlm.language_model import EMBEDDED_PATH
 

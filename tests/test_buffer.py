@@ -14,7 +14,7 @@ import torch
 from stats import LEVEL, g_test
 
 from amortlm.buffer import Entry, ReplayBuffer, near_duplicates
-from amortlm.engine.passes import pad_right
+from amortlm.engine.prefix import pad_right
 from amortlm.errors import CheckpointError
 from amortlm.types import Rollouts, Row, row_key
 

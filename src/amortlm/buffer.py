@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from amortlm.engine.passes import pad_right
+from amortlm.engine.prefix import pad_right
 from amortlm.errors import CheckpointError
 from amortlm.files import save_tensors
 from amortlm.types import Rollouts, row_key

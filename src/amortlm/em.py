@@ -21,7 +21,8 @@ from transformers import set_seed
 
 from amortlm.data import as_rows
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
-from amortlm.engine.passes import Passes, pad_right
+from amortlm.engine.passes import Passes
+from amortlm.engine.prefix import pad_right
 from amortlm.errors import ConfigError, TrainingError
 from amortlm.language_model import LanguageModel
 from amortlm.policy import Policy

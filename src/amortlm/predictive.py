@@ -17,7 +17,7 @@ from torch import Tensor
 
 from amortlm.engine.decoding import Exploration, decode
 from amortlm.engine.model import CausalLM
-from amortlm.engine.passes import Prefix
+from amortlm.engine.prefix import Prefix
 from amortlm.errors import ConfigError, DataError
 from amortlm.inference.correct import check_n
 from amortlm.policy.policy import Policy

@@ -34,7 +34,7 @@ EXACT = [
     # experts, latent and sparse attention
     "mixtral",
     "deepseek_v3",
-    "deepseek_v32, middle window",
+    "deepseek_v32, wide window",
     # states
     "mamba",
     "jamba",
@@ -49,6 +49,7 @@ REFUSED = {
     "bert": "causal",  # sees what comes later
     "gemma, sees the future": "causal",
     "llama, longrope crossed": "LongRoPE",  # one model before the switch and another after it
+    "glm_moe_dsa": "an index of glm_moe_dsa picks",  # keys of equal scores, by padding
 }
 
 

@@ -143,9 +143,29 @@ def test_a_text_that_crosses_the_switch_of_longrope_is_refused():
 
 def test_a_text_whose_keys_an_index_must_pick_is_refused():
     """Ties among the scores of the index break by padding: plain passes of one text and of a padded batch differ."""
-    sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
-    lm = tiny("glm_moe_dsa", index_topk=16, index_n_heads=2, index_head_dim=16, num_key_value_heads=4, **sizes, **experts)
+    sizes = {
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    experts = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_group": 1,
+        "topk_group": 1,
+    }
+    lm = tiny(
+        "glm_moe_dsa",
+        index_topk=16,
+        index_n_heads=2,
+        index_head_dim=16,
+        num_key_value_heads=4,
+        **sizes,
+        **experts,
+    )
     row = {"x": "the cat sat on the dog"}
     sampled, _ = Policy(lm, "{x}", Support(stop=".", max_tokens=4), "full").sample([row], 2)
     assert torch.isfinite(lm.log_prob("{z}", given="{x}").score_final(sampled)).all()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amortlm.engine.exactness import NONE
 from amortlm.engine.memory import Sizes
-from amortlm.engine.passes import Sharing
+from amortlm.engine.packs import Sharing
 from amortlm.inference.correct import corrected
 from amortlm.lab.baselines.decoding import decode
 from amortlm.language_model import LanguageModel

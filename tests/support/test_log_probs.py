@@ -9,7 +9,8 @@ from torch import Tensor
 
 from amortlm import Support
 from amortlm.engine import passes
-from amortlm.engine.passes import length_groups, pad_right
+from amortlm.engine.packs import length_groups
+from amortlm.engine.prefix import pad_right
 from amortlm.support import SupportLaw, log_probs
 
 SUPPORTS = {

@@ -17,7 +17,7 @@ from structured_cases import ROW, ROWS, log_q, p_value
 
 from amortlm import LanguageModel, Posterior, Support, constraint, exact
 from amortlm.engine.decoding import Exploration
-from amortlm.engine.passes import pad_right
+from amortlm.engine.prefix import pad_right
 from amortlm.errors import DataError, SupportError
 from amortlm.inference.mcmc import metropolis_hastings
 from amortlm.inference.smc import smc

@@ -20,7 +20,7 @@ from amortlm import (
     exact,
     verifier,
 )
-from amortlm.engine.passes import pad_right
+from amortlm.engine.prefix import pad_right
 from amortlm.errors import ConfigError, SupportError
 from amortlm.targets import Target
 from amortlm.targets.laws import check_target

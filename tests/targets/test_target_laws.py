@@ -168,7 +168,7 @@ def test_all_prefixes_with_a_suffix_take_three_passes(
     one_lm: LanguageModel, passes: list[dict], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts, completions, all branches (in one pass where padding is cheap): not one pass for each prefix."""
-    monkeypatch.setattr("amortlm.engine.passes.MIN_SAVED", 10**9)
+    monkeypatch.setattr("amortlm.engine.packs.MIN_SAVED", 10**9)
     rollouts = random_rollouts(one_lm, ONE_STOP, ROWS)
     one_lm.log_prob("{z}{y}", given="{x}").score(rollouts)
     assert len(passes) == 3
@@ -190,7 +190,7 @@ def test_a_state_that_several_trajectories_share_is_read_once(
 
     alone = tokens_behind([a])
     assert tokens_behind([a, a, a]) == alone
-    monkeypatch.setattr("amortlm.engine.passes.MIN_SAVED", 0)  # no padding between packs
+    monkeypatch.setattr("amortlm.engine.packs.MIN_SAVED", 0)  # no padding between packs
     assert tokens_behind([a, b]) == alone * 5 / 4, "three of four states of b are a's"
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amortlm.engine.passes import Passes, Prefix, pad_right
+from amortlm.engine.passes import Passes
+from amortlm.engine.prefix import Prefix, pad_right
 from amortlm.errors import ConfigError
 from amortlm.support.law import Step, SupportLaw
 from amortlm.support.log_probs import at_once

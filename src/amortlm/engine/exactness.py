@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amortlm.engine.passes import Passes, Sharing
+from amortlm.engine.packs import Sharing
+from amortlm.engine.passes import Passes
 from amortlm.errors import ModelError
 
 # Nats by which correct passes may differ (order of sums, on random tokens); wrong passes differ by tenths at least.

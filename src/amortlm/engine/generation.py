@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from amortlm.engine.passes import Passes, pad_left
+from amortlm.engine.passes import Passes
+from amortlm.engine.prefix import pad_left
 from amortlm.support.law import SupportLaw
 
 

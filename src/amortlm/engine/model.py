@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from amortlm.engine.exactness import Exactness, examine, index_limit, rotary_limit, rotary_switch
 from amortlm.engine.memory import Memory, default_mb
-from amortlm.engine.passes import Passes, Sharing
+from amortlm.engine.packs import Sharing
+from amortlm.engine.passes import Passes
 from amortlm.errors import PromptTooLongError
 from amortlm.text.codec import Codec
 
@@ -105,8 +106,8 @@ class CausalLM(Codec):
         index = index_limit(self.model.config)
         if index is not None and total > index:
             raise PromptTooLongError(
-                f"{what} needs {total} tokens, and beyond {index} an index of {self.name} picks the keys that attention "
-                "sees: among equal ones by padding and rounding, so that log-probabilities of a text differ by nats; "
+                f"{what} needs {total} tokens, and beyond {index} an index of {self.name} picks the keys that "
+                "attention sees: equal ones by padding, so that log-probabilities of one text differ by nats; "
                 "shorten the prompt, lower max_tokens, or drop such rows"
             )
         switch = rotary_switch(self.model.config)

@@ -9,12 +9,8 @@ padded on the right, with tokens as the only input. This is exact for every caus
 
 from __future__ import annotations
 
-import copy
-import inspect
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -29,212 +25,16 @@ from transformers.cache_utils import (
 )
 
 from amortlm import versions
-from amortlm.engine.memory import MASK, Memory, Sizes
+from amortlm.engine.packs import Packs
+from amortlm.engine.prefix import Prefix, left_aligned, map_cache, pad_left, pad_right, select_cache
 from amortlm.support.log_probs import at_once
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """The kinds of passes that are exact for a model: they give the log-probabilities of plain passes of single texts.
-
-    steps    a cached prompt is continued token by token (without gradient)
-    spans    a cached prompt is continued by several tokens at once
-    packed   several continuations are side by side after a cached prompt, under a 4-D mask
-    window   the longest text, in tokens, for which packed is exact: the reach of the narrowest attention layer
-    longest  the longest text, in tokens, for which steps and spans are exact; None: no limit
-    switch   the length in tokens beyond which a text has other rotary embeddings (LongRoPE); None: none
-    """
-
-    steps: bool = True
-    spans: bool = True
-    packed: bool = True
-    window: int | None = None
-    longest: int | None = None
-    switch: int | None = None
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """N encoded prompts.
-
-    cache    over the first P-1 tokens, padded on the left; None if P = 1 or if prompts are not shared
-    mask     [N, P-1] bool: False at padding
-    last     [N] long: the last token of each prompt
-    prompts  the token lists
-    shared   may the cache be used?
-    """
-
-    cache: Cache | None
-    mask: Tensor
-    last: Tensor
-    prompts: Sequence[Sequence[int]]
-    shared: bool = True
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return self.mask.shape[1] + 1
-
-    @property
-    def held(self) -> int:
-        """Bytes of the cache."""
-        return cache_bytes(self.cache)
-
-    def select(self, index: Tensor) -> Prefix:
-        """The prompts at `index` (repeats allowed); gradients flow back to the selected ones."""
-        prompts = [self.prompts[i] for i in index.tolist()]
-        return Prefix(
-            select_cache(self.cache, index), self.mask[index], self.last[index], prompts, self.shared
-        )
-
-
-def pad_left(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Token lists -> (ids [N, P], mask [N, P] bool), padded with 0 on the left."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(r)) + list(r) for r in rows], dtype=torch.long, device=device)
-    keep = torch.tensor(
-        [[False] * (width - len(r)) + [True] * len(r) for r in rows], dtype=torch.bool, device=device
-    )
-    return ids.reshape(len(rows), width), keep.reshape(len(rows), width)
-
-
-def pad_right(rows: Sequence[Sequence[int]], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Token lists -> (ids [B, T], lengths [B]), padded with 0 on the right, T at least 1."""
-    width = max(1, *map(len, rows)) if rows else 1
-    ids = torch.tensor([list(r) + [0] * (width - len(r)) for r in rows], dtype=torch.long, device=device)
-    return ids.reshape(len(rows), width), torch.tensor([len(r) for r in rows], device=device)
-
-
-ARGUMENTS = ("attention_mask", "position_ids", "logits_to_keep")
-MIN_SAVED = 128  # tokens of padding that cost about as much as the fixed work of one more pass on a CPU
-
-
-def length_groups(lengths: Tensor) -> list[Tensor]:
-    """The rows 0..B-1 in groups of similar length, longest first, so that passes have little padding.
-
-    One group on a GPU, where one more pass costs more than padding.
-    """
-    by_length, order = lengths.sort(descending=True, stable=True)
-    if lengths.device.type != "cpu" or len(lengths) < 2:
-        return [order]
-    size = torch.arange(1, len(lengths))
-    saved = (by_length[0] - by_length[1:]) * (len(lengths) - size)
-    cut = int(saved.argmax()) + 1
-    if saved[cut - 1] < max(MIN_SAVED, 0.1 * int(by_length[0]) * len(lengths)):
-        return [order]
-    head, tail = order[:cut], order[cut:]
-    return [part[g] for part in (head, tail) for g in length_groups(lengths[part])]
-
-
-def select_cache(cache: Cache | None, index: Tensor) -> Cache | None:
-    """A new cache with the rows at `index` (repeats allowed); gradients flow back to the old one."""
-    return None if cache is None else _map_cache(cache, lambda x: x[index])
-
-
-def cache_bytes(cache: Cache | None) -> int:
-    """Bytes of the tensors in a cache."""
-    layers = [] if cache is None else cache.layers
-    kept = [
-        y
-        for layer in layers
-        for x in vars(layer).values()
-        for y in (x.values() if isinstance(x, dict) else [x])
-    ]
-    return sum(x.nbytes for x in kept if isinstance(x, Tensor))
-
-
-def _map_cache(cache: Cache, change: Any, own: bool = False) -> Cache:
-    """A copy of a cache with each of its tensors changed; own: the cache itself, so that one layer is held twice."""
-    out = cache if own else copy.copy(cache)
-    if not own:
-        out.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in out.layers:
-        for name, value in vars(layer).items():
-            if (
-                isinstance(value, Tensor) and value.dim() > 1
-            ):  # a one-dimensional tensor is a setting, not a state
-                setattr(layer, name, change(value))
-            elif isinstance(value, dict):  # convolutional and recurrent states
-                setattr(layer, name, {k: change(x) if isinstance(x, Tensor) else x for k, x in value.items()})
-    return out
-
-
-class Passes:
+class Passes(Packs):
     """The forward passes of one model (also one that peft has wrapped).
 
-    What goes through at once is up to the caller, who asks `blocks`, `groups` and `fit`; the methods below cut nothing.
+    They cut nothing: what goes at once is up to the caller, who asks `Packs`.
     """
-
-    def __init__(self, model: Any, sharing: Sharing, memory: Memory | None = None):
-        self.model, self.sharing, self.memory = model, sharing, memory or Memory()
-
-    # How much goes at once
-
-    def fit(self, each: float, held: float = 0) -> int:
-        """How many texts of `each` bytes fit into the memory setting beside what is held; one always goes."""
-        return max(1, int((self.memory.mb * 2**20 - held) // each))
-
-    def share(self, each: float, held: float = 0) -> float:
-        """What share `each` bytes are of the memory setting, less what is held; infinite where nothing is left."""
-        left = self.memory.mb * 2**20 - held
-        return each / left if left > 0 else math.inf
-
-    @cached_property
-    def sizes(self) -> Sizes:
-        return Sizes.of(self.model)
-
-    def scored_bytes(self, prompt: int, states: int) -> int:
-        """Bytes of a completion in the pass that gives the logits of `states` states, behind `prompt` tokens."""
-        if self.sharing.spans and self._shares([prompt + states]):
-            return self.sizes.text(states, past=prompt)
-        return self._whole_bytes(prompt + states, states)
-
-    def written_bytes(self, prompt: int, tokens: int, kept: bool = False) -> int:
-        """Bytes of a completion of up to `tokens` tokens while it is written. kept: its beginning is given."""
-        beside = 4 * 2 + 2  # of a logit: those that are legal and log q in float32, and what is legal
-        if not (self.sharing.steps and self._shares([prompt + tokens])):
-            return self._whole_bytes(prompt + tokens, 1, beside)
-        # What is given is encoded into a cache, of which the writer makes its own.
-        twice = (prompt + tokens) * self.sizes.cache if kept else 0
-        return twice + self.sizes.text(1, past=prompt + tokens, extra=beside)
-
-    def _whole_bytes(self, tokens: int, logits: int, beside: int = 0) -> int:
-        """Of a whole text. The logits that are asked for are copied out of those that the model gives."""
-        given = logits if "logits_to_keep" in self._accepts else tokens
-        copied = logits * self.sizes.vocabulary * (self.sizes.logit + beside)
-        return copied + self.sizes.text(tokens, logits=given)
-
-    def branch_bytes(self, past: int, width: int) -> int:
-        """Bytes of `width` tokens of branches behind a cache over `past` tokens, their mask among them."""
-        return self.sizes.text(width, past=past) + 2 * MASK * width * (past + width)
-
-    def encoded_bytes(self, prompt: int) -> int:
-        """Bytes of a prompt while it is encoded."""
-        return self.sizes.text(prompt, logits=1 if "logits_to_keep" in self._accepts else prompt)
-
-    def blocks(self, prompts: Sequence[Sequence[int]]) -> list[slice]:
-        """Consecutive prompts to encode at once; all of them where gradients flow. A quarter of the memory holds their
-        cache, so that the rest is for completions."""
-        out, first, width = [], 0, 0
-        for i, prompt in enumerate(prompts):
-            width = max(width, len(prompt))
-            each = max(self.encoded_bytes(width), 4 * width * self.sizes.cache)
-            if i > first and i - first >= self.fit(each) and not torch.is_grad_enabled():
-                out.append(slice(first, i))
-                first, width = i, len(prompt)
-        return [*out, slice(first, len(prompts))]
-
-    def groups(self, prefix: Prefix, lengths: Tensor) -> Iterator[Tensor]:
-        """The completions of lengths [B] behind these prompts, in groups of similar length for a pass over their
-        states; where gradients flow they are not cut for memory."""
-        for group in length_groups(lengths):
-            while len(group) > 0:
-                each = self.scored_bytes(prefix.longest, int(lengths[group[0]]) + 1)
-                size = len(group) if torch.is_grad_enabled() else self.fit(each, prefix.held)
-                yield group[:size]
-                group = group[size:]
-
-    # What goes
 
     def encode(self, prompts: Sequence[Sequence[int]]) -> Prefix:
         """N prompts (token lists of at least one token), cached in one left-padded pass."""
@@ -264,12 +64,12 @@ class Passes:
         cache = old.cache if old.cache is not None else self._new_cache() if old.shared else None
         shared = old.shared and self.sharing.spans and self._shares([len(p) for p in prompts])
         if not shared or self._recurrent:  # padding on the right would enter the recurrent states
-            return Prefix(None, _left_aligned(mask, mask), last, prompts, shared=False)
+            return Prefix(None, left_aligned(mask, mask), last, prompts, shared=False)
         assert cache is not None
         self._cached(ids, torch.cat([old.mask, torch.ones_like(own)], dim=1), cache, keep=1)
         # Relative distances must not count padding between tokens: move padding to the left.
         return Prefix(
-            _map_cache(cache, lambda x: _left_aligned(x, mask)), _left_aligned(mask, mask), last, prompts
+            map_cache(cache, lambda x: left_aligned(x, mask)), left_aligned(mask, mask), last, prompts
         )
 
     def state_logits(self, prefix: Prefix, index: Tensor, tokens: Tensor) -> Tensor:
@@ -388,22 +188,6 @@ class Passes:
         activation checkpointing keeps no cache."""
         return torch.is_grad_enabled() and (self._recurrent or bool(self._checkpointed()))
 
-    def _shares(self, lengths: Sequence[int]) -> bool:
-        """May texts of these lengths, in tokens, share a cache and a batch?"""
-        found = self.sharing
-        if not (found.steps or found.spans) or len(self._sides([n - 1 for n in lengths])) > 1:
-            return False
-        return found.longest is None or max(lengths) <= found.longest
-
-    def _sides(self, lengths: Sequence[int]) -> list[list[int]]:
-        """The rows in groups that may share a pass: LongRoPE chooses the embedding of a batch by its longest row, so
-        rows below and above the switch are separated."""
-        if self.sharing.switch is None:
-            return [list(range(len(lengths)))]
-        long = [n > self.sharing.switch for n in lengths]
-        parts = [[b for b, x in enumerate(long) if x == side] for side in (False, True)]
-        return [rows for rows in parts if rows]
-
     @contextmanager
     def _recomputing(self) -> Iterator[bool]:
         """Yields whether activation checkpointing recomputes this pass: then there is no cache, and layers must be in
@@ -422,13 +206,6 @@ class Passes:
         return [m for m in self.model.modules() if getattr(m, "gradient_checkpointing", False) is True]
 
     # Calls of the model
-
-    @cached_property
-    def _accepts(self) -> frozenset[str]:
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        named = frozenset(inspect.signature(base.forward).parameters)
-        # A wrapper without named arguments passes all of them on.
-        return named if "input_ids" in named else frozenset(ARGUMENTS)
 
     @property
     def _cache_name(self) -> str:
@@ -494,17 +271,9 @@ class Writer:
             self._texts = [[*self._texts[i], token] for i, token in pairs]
             return
         if not torch.equal(parents, torch.arange(len(self._mask), device=parents.device)):
-            self._cache = _map_cache(self._cache, lambda x: x[parents], own=True)
+            self._cache = map_cache(self._cache, lambda x: x[parents], own=True)
             self._mask = self._mask[parents]
         self._ids = ids
-
-
-def _left_aligned(x: Tensor, mask: Tensor) -> Tensor:
-    """x [B, W] or [B, .., W, D] with the columns where mask [B, W] is False moved to the left."""
-    order = mask.int().argsort(dim=1, stable=True)
-    if x.dim() == 2:
-        return x.gather(1, order)
-    return x.gather(-2, order.view(len(order), *[1] * (x.dim() - 3), -1, 1).expand_as(x))
 
 
 def log_norms(logits: Tensor) -> Tensor:

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from amortlm.engine.decoding import Draws, Exploration, decode
 from amortlm.engine.memory import Memory
-from amortlm.engine.passes import Passes, Sharing, pad_right
+from amortlm.engine.packs import Sharing
+from amortlm.engine.passes import Passes
+from amortlm.engine.prefix import pad_right
 from amortlm.errors import ConfigError
 from amortlm.support.law import SupportLaw
 

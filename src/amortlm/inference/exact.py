@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.engine.passes import pad_right
+from amortlm.engine.prefix import pad_right
 from amortlm.errors import SupportError
 from amortlm.policy.policy import Policy
 from amortlm.support import SupportLaw

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from amortlm.data import check_rows
 from amortlm.engine.decoding import Draws, decode
-from amortlm.engine.passes import Prefix
+from amortlm.engine.prefix import Prefix
 from amortlm.errors import ConfigError, DataError
 from amortlm.policy.policy import Policy
 from amortlm.targets.base import Target

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from amortlm.engine.decoding import Draws
-from amortlm.engine.passes import Prefix
+from amortlm.engine.prefix import Prefix
 from amortlm.errors import ConfigError
 from amortlm.inference.paths import prepare, redraw, rollouts_of, sample_paths, uniforms
 from amortlm.policy.policy import Policy

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from amortlm.engine.passes import pad_right
+from amortlm.engine.prefix import pad_right
 from amortlm.errors import ConfigError
 from amortlm.inference.correct import weigh
 from amortlm.inference.exact import (

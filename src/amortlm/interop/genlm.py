@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amortlm.engine.passes import pad_right
+from amortlm.engine.prefix import pad_right
 from amortlm.errors import ConfigError, MissingExtraError
 from amortlm.policy.policy import Policy
 from amortlm.support import Support, SupportLaw

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from amortlm import versions
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
 from amortlm.engine.decoding import Exploration
-from amortlm.engine.passes import Passes, pad_right
+from amortlm.engine.passes import Passes
+from amortlm.engine.prefix import pad_right
 from amortlm.engine.sampler import LocalSampler, Request, Sampler
 from amortlm.errors import DataError, ModelError, TemplateError
 from amortlm.seeds import seed_of

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from amortlm.engine.passes import pad_right
+from amortlm.engine.prefix import pad_right
 from amortlm.errors import ConfigError, SupportError
 from amortlm.support.law import SupportLaw
 from amortlm.support.lists import split_statements

@@ -15,15 +15,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from amortlm.engine.exactness import branch_mask
-from amortlm.engine.passes import (
-    Prefix,
-    cache_bytes,
-    gather_log_probs,
-    length_groups,
-    log_norms,
-    pad_right,
-    select_cache,
-)
+from amortlm.engine.packs import length_groups
+from amortlm.engine.passes import gather_log_probs, log_norms
+from amortlm.engine.prefix import Prefix, cache_bytes, pad_right, select_cache
 from amortlm.errors import TemplateError
 from amortlm.targets.base import Scoring, Target
 from amortlm.text.template import Messages, PromptTemplate, Template

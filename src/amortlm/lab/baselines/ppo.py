@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from amortlm.data import as_rows
-from amortlm.engine.passes import length_groups
+from amortlm.engine.packs import length_groups
 from amortlm.errors import ConfigError, TrainingError
 from amortlm.lab.baselines.finetune import BoundedReward, Reward, working_copy, write_jsonl
 from amortlm.policy import Policy
