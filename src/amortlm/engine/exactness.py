@@ -22,8 +22,11 @@ from amortlm.engine.packs import Sharing
 from amortlm.engine.passes import Passes
 from amortlm.errors import ModelError
 
-# Nats by which correct passes may differ (order of sums, on random tokens); wrong passes differ by tenths at least.
+# Nats by which correct passes may differ (order of sums, on random tokens).
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+# The same for a kind of pass that need not be used. In float32 correct ones differ by up to 7e-5 (30 layers), and steps
+# of a Mamba layer that are computed another way by 2e-3.
+OPTIONAL = {**TOLERANCE, torch.float32: 5e-4}
 WINDOW = 4  # windows are narrowed to so many tokens, so that the short texts are longer than a window
 WINDOWS = re.compile(r"(sliding|attention|attn|local)_?(window|chunk)\w*|window_size")
 NONE = Sharing(steps=False, spans=False, packed=False)
@@ -133,6 +136,7 @@ class Check:
     def __init__(self, model: Any, name: str):
         self.model, self.name = model, name
         self.tolerance = TOLERANCE.get(model.dtype, 0.3)
+        self.optional = OPTIONAL.get(model.dtype, 0.3)
         self.findings: list[Finding] = []
         generator = torch.Generator().manual_seed(0)
         special = {t for t in _special(model.config) if t is not None}
@@ -177,7 +181,7 @@ class Check:
 
     def in_batches(self) -> None:
         passes = Passes(self.model, replace(NONE, switch=rotary_switch(self.model.config)))
-        found = self._compare("a batch of whole texts", lambda: self._states(passes))
+        found = self._compare("a batch of whole texts", lambda: self._states(passes), self.tolerance)
         if not found:
             raise ModelError(
                 f"{self.name}: its log-probabilities of a text depend on the other texts in the batch "
@@ -256,7 +260,11 @@ class Check:
             for b, (x, first) in enumerate(zip(logits, firsts, strict=True))
         ]
 
-    def _compare(self, what: str, run: Callable[[], list[tuple[Tensor, Tensor]]]) -> bool:
+    def _compare(
+        self, what: str, run: Callable[[], list[tuple[Tensor, Tensor]]], tolerance: float | None = None
+    ) -> bool:
+        """Do all pairs agree within `tolerance` nats, by default that of a kind of pass that need not be used?"""
+        tolerance = self.optional if tolerance is None else tolerance
         try:
             pairs = run()
         except Exception as e:  # models raise many types of errors for passes that they do not support
@@ -276,8 +284,8 @@ class Check:
             for d, (found, want) in zip(differences, pairs, strict=True)
         ]
         error = max(e.nan_to_num(torch.inf, torch.inf).max().item() for e in errors)
-        self.findings.append(Finding(what, error, error <= self.tolerance))
-        return error <= self.tolerance
+        self.findings.append(Finding(what, error, error <= tolerance))
+        return error <= tolerance
 
 
 def branch_mask(past: Tensor, state: Tensor, branch: Tensor, n_states: int) -> Tensor:
