@@ -1,4 +1,4 @@
-"""What of a model goes through at once: how many texts fit the memory setting, and which may share a pass."""
+"""What goes through a model at once: how many texts fit the memory setting, and which may share a pass."""
 
 from __future__ import annotations
 
