@@ -2,8 +2,9 @@
 probability. Does it sample from descriptions that it was not trained on?
 
 Every trained method gets the same number of completions: those that the target judges, or, for SFT, samples of the
-stated distributions. All distances are sums over the outcomes of a description, not estimates. Pass rates are those
-that benchmarks of random numbers count; since q is known exactly, their draws are multinomial (`metrics/goodness.py`).
+stated distributions. In addition, the GFlowNet's buffer starts with a few outcomes of each description. All distances
+are sums over the outcomes of a description, not estimates. Pass rates are those that benchmarks of random numbers
+count; since q is known exactly, their draws are multinomial (`metrics/goodness.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +123,12 @@ def ppo(context: Context) -> Trained:
 
 
 def gflownet(context: Context) -> Trained:
+    """VarGrad on log R alone. The buffer starts with `gold` outcomes of each description, which count as judged. It is
+    half as large as a group, so that a replayed group compares outcomes with what q writes now."""
     settings = context.settings
+    problem = replace(
+        context.data[0], gold=[some_outcomes(r, settings["gold"]) for r in context.data[0].rows]
+    )
     config = {
         "objective": "vargrad",
         "max_steps": settings["steps"],
@@ -130,7 +137,15 @@ def gflownet(context: Context) -> Trained:
         "hard_penalty": -FLOOR,
         **settings["gflownet"],
     }
-    return train_gflownet(context, context.data[0], config)
+    trained = train_gflownet(context, problem, config)
+    judged = 0 if context.dry_run else sum(map(len, problem.gold or []))
+    return replace(trained, reward_evaluations=trained.reward_evaluations + judged)
+
+
+def some_outcomes(row: Row, count: int) -> list[str]:
+    """Different outcomes of a description, each equally likely: what can be known without its probabilities."""
+    outcomes = list(distribution(row))
+    return random.Random(repr(("gold", row["prompt"]))).sample(outcomes, min(count, len(outcomes)))
 
 
 def evaluate(context: Context, trained: Trained) -> Outcome:
