@@ -274,6 +274,7 @@ EXPERIMENT = Experiment(
     prepare=prepare,
     methods={"untrained": without_training, "sft": sft, "ppo": ppo, "gflownet-vargrad": gflownet},
     evaluate=evaluate,
+    once=frozenset({"untrained"}),
     metrics=METRICS,
     digest=digest,
     figures=figures,
