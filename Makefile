@@ -33,7 +33,7 @@ help:
 	@echo "             laws, exactness and training with the oldest and the newest libraries that pyproject.toml allows,"
 	@echo "             in .venv-lowest and .venv-newest"
 	@echo "make model   fetch SmolLM2-135M-Instruct (98 MB) into models/, for --preset real"
-	@echo "make smoke   every experiment of the paper for a few steps into runs/smoke"
+	@echo "make smoke   every experiment for a few steps into runs/smoke"
 	@echo "make lint    ruff check and format check        make format  apply both"
 	@echo "make types   mypy                               make clean   remove environments, caches"
 
@@ -59,7 +59,7 @@ $(MODEL): | $(STAMP)
 	@echo "$@ (Apache-2.0, HuggingFaceTB/SmolLM2-135M-Instruct)"
 
 smoke: $(STAMP)
-	@for name in numbers continuation infilling subjectivity arithmetic; do \
+	@for name in numbers continuation infilling subjectivity arithmetic dice; do \
 	  echo "== $$name"; \
 	  HF_HUB_OFFLINE=1 $(BIN)/amortlm reproduce $$name --preset smoke --output runs/smoke/$$name || exit 1; \
 	done

@@ -491,11 +491,13 @@ def test_a_group_takes_any_field_of_its_class() -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_command_knows_every_preset(name: str) -> None:
-    assert sorted(load_experiment(name).presets) == sorted(experiments.PRESETS)
+    beyond = {"paper"} if name == "dice" else set()  # an experiment that is not the paper's
+    assert set(load_experiment(name).presets) == set(experiments.PRESETS) - beyond
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-@pytest.mark.parametrize("preset", experiments.PRESETS)
+@pytest.mark.parametrize(
+    ("name", "preset"), [(n, p) for n in EXPERIMENTS for p in load_experiment(n).presets]
+)
 def test_every_preset_of_every_experiment_takes_every_field(name: str, preset: str) -> None:
     experiment = load_experiment(name)
     for group, kind in experiment.groups.items():

@@ -24,7 +24,10 @@ import torch
 
 from amortlm.errors import ConfigError, RewardError
 
-SHIPPED = {"numbers.is_valid": ("amortlm.lab.tasks.numbers", "is_valid")}
+SHIPPED = {
+    "dice.log_prob": ("amortlm.lab.tasks.dice", "log_prob"),
+    "numbers.is_valid": ("amortlm.lab.tasks.numbers", "is_valid"),
+}
 NAMES = {f"{module}:{name}": fixed for fixed, (module, name) in SHIPPED.items()}
 NAMES["amortlm.tasks.numbers:is_valid"] = (
     "numbers.is_valid"  # the name in files that were saved before functions had fixed names

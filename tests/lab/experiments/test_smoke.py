@@ -1,4 +1,4 @@
-"""The five experiments, from the command to the report, with their smoke presets."""
+"""The experiments, from the command to the report, with their smoke presets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The paper's five experiments as commands: `amortlm reproduce NAME`. Nothing heavy is imported before one runs."""
+"""The paper's five experiments, and `dice`, as commands: `amortlm reproduce NAME`. Nothing heavy is imported before one
+runs."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from amortlm.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from amortlm.lab.experiment import Experiment
 
-EXPERIMENTS = ("numbers", "continuation", "infilling", "subjectivity", "arithmetic")
+EXPERIMENTS = ("numbers", "continuation", "infilling", "subjectivity", "arithmetic", "dice")
 PRESETS = ("smoke", "small", "real", "paper")
 
 
