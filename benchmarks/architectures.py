@@ -328,8 +328,8 @@ Where an index picks the keys that attention sees (DeepSeek V3.2, GLM-MoE-DSA, d
 text and of a padded batch differ by up to 5 nats, because equal scores are picked by padding: texts of more than
 `index_topk` tokens are refused.
 
-Known deviations: the gradient of Zamba is 2e-5 off in float32 and 1.5e-7 in float64; Reformer gives gradients only in
-training mode, and training it is refused.
+Known deviations: the gradients of Zamba and Zamba2 are up to 2e-5 off in float32 and 1.6e-7 in float64; Reformer gives
+gradients only in training mode, and training it is refused.
 
 {table}
 

@@ -22,8 +22,8 @@ from amortlm.engine.packs import Sharing
 from amortlm.engine.passes import Passes
 from amortlm.errors import ModelError
 
-# Nats by which correct passes may differ (order of sums, on random tokens).
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
+# Nats by which correct passes may differ (order of sums, on random tokens). Parts of float64 models are in float32.
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
 # The same for a kind of pass that need not be used. In float32 correct ones differ by up to 7e-5 (30 layers), and steps
 # of a Mamba layer that are computed another way by 2e-3.
 OPTIONAL = {**TOLERANCE, torch.float32: 5e-4}
@@ -185,7 +185,7 @@ class Check:
         if not found:
             raise ModelError(
                 f"{self.name}: its log-probabilities of a text depend on the other texts in the batch "
-                f"({_nats(self.findings[-1].error)} nats); amortlm cannot compute with it"
+                f"({_nats(self.findings[-1].error)}); amortlm cannot compute with it"
             )
 
     def steps(self, what: str) -> bool:
