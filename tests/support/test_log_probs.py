@@ -8,7 +8,7 @@ from reference import random_rollouts, tiny_policy
 from torch import Tensor
 
 from amortlm import Support
-from amortlm.engine import passes
+from amortlm.engine import packs
 from amortlm.engine.packs import length_groups
 from amortlm.engine.prefix import pad_right
 from amortlm.support import SupportLaw, log_probs
@@ -76,7 +76,7 @@ def test_evaluation_is_the_same_in_groups_of_similar_length(one_lm, monkeypatch)
     policy = tiny_policy(one_lm, "{x}", support)
     rollouts = random_rollouts(one_lm, support, [{"x": "the cat"}, {"x": "a"}], per_row=12)
     whole = policy.evaluate(rollouts)
-    monkeypatch.setattr(passes, "MIN_SAVED", 10)
+    monkeypatch.setattr(packs, "MIN_SAVED", 10)
     assert len(length_groups(rollouts.lengths)) > 2
     parts = policy.evaluate(rollouts)
     torch.testing.assert_close(parts.log_pf, whole.log_pf, atol=1e-5, rtol=0)

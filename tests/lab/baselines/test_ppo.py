@@ -12,7 +12,7 @@ import torch
 from reference import random_rollouts, tiny_policy
 from torch import Tensor
 
-from amortlm.engine import passes
+from amortlm.engine import packs
 from amortlm.engine.adapter import default_lora
 from amortlm.errors import ConfigError, RewardError
 from amortlm.inference.exact import distance, policy_log_probs
@@ -88,7 +88,7 @@ def test_slots_sum_to_log_q(family_lm: LanguageModel) -> None:
 def test_values_read_the_last_hidden_state_of_every_state(
     family_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(passes, "MIN_SAVED", 0)  # groups of equal length, however small
+    monkeypatch.setattr(packs, "MIN_SAVED", 0)  # groups of equal length, however small
     policy = tiny_policy(family_lm, "{x}", SUPPORT)
     torch.manual_seed(0)
     head = ValueHead(32)
