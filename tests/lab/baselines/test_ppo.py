@@ -94,7 +94,7 @@ def test_values_read_the_last_hidden_state_of_every_state(
     head = ValueHead(32)
     torch.nn.init.normal_(head.out.weight)
     rollouts = random_rollouts(family_lm, SUPPORT, ROWS)
-    assert len(passes.length_groups(rollouts.lengths)) > 1
+    assert len(packs.length_groups(rollouts.lengths)) > 1
     log_probs, values = evaluate_with_values(policy, head, rollouts)
     torch.testing.assert_close(log_probs.log_pf, policy.evaluate(rollouts).log_pf)
     prompts = policy.encode_rows(rollouts.rows)
