@@ -324,9 +324,9 @@ says why. Written by
 Of {kinds} architectures {counts}. The table has {cases} variants: windows narrower and wider than the texts, encoders
 as decoders, rotary embeddings that change with the length.
 
-Where an index picks the keys that attention sees (DeepSeek V3.2, GLM-MoE-DSA, dots3-note, Hy V4), plain passes of one
-text and of a padded batch differ by up to 5 nats, because equal scores are picked by padding: texts of more than
-`index_topk` tokens are refused.
+Some models attend only to `index_topk` keys, those with the highest scores of an index (DeepSeek V3.2 and V4,
+GLM-MoE-DSA, dots3-note, Hy V4). Which of two equal scores is taken depends on padding, so a longer text can have two
+log-probabilities, alone and in a batch. Such texts are refused.
 
 Known deviations: the gradients of Zamba and Zamba2 are up to 2e-5 off in float32 and 1.6e-7 in float64; Reformer gives
 gradients only in training mode, and training it is refused.
