@@ -24,6 +24,7 @@ def make_trainer(lm: LanguageModel, folder: Path, rows: Any = None, **settings: 
     }
     config = {
         "max_steps": 4,
+        "objective": "subtb",
         "num_samples": 4,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,

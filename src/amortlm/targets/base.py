@@ -54,6 +54,7 @@ class Target(ABC):
     """
 
     every_prefix: bool = True  # False: only finished completions can be judged
+    has_suffix: bool = False  # text after z is scored: unfinished completions take passes of their own
     columns: frozenset[str] = frozenset()  # data columns that templates use
     normalised: bool = False  # a language model's density: its sum over all completions is finite
     hard: bool = False  # gives log R = -inf to completions it rejects, so a negative weight is refused
@@ -153,6 +154,7 @@ class LinearCombination(Target):
             self._terms = [(w, t.bind(self.lm) if t.lm is None else t) for w, t in self._terms]
         self.hard = any(t.hard for _, t in self._terms)
         self.every_prefix = all(t.every_prefix for _, t in self._terms)
+        self.has_suffix = any(t.has_suffix for _, t in self._terms)
         self.columns = frozenset().union(*(t.columns for _, t in self._terms))
 
     def bind(self, lm: Codec) -> Target:

@@ -45,6 +45,7 @@ class Unordered(Target):
     def __init__(self, target: Target, separator: str | int):
         self.target, self.separator = target, separator
         self.every_prefix, self.columns = target.every_prefix, target.columns
+        self.has_suffix = target.has_suffix
         # With a constraint inside, a rejected list has no reward of other terms, so it needs the prior of `Softened`.
         self.normalised = all(t.normalised for _, t in target.terms)
         self.hard, self.lm = target.hard, target.lm

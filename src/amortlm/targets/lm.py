@@ -75,6 +75,7 @@ class LogProb(Target):
             )
         # p(y | z) is a likelihood: its sum over z need not be finite.
         self.normalised = not self._z_in_given
+        self.has_suffix = self._z_in_given or bool(self.of.around[1].strip())
         self.columns = frozenset(self.of.columns | self.given.columns)
 
     def __repr__(self) -> str:

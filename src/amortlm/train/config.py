@@ -16,6 +16,7 @@ from amortlm.objectives import OBJECTIVES, parse
 from amortlm.train.behaviour import CORRECTED, DEFAULT, POLICY, full_mix
 from amortlm.train.renamed import refuse_renamed
 
+AUTO = "auto"
 UPDATES = 200  # if neither max_steps nor num_train_epochs is given
 
 # Fields of TrainingArguments that have no effect here, or a wrong one, and what to do instead.
@@ -91,14 +92,18 @@ class GFNConfig(TrainingArguments):
     """
 
     objective: str | dict[str, Any] = field(
-        default="subtb",
+        default=AUTO,
         metadata={
             "help": f"One of {', '.join(OBJECTIVES)}, or {{name: its settings}}, as in {{subtb: {{lam: 0.9}}}} "
-            "(`amortlm.objectives`). Paper: subtb."
+            "(`amortlm.objectives`). auto: subtb if all prefixes are scored in one pass, else vargrad. Paper: subtb."
         },
     )
     num_samples: int = field(
-        default=8, metadata={"help": "Completions per prompt (K). Paper: 8; infilling 16."}
+        default=0,
+        metadata={
+            "help": "Completions per prompt (K). 0: 8, or as many as make 64 in an update of fewer than 8 prompts. "
+            "Paper: 8; infilling 16."
+        },
     )
     behaviour: dict[str, float] = field(
         default_factory=DEFAULT.copy,
@@ -248,12 +253,12 @@ class GFNConfig(TrainingArguments):
             self.greater_is_better = METRICS[name]
 
     def _check(self) -> None:
-        self._check_objective()
+        self.check_objective()
         if not 0 <= self.epsilon <= 1:
             raise ConfigError(f"epsilon must lie in [0, 1], got {self.epsilon}")
         if self.corrected_method not in ("sir", "smc"):
             raise ConfigError(f"corrected_method is 'sir' or 'smc', not {self.corrected_method!r}")
-        if self.corrected_particles < 1 or (self.behaviour[CORRECTED] > 0 and self.num_samples < 2):
+        if self.corrected_particles < 1 or (self.behaviour[CORRECTED] > 0 and self.num_samples == 1):
             raise ConfigError("corrected samples need corrected_particles >= 1 and num_samples >= 2")
         if self.stop_at_gap < 0 or (self.stop_at_gap > 0 and self.diagnose_steps < 1):
             raise ConfigError(
@@ -268,11 +273,18 @@ class GFNConfig(TrainingArguments):
                 "must have at least one step"
             )
 
-    def _check_objective(self) -> None:
+    def check_objective(self) -> None:
         """Write objective and behaviour in their full form. Raises ConfigError if they do not fit together."""
-        objective, mix = parse(self.objective), full_mix(self.behaviour)
-        self.objective, self.behaviour = objective.stated, mix
-        if self.num_samples < objective.min_samples:
+        mix = self.behaviour = full_mix(self.behaviour)
+        if self.num_samples < 0:
+            raise ConfigError(
+                f"num_samples={self.num_samples}: give a number of completions, or 0 to have it chosen"
+            )
+        if self.objective == AUTO:
+            return
+        objective = parse(self.objective)
+        self.objective = objective.stated
+        if 0 < self.num_samples < objective.min_samples:
             learned = f", or objective={{{objective.name!r}: {{'log_z': 'learned'}}}}"
             raise ConfigError(
                 f"objective {objective.name!r} compares samples of one prompt: num_samples must be at least "

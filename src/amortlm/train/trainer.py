@@ -5,6 +5,7 @@ prompts -> source.collect (draw, score, store) -> experience -> policy.evaluate 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import UserList
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ from amortlm.train.callbacks import (
     mean,
 )
 from amortlm.train.config import METRICS, REFUSED, GFNConfig
+from amortlm.train.defaults import settled
 from amortlm.train.floor import FloorCheck
 from amortlm.train.log_z import LearnedLogZ
 from amortlm.train.memory import RewardMemory
@@ -52,6 +54,7 @@ from amortlm.types import DataRow, PolicyLogProbs, Row
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+logger = logging.getLogger(__name__)
 CHUNK = 32  # rows at a time when every row of the data is visited
 # Arguments of Trainer that have the same meaning here.
 TRAINER = ("callbacks", "optimizers", "optimizer_cls_and_kwargs")
@@ -92,13 +95,16 @@ class GFNTrainer(ResumableTrainer):
     ):
         args = args or GFNConfig()
         _check_arguments(args, kwargs, eval_dataset)
-        self.objective = objectives.parse(args.objective)
         self.target = target.bind(lm)
-        _check_objective(self.objective, self.target)
         set_seed(args.seed)
         self.lm, self.policy = lm, Policy(lm, prompt, support, adapter)
         rows = self._checked_rows(train_dataset, "train_dataset")
         held_out = None if eval_dataset is None else self._checked_rows(eval_dataset, "eval_dataset")
+        args, self.chosen = settled(args, len(rows), self.target)
+        for sentence in self.chosen:
+            logger.info("chosen: %s", sentence)
+        self.objective = objectives.parse(args.objective)
+        _check_objective(self.objective, self.target)
         if isinstance(adapter, str | Path) and adapter != FULL:
             trained = [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
             self.first_weights = run.name_of(trained)
