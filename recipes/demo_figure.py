@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amortlm.errors import DataError
-from amortlm.lab.style import (
+from amortlm.plots import (
     AFTER,
     BEFORE,
     DPI,

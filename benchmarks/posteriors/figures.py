@@ -11,7 +11,7 @@ import numpy as np
 
 from amortlm.lab.experiment import Results
 from amortlm.lab.report import MISSING
-from amortlm.lab.style import panels, save
+from amortlm.plots import panels, save
 
 from .digest import MARK, PASSES_SHOWN, TV_FLOOR, TV_SHOWN, Digest
 

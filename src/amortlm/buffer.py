@@ -22,8 +22,9 @@ from amortlm.files import save_tensors
 from amortlm.types import Rollouts, row_key
 
 NEAR = 0.25  # Hu et al. 2024: near-duplicates have an edit distance below 25 % of their summed lengths
-# Tokens. In shorter completions one edit makes another answer (" 10", " 100"), so only equal ones are near-duplicates.
-SHORT = 4
+# Tokens. In shorter completions one edit makes another answer (" 100", " 101": four tokens where each digit is one), so
+# only equal ones are near-duplicates.
+SHORT = 5
 
 
 @dataclass(frozen=True, order=True)

@@ -12,6 +12,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+# Files in the folder of a run that training writes and a report reads, or the reverse.
+RUN, STATE, LOOKS = "run.json", "trainer_state.json", "looks.jsonl"
+CERTIFICATE, DIAGNOSIS, REPORT = "certificate.json", "diagnosis.json", "report.html"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from amortlm.environment import environment
 from amortlm.lab import compare, report, store
 
 
@@ -78,4 +79,4 @@ def test_the_commit_of_the_source_tree() -> None:
     )
     if git.returncode:
         pytest.skip("no checkout")
-    assert store.environment()["commit"].removesuffix("+") == git.stdout[:12]
+    assert environment()["commit"].removesuffix("+") == git.stdout[:12]

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from amortlm.cli import commands, main
+from amortlm.environment import environment
 from amortlm.errors import ConfigError, MissingExtraError
 from amortlm.lab import command, experiments, report, runner, store
 from amortlm.lab.experiment import Context, Experiment, Metric, Outcome, Trained
@@ -222,7 +223,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(toy: Toy, tmp_path: Path
         "resumed": False,
         "details": {},
     }
-    theirs |= {"reward_evaluations": 0, "command": "x", "environment": store.environment()}
+    theirs |= {"reward_evaluations": 0, "command": "x", "environment": environment()}
     toy.before = lambda method, folder: store.write_json(tmp_path / "runs" / "one-seed0.json", theirs)
     plan.store.claim()
     with plan.store.taken("one", 0) as ours:

@@ -1,4 +1,5 @@
-"""The command line: `amortlm train | sample | evaluate | doctor | reproduce`. Slow imports happen in the commands."""
+"""The command line: `amortlm train | sample | evaluate | report | doctor | reproduce`. Slow imports happen in the
+commands."""
 
 from __future__ import annotations
 
@@ -40,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(
         commands.add_parser("evaluate", help="measure how far a saved sampler is from the posterior")
     )
+    _add_report(commands.add_parser("report", help="write an HTML page about one or several runs"))
     doctor = commands.add_parser(
         "doctor", help="test which kinds of passes are exact for a model; see docs/models.md"
     )
@@ -103,6 +105,20 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check the certificate in the folder. Exit status 0: it holds, 1: it does not, 2: it could not be checked",
     )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", metavar="folder", help="folders of runs; several are compared")
+    parser.add_argument("--output", help="the page (default: report.html in the first folder)")
+    parser.add_argument(
+        "-n", type=int, default=256, help="samples for each prompt of a diagnosis (default 256)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="only what training wrote down: load no model, measure nothing"
+    )
+    parser.add_argument("--model", help="the frozen model, if it has moved since training")
+    _add_trust(parser)
+    parser.add_argument("--seed", type=int, default=0)
 
 
 def _add_reproduce(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ from amortlm.inference.correct import check_method
 from amortlm.language_model import LanguageModel
 from amortlm.policy.laws import examine_policy
 from amortlm.posterior import Posterior, Samples
+from amortlm.report import is_measured, measure, write_report
 from amortlm.settings import named_texts
 from amortlm.train.run import refuse_used
 from amortlm.train.spec import RunSpec, settings_from_text
@@ -129,6 +130,17 @@ def _check(args: Namespace) -> int:
     )
     print(found.line if found.holds else f"amortlm: {found.line}", file=None if found.holds else sys.stderr)
     return 0 if found.holds else 1
+
+
+def report(args: Namespace) -> None:
+    _check_counts(("-n", args.n))
+    if args.output:
+        _check_file(args.output)
+    for folder in () if args.quick else args.folders:
+        if (Path(folder) / "posterior.json").exists() and not is_measured(folder, args.n, args.seed):
+            posterior = Posterior.from_pretrained(folder, lm=args.model, trust=args.trust)
+            measure(posterior, folder, args.n, seed=args.seed)
+    print(f"wrote {write_report(args.folders, args.output)}")
 
 
 def doctor(args: Namespace) -> None:

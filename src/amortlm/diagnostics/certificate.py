@@ -28,13 +28,14 @@ from typing import Any
 
 from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, RowDiagnosis, diagnose
 from amortlm.errors import CheckpointError, ConfigError
+from amortlm.files import CERTIFICATE
 from amortlm.inference.correct import require_target
 from amortlm.policy.policy import Policy
 from amortlm.targets.base import Target
 from amortlm.targets.functions import NAMES
 from amortlm.types import Row, finite, row_key
 
-FILE = "certificate.json"
+FILE = CERTIFICATE
 FORMAT = 1
 LIMIT = 5_000  # completions enumerated at a look: a look has to be faster than a diagnosis
 TIMES = (4, 16)  # samples of a check, as multiples of those in training

@@ -82,7 +82,7 @@ def boxes_digest(runs: Runs, metrics: Iterable[str]) -> dict[str, dict[str, dict
 
 def box_figure(boxes: dict[str, Any], labels: Mapping[str, str], path: Path) -> list[str]:
     """One panel per metric (name -> axis label) of `boxes_digest`."""
-    from amortlm.lab.style import AFTER, INK, SMALL, TEXT, panels, save, style
+    from amortlm.plots import AFTER, INK, SMALL, TEXT, panels, save, style
 
     fig, axes = panels(len(labels), len(labels), (5.2, 3.6))
     for ax, (metric, label) in zip(axes, labels.items(), strict=True):
@@ -103,7 +103,7 @@ def line_figure(
     series: Mapping[str, Mapping[int, Mapping[str, float | None]]], xlabel: str, ylabel: str, path: Path
 ) -> list[str]:
     """Methods as lines: series[method][x] = {"mean", "sd"}. A method without all its means has no line."""
-    from amortlm.lab.style import INK, SMALL, TEXT, new_figure, save, style
+    from amortlm.plots import INK, SMALL, TEXT, new_figure, save, style
 
     series = {m: of for m, of in series.items() if of and all(v["mean"] is not None for v in of.values())}
     fig = new_figure(6.4, 4.2)

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from amortlm.environment import environment
 from amortlm.errors import AmortLMError, ConfigError, nearest
 from amortlm.lab.experiment import Context, Experiment, Results, Run, Settings
 from amortlm.lab.overrides import with_overrides
 from amortlm.lab.report import collect, progress_line, write_report
-from amortlm.lab.store import Store, environment, finite
+from amortlm.lab.store import Store, finite
 from amortlm.language_model import LanguageModel
 
 DEFAULT_SEEDS = {"smoke": 1}  # other presets: 3

@@ -12,14 +12,10 @@ import contextlib
 import hashlib
 import json
 import math
-import os
-import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +29,6 @@ from amortlm.lab.overrides import flat
 NUMBER = r"(?:-?\d[^\s,]*|null|true|false)"
 # A list or a mapping of numbers alone. Strings hold no raw line break, so only structure begins with one.
 FLAT = re.compile(rf'\[(?:\n *{NUMBER},?)+\n *\]|\{{(?:\n *"[^"\\\n]*": {NUMBER},?)+\n *\}}')
-PACKAGES = ("amortlm", "torch", "transformers", "peft", "trl", "numpy")
 
 
 @dataclass(frozen=True)
@@ -161,42 +156,3 @@ def write_json(path: Path, value: Any) -> None:
     """Indented, with numbers that stand together on one line."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     write_text(path, FLAT.sub(lambda found: re.sub(r"\n *", " ", found[0]), text) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """Where a run was made: package versions, Python, processor, threads, commit."""
-    import torch
-
-    versions = {}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "packages": versions,
-        "python": platform.python_version(),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "commit": _commit(),
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of the source tree ("+" where files differ from it), or None if it is no checkout of ours."""
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -87,7 +87,7 @@ def train_gflownet(
     )
     if context.dry_run:
         return Trained(trainer.posterior)
-    found = can_resume(context.folder / part)
+    args, found = trainer.args, can_resume(context.folder / part)
     trainer.train(resume_from_checkpoint=found, overwrite_output_dir=not found)
     per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.num_samples
     return Trained(trainer.posterior, args.max_steps * per_update)

@@ -86,6 +86,13 @@ class Support:
                 "contain the separator), or put constraint.matches(pattern) into the target"
             )
 
+    def __repr__(self) -> str:
+        """As it is written: without what is left at its default."""
+        given = [
+            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default
+        ]
+        return f"Support({', '.join(given)})"
+
     def _check_types(self) -> None:
         """Raise SupportError for a value of the wrong type (True is not a token)."""
         for name in ("min_tokens", "max_tokens", "min_statements", "max_statements"):

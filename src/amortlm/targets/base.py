@@ -179,7 +179,12 @@ class LinearCombination(Target):
         return [{**spec, "weight": w} for w, t in self._terms for spec in t.to_spec()]
 
     def __repr__(self) -> str:
-        return " + ".join(f"{w:g} * {t!r}" for w, t in self._terms)
+        """As on paper: "1.5 * a - 0.5 * b + c"."""
+        signs = [
+            ("- " if w < 0 else "+ ") + ("" if abs(w) == 1 else f"{abs(w):g} * ") for w, _ in self._terms
+        ]
+        text = " ".join(sign + repr(term) for sign, (_, term) in zip(signs, self._terms, strict=True))
+        return text.removeprefix("+ ")
 
 
 class Softened(Target):

@@ -17,13 +17,13 @@ from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose_row
 from amortlm.diagnostics.importance import ImportanceEstimate
 from amortlm.posterior import Posterior
 from amortlm.train.config import GFNConfig
+from amortlm.train.looks import DRAWS, Looks, mean
 from amortlm.train.outcome import KeepBest
 from amortlm.train.processes import Processes
-from amortlm.types import Row, row_key, to_json
+from amortlm.types import Row, row_key
 
 SHOWN = {"loss": "loss", "log_w_variance": "var log w", "ess": "ESS", "eval_ess": "eval ESS"}
 TERMINAL = {"ncols": 80, "nrows": 24}  # for a terminal of unknown size, on which tqdm would draw nothing
-ROWS, SAMPLES, EXAMPLES = 4, 64, 4  # one diagnosis: 4 prompts, 64 samples each, of which 4 are saved
 GOLD = 16  # gold completions of a prompt, from the buffer
 Log = Callable[[dict[str, float]], None]
 
@@ -48,70 +48,43 @@ class TrainingProgress(ProgressCallback):
 
 class DiagnoseCallback(TrainerCallback):
     """Every `diagnose_steps` updates: ESS, log-weight variance and ELBO of fresh samples of a few prompts go to
-    the log and its trackers, and samples to `samples.jsonl` in the output folder. With `stop_at_gap`, training ends
-    when the gap of these prompts is small enough (`StopWhenRight`). Each process diagnoses its part of the prompts."""
+    the log and its trackers, figures and samples to files in the output folder (`Looks`). With `stop_at_gap`, training
+    ends when the gap of these prompts is small enough (`StopWhenRight`)."""
 
     def __init__(
-        self,
-        posterior: Posterior,
-        rows: Sequence[Row],
-        processes: Processes,
-        log: Log,
-        best: KeepBest | None = None,
-        stop: StopWhenRight | None = None,
+        self, looks: Looks, log: Log, best: KeepBest | None = None, stop: StopWhenRight | None = None
     ):
-        """rows: the first ROWS of them are diagnosed. best, stop: called after each diagnosis."""
-        self.posterior, self.rows, self.processes = posterior, list(rows[:ROWS]), processes
-        self.log, self.best, self.stop = log, best, stop
+        """best, stop: called after each look."""
+        self.looks, self.log, self.best, self.stop = looks, log, best, stop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stop is not None and state.is_world_process_zero:
             # A certificate of an earlier run in this folder is not about the adapter of this run.
             (Path(str(args.output_dir)) / certificate.FILE).unlink(missing_ok=True)
         if state.global_step == 0:
-            self._diagnose(args, state.global_step)
+            self._look(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % args.diagnose_steps != 0:
             return
-        reports = self._diagnose(args, state.global_step)
+        estimates = self._look(state.global_step)
         if self.stop is not None:
-            control.should_training_stop |= self.stop.reached(state.global_step, self.rows, reports)
+            control.should_training_stop |= self.stop.reached(state.global_step, self.looks.rows, estimates)
 
-    def _diagnose(self, args: GFNConfig, step: int) -> list[ImportanceEstimate]:
-        posterior, seed = self.posterior, diagnosis_seed(args)
-        found = self.processes.share(
-            lambda row: (
-                posterior.estimate(row, SAMPLES, seed=seed),
-                [sample.to_dict() for sample in posterior.sample(row, EXAMPLES, seed=seed)],
-            ),
-            self.rows,
-        )
-        reports = [report for report, _ in found]
+    def _look(self, step: int) -> list[ImportanceEstimate]:
+        looks = self.looks.take()
+        estimates = [look.estimate for look in looks]
         self.log(
             {
-                "ess": mean(reports, "ess"),
-                "fresh_log_w_variance": mean(reports, "log_w_variance"),
-                "elbo": mean(reports, "elbo"),
+                "ess": mean(estimates, "ess"),
+                "fresh_log_w_variance": mean(estimates, "log_w_variance"),
+                "elbo": mean(estimates, "elbo"),
             }
         )
-        if self.processes.index == 0:
-            folder = Path(str(args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / "samples.jsonl").open("a", encoding="utf-8") as file:
-                for row, (_, samples) in zip(self.rows, found, strict=True):
-                    file.writelines(to_json({"step": step, "row": row, **s}) + "\n" for s in samples)
+        self.looks.write(step, looks)
         if self.best is not None:
-            self.best.see(step, reports)
-        return reports
-
-
-def diagnosis_seed(args: GFNConfig) -> object:
-    return ("diagnose", args.seed)
-
-
-def mean(reports: Sequence[ImportanceEstimate], name: str) -> float:
-    return sum(getattr(r, name) for r in reports) / len(reports)
+            self.best.see(step, estimates)
+        return estimates
 
 
 class StopWhenRight:
@@ -143,7 +116,7 @@ class StopWhenRight:
         if any(_guess(e) > args.stop_at_gap for e in estimates):
             return False
         exact = self.posterior.policy.support.size() <= certificate.LIMIT
-        n = SAMPLES if exact else certificate.samples_for(args.stop_at_gap)
+        n = DRAWS if exact else certificate.samples_for(args.stop_at_gap)
         gold = self._gold(rows)
         diagnosis = self._diagnose(step, rows, n, gold)
         found = certificate.worst(diagnosis)

@@ -24,10 +24,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from amortlm.errors import CheckpointError
-from amortlm.files import follow_umask, is_disk_full, save_tensors
+from amortlm.files import STATE, follow_umask, is_disk_full, save_tensors
 
 logger = logging.getLogger(__name__)
-STATE, MANIFEST = "trainer_state.json", "manifest.json"
+MANIFEST = "manifest.json"
 # Errors of readers for a file that is damaged, of another layout, or contains objects that may not be loaded.
 UNREADABLE = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError),

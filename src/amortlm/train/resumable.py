@@ -15,16 +15,16 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from amortlm.diagnostics import certificate
-from amortlm.diagnostics.importance import ImportanceEstimate
 from amortlm.files import replacing
 from amortlm.policy.policy import Policy
 from amortlm.posterior import Posterior
+from amortlm.report import write_report
 from amortlm.targets.base import Target
 from amortlm.train import checkpoints, run
-from amortlm.train.callbacks import ROWS, SAMPLES, diagnosis_seed
 from amortlm.train.config import GFNConfig
 from amortlm.train.interruption import Interruption
 from amortlm.train.log_z import LearnedLogZ
+from amortlm.train.looks import Looks
 from amortlm.train.memory import RewardMemory
 from amortlm.train.outcome import KeepBest, complaint
 from amortlm.train.processes import Processes
@@ -48,6 +48,7 @@ class ResumableTrainer(Trainer):
     stores: Sequence[checkpoints.Store]
     gold: Any  # completions that the buffer starts with
     best: KeepBest | None
+    looks: Looks
     first_weights: str | None = None  # a name of the saved weights that the adapter starts from
 
     def train(  # type: ignore[override]
@@ -72,11 +73,14 @@ class ResumableTrainer(Trainer):
         stated = run.identity(
             self.policy, self.target, self.train_dataset, self.args, start=self.first_weights, gold=self.gold
         )
+        about = run.about(self.policy, self.target, self.train_dataset)
         with ExitStack() as held, Interruption(self.args) as stop, checkpoints.writing(folder):
 
             def claim() -> Path | None:
                 held.enter_context(run.locked(folder))
-                return run.prepare(folder, stated, resume_from_checkpoint or False, overwrite_output_dir)
+                return run.prepare(
+                    folder, stated, resume_from_checkpoint or False, overwrite_output_dir, about
+                )
 
             found = self.processes.first(claim)
             if found is not None and (found == folder or checkpoints.is_over(found)):
@@ -84,7 +88,7 @@ class ResumableTrainer(Trainer):
             else:
                 output = self._run(None if found is None else str(found), stop, kwargs)
             if stop.saved is None and found != folder:
-                self._finish(stated)
+                self._finish(stated, about)
         stop.deliver()
         return output
 
@@ -100,30 +104,28 @@ class ResumableTrainer(Trainer):
         finally:
             self.remove_callback(stop)
 
-    def _finish(self, stated: dict[str, Any]) -> None:
-        """Save the posterior in its best state, and warn if training failed."""
+    def _finish(self, stated: dict[str, Any], about: dict[str, Any]) -> None:
+        """Save the posterior in its best state, with a report; warn if training failed."""
         folder = Path(str(self.args.output_dir))
-        end = self._estimates()
+        looks = self.looks.take()
+        kept_last = True
         if self.best is not None:
             certified = (folder / certificate.FILE).exists()
+            end = [look.estimate for look in looks]
             sentence = None if certified else self.best.restore(end, self.state.global_step)
             if sentence is not None:
-                end = self._estimates()
+                kept_last, looks = False, self.looks.take()
                 self._warn(sentence)
             self.best.forget()
+        if self.looks.written != self.state.global_step or not kept_last:
+            self.looks.write(self.state.global_step, looks)
         self.save_model()
         self.save_state()
         if self.is_world_process_zero():
-            run.write(folder, stated, finished=True)
-        if (sentence := complaint(end)) is not None:
+            run.write(folder, stated, about, finished=True)
+            write_report([folder])
+        if (sentence := complaint([look.estimate for look in looks])) is not None:
             self._warn(sentence)
-
-    def _estimates(self) -> list[ImportanceEstimate]:
-        """Of a few prompts, as they were diagnosed while training."""
-        diagnosed = self.train_dataset if self.eval_dataset is None else self.eval_dataset
-        n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
-        seed = diagnosis_seed(self.args)
-        return self.processes.share(lambda row: self.posterior.estimate(row, n, seed=seed), diagnosed[:ROWS])
 
     def _warn(self, sentence: str) -> None:
         if self.is_world_process_zero():

@@ -19,23 +19,24 @@ from torch import Tensor
 
 from amortlm.diagnostics import certificate
 from amortlm.engine.model import CausalLM
+from amortlm.environment import environment
 from amortlm.errors import CheckpointError, ConfigError
-from amortlm.files import write_text
+from amortlm.files import DIAGNOSIS, LOOKS, REPORT, RUN, write_text
 from amortlm.train import checkpoints, outcome
 from amortlm.train.checkpoints import START_OVER
 from amortlm.types import Row, row_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from amortlm.policy.policy import Policy
     from amortlm.targets.base import Target
     from amortlm.train.config import GFNConfig
 
-FILE, LOCK = "run.json", ".lock"
+FILE, LOCK = RUN, ".lock"
 POSTERIOR = "posterior.json"
 # Files of a run besides checkpoints, and files with the weights of a posterior. No other files are deleted.
-NOTES = (FILE, certificate.FILE, checkpoints.STATE, "samples.jsonl", "training_args.json")
+NOTES = (FILE, certificate.FILE, checkpoints.STATE, LOOKS, DIAGNOSIS, REPORT, "training_args.json")
 WEIGHTS = (
     "adapter_model*.safetensors",
     "adapter_config.json",
@@ -216,11 +217,17 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def prepare(folder: Path, stated: dict[str, Any], resume: str | Path | bool, overwrite: bool) -> Path | None:
+def prepare(
+    folder: Path,
+    stated: dict[str, Any],
+    resume: str | Path | bool,
+    overwrite: bool,
+    about: Mapping[str, Any] | None = None,
+) -> Path | None:
     """Where to start: a checkpoint of this run; its folder if the run is finished; None for a new run.
 
-    Writes the identity into the folder. Raises CheckpointError if the folder or the checkpoint is of another run,
-    ConfigError for both resume and overwrite.
+    Writes the identity into the folder, and what is said about the run. Raises CheckpointError if the folder or the
+    checkpoint is of another run, ConfigError for both resume and overwrite.
     """
     if resume and overwrite:
         raise ConfigError(
@@ -230,7 +237,7 @@ def prepare(folder: Path, stated: dict[str, Any], resume: str | Path | bool, ove
         if not overwrite:
             refuse_used(folder)
         _clear(folder)
-        write(folder, stated)
+        write(folder, stated, about)
         return None
     if (folder / FILE).exists():
         check(folder, stated)
@@ -240,7 +247,7 @@ def prepare(folder: Path, stated: dict[str, Any], resume: str | Path | bool, ove
     check(found, stated)
     if not (folder / FILE).exists() and found.parent.resolve() != folder.resolve():
         refuse_used(folder)
-    write(folder, stated)
+    write(folder, stated, about)
     return found
 
 
@@ -266,8 +273,27 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
-def write(folder: Path, stated: dict[str, Any], finished: bool = False) -> None:
-    write_text(folder / FILE, json.dumps({"finished": finished, "identity": stated}, indent=1) + "\n")
+def write(
+    folder: Path, stated: dict[str, Any], about: Mapping[str, Any] | None = None, finished: bool = False
+) -> None:
+    """about: what readers of a report want to know beyond the identity (`about` below)."""
+    text = json.dumps({"finished": finished, "identity": stated, "about": about}, indent=1)
+    write_text(folder / FILE, text + "\n")
+
+
+def about(policy: Policy, target: Target, rows: Sequence[Row]) -> dict[str, Any]:
+    """The posterior as its author wrote it, and the machine."""
+    name = policy.lm.name
+    if name and Path(name).exists():
+        name = Path(name).name  # a report may be shown to others
+    return {
+        "model": name,
+        "target": repr(target),
+        "prompt": policy.prompt.source,
+        "support": repr(policy.support_spec),
+        "rows": len(rows),
+        "environment": environment(),
+    }
 
 
 def _read(folder: Path) -> dict[str, Any]:

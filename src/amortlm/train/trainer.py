@@ -30,18 +30,12 @@ from amortlm.support.spec import Support
 from amortlm.targets.base import Softened, Target
 from amortlm.text.template import Messages
 from amortlm.train import run
-from amortlm.train.callbacks import (
-    SAMPLES,
-    DiagnoseCallback,
-    StopWhenRight,
-    TrainingProgress,
-    diagnosis_seed,
-    mean,
-)
+from amortlm.train.callbacks import DiagnoseCallback, StopWhenRight, TrainingProgress
 from amortlm.train.config import METRICS, REFUSED, GFNConfig
 from amortlm.train.defaults import settled
 from amortlm.train.floor import FloorCheck
 from amortlm.train.log_z import LearnedLogZ
+from amortlm.train.looks import DRAWS, Looks, diagnosis_seed, mean
 from amortlm.train.memory import RewardMemory
 from amortlm.train.metrics import Metrics
 from amortlm.train.outcome import KeepBest
@@ -156,6 +150,7 @@ class GFNTrainer(ResumableTrainer):
         if not self.args.disable_tqdm:
             self.add_callback(TrainingProgress())
         self.best = None
+        self.looks = Looks(self.posterior, diagnosed, self.processes, self.args)
         if self.args.diagnose_steps:
             stop = None
             if not self.args.load_best_model_at_end:
@@ -164,9 +159,7 @@ class GFNTrainer(ResumableTrainer):
                 stop = StopWhenRight(
                     self.posterior, self.train_dataset, self.buffer, self.args, self.processes, self.log
                 )
-            self.add_callback(
-                DiagnoseCallback(self.posterior, diagnosed, self.processes, self.log, self.best, stop)
-            )
+            self.add_callback(DiagnoseCallback(self.looks, self.log, self.best, stop))
 
     def _checked_rows(self, rows: Sequence[Row], name: str) -> list[Row]:
         """Copies of the rows, after a check of columns and prompts: an error comes before training, not at step 500."""
@@ -280,7 +273,7 @@ class GFNTrainer(ResumableTrainer):
             raise DataError("evaluate() has no rows: give it some, or eval_dataset to the trainer")
         rows = self.eval_dataset if eval_dataset is None else self._checked_rows(eval_dataset, "eval_dataset")
         start, seed = time.time(), diagnosis_seed(self.args)
-        found = self.processes.share(lambda row: self.posterior.estimate(row, SAMPLES, seed=seed), rows)
+        found = self.processes.share(lambda row: self.posterior.estimate(row, DRAWS, seed=seed), rows)
         metrics = {f"{metric_key_prefix}_{name}": mean(found, name) for name in METRICS}
         metrics |= speed_metrics(metric_key_prefix, start, num_samples=len(rows))
         self.log(metrics)

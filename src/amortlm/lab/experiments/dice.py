@@ -123,6 +123,23 @@ def ppo(context: Context) -> Trained:
 
 
 def gflownet(context: Context) -> Trained:
+    return balanced(context, context.settings["steps"])
+
+
+def sft_then_gflownet(context: Context) -> Trained:
+    """Half of the updates are SFT, the others VarGrad: as many completions as each of them alone."""
+    half = context.settings["steps"] // 2
+    start = context.folder / "start"
+    if not (start / "posterior.json").exists():
+        problem: Problem = context.data[0]
+        policy = problem.policy(context)
+        if not context.dry_run:
+            fit_samples(policy, problem.rows, {**context.settings, "steps": half}, context.seed)
+        problem.posterior(context, policy).save_pretrained(start)
+    return balanced(context, context.settings["steps"] - half, start)
+
+
+def balanced(context: Context, steps: int, start: Path | None = None) -> Trained:
     """VarGrad on log R alone. The buffer starts with `gold` outcomes of each description, which count as judged. It is
     half as large as a group, so that a replayed group compares outcomes with what q writes now."""
     settings = context.settings
@@ -131,13 +148,13 @@ def gflownet(context: Context) -> Trained:
     )
     config = {
         "objective": "vargrad",
-        "max_steps": settings["steps"],
+        "max_steps": steps,
         "per_device_train_batch_size": settings["rows_per_step"],
         "num_samples": settings["num_samples"],
         "hard_penalty": -FLOOR,
         **settings["gflownet"],
     }
-    trained = train_gflownet(context, problem, config)
+    trained = train_gflownet(context, problem, config, "gflownet", start=start)
     judged = 0 if context.dry_run else sum(map(len, problem.gold or []))
     return replace(trained, reward_evaluations=trained.reward_evaluations + judged)
 
@@ -199,7 +216,13 @@ def compare(
 
 
 def digest(runs: Runs) -> dict[str, Any]:
-    return {"paired": paired_digest(runs, [("gflownet-vargrad", "sft"), ("gflownet-vargrad", "ppo")], TESTED)}
+    return {
+        "paired": paired_digest(
+            runs,
+            [(a, b) for a in ("gflownet-vargrad", "sft-gflownet-vargrad") for b in ("sft", "ppo")],
+            TESTED,
+        )
+    }
 
 
 def summary(results: Results) -> str:
@@ -211,7 +234,7 @@ def summary(results: Results) -> str:
 
 def figures(results: Results, folder: Path) -> list[str]:
     """Stated and sampled probabilities of two descriptions of each test. First seed of each method."""
-    from amortlm.lab.style import GRID, INK, MUTED, SERIES_COLOURS, SMALL, TEXT, panels, save, style
+    from amortlm.plots import GRID, INK, MUTED, SERIES_COLOURS, SMALL, TEXT, panels, save, style
 
     runs: dict[str, Any] = {method: found[0] for method, found in results["runs"].items()}
     examples = [run["details"]["examples"] for run in runs.values()]
@@ -272,7 +295,13 @@ EXPERIMENT = Experiment(
     presets=read_presets("dice"),
     groups={"gflownet": GFNConfig, "ppo": PPOConfig},
     prepare=prepare,
-    methods={"untrained": without_training, "sft": sft, "ppo": ppo, "gflownet-vargrad": gflownet},
+    methods={
+        "untrained": without_training,
+        "sft": sft,
+        "ppo": ppo,
+        "gflownet-vargrad": gflownet,
+        "sft-gflownet-vargrad": sft_then_gflownet,
+    },
     evaluate=evaluate,
     once=frozenset({"untrained"}),
     metrics=METRICS,

@@ -99,7 +99,7 @@ def name_of(point: Point) -> str:
 
 def figures(results: Results, folder: Path) -> list[str]:
     """Draw frontier.png, and write `standing` to standing.json."""
-    from amortlm.lab.style import INK, SMALL, TEXT, TITLE, new_figure, save, style
+    from amortlm.plots import INK, SMALL, TEXT, TITLE, new_figure, save, style
 
     points = [p for p in held_out_points(results) if math.isfinite(p["diversity"])]
     found = standing(results)
@@ -119,7 +119,7 @@ def figures(results: Results, folder: Path) -> list[str]:
 
 def _scatter_decoders(ax: Axes, points: list[Point]) -> None:
     """A colour and a marker for each method; hollow at more compute."""
-    from amortlm.lab.style import SERIES_COLOURS
+    from amortlm.plots import SERIES_COLOURS
 
     colours = [*SERIES_COLOURS[1:], "#E69F00", "#56B4E9", "#7F7F7F"]
     for i, family in enumerate(dict.fromkeys(p["method"] for p in points)):
@@ -140,7 +140,7 @@ def _scatter_decoders(ax: Axes, points: list[Point]) -> None:
 
 
 def _line_of_gflownets(ax: Axes, points: list[Point]) -> None:
-    from amortlm.lab.style import AFTER, SMALL
+    from amortlm.plots import AFTER, SMALL
 
     if not points:
         return

@@ -90,7 +90,7 @@ def evaluate(context: Context, trained: Trained) -> Outcome:
 
 def figures(results: Results, folder: Path) -> list[str]:
     """The paper's figure: the probability of each integer by method, with the uniform level. First seed of each."""
-    from amortlm.lab.style import AFTER, INK, SMALL, TEXT, panels, save, style
+    from amortlm.plots import AFTER, INK, SMALL, TEXT, panels, save, style
 
     runs: dict[str, Any] = {method: found[0] for method, found in results["runs"].items()}
     fig, axes = panels(len(runs), 4, (3.1, 2.5))

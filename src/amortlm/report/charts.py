@@ -1,0 +1,149 @@
+"""The charts of a report, as SVG that takes its colours from the page, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from amortlm.plots import BEFORE, GRID, INK, MUTED, SERIES_COLOURS, SMALL, panels, style
+from amortlm.report.record import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SIZE = (3.6, 2.3)  # inches of a panel
+# Colours of a chart -> CSS variables of the page.
+VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    GRID: "var(--grid)",
+    BEFORE: "var(--before)",
+    **{colour: f"var(--series-{i})" for i, colour in enumerate(SERIES_COLOURS)},
+}
+# Figures of the log -> what the chart says. The first ones come from fresh samples.
+CURVES = {
+    "ess": "effective samples (share), fresh draws",
+    "elbo": "ELBO, nats, fresh draws",
+    "fresh_log_w_variance": "log-weight variance, fresh draws",
+    "gap": "gap, nats",
+    "log_w_variance": "log-weight variance, training draws",
+    "loss": "loss",
+    "length": "length, tokens",
+    "buffer": "completions in the buffer",
+    "sampler_mismatch": "sampler mismatch, nats per token",
+}
+LOGARITHMIC = {"fresh_log_w_variance", "log_w_variance", "loss", "gap"}
+
+
+def curves(runs: Sequence[RunRecord]) -> str:
+    """The figures of the log against the update, a line for each run."""
+    found = {name: [_curve(run, name) for run in runs] for name in CURVES}
+    shown = {name: lines for name, lines in found.items() if any(len(x) > 1 for x, _ in lines)}
+    if not shown:
+        return ""
+    fig, axes = panels(len(shown), 3, SIZE)
+    for ax, (name, lines) in zip(axes, shown.items(), strict=True):
+        for (steps, values), run, colour in zip(lines, runs, _colours(len(runs)), strict=True):
+            ax.plot(steps, values, color=colour, linewidth=1.6, label=run.name)
+        ax.set_title(CURVES[name], loc="left", fontsize=SMALL, color=INK)
+        if name in LOGARITHMIC and all(v > 0 for _, values in lines for v in values):
+            ax.set_yscale("log")
+        style(ax)
+    if len(runs) > 1:
+        axes[0].legend(frameon=False, fontsize=SMALL, labelcolor=INK)
+    return svg(fig, "curves of training")
+
+
+def _curve(run: RunRecord, name: str) -> tuple[list[int], list[float]]:
+    points = [(entry["step"], entry[name]) for entry in run.history if _finite(entry.get(name))]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def weights(run: RunRecord, log_z: Sequence[float | None]) -> str:
+    """Histograms of the log weights of each prompt's draws, before and after training, minus log Z: an exact sampler
+    has all of them at zero. log_z: of each prompt, nats; None: the estimate from the draws after training."""
+    before, after = run.look(0), run.look(-1)
+    if not after:
+        return ""
+    fig, axes = panels(len(after), 4, (3.0, 2.2))
+    for ax, first, last, known, i in zip(axes, before, after, log_z, range(len(after)), strict=False):
+        centre = last["log_z"] if known is None else known
+        centre = 0.0 if centre is None else centre
+        old, new = ([w - centre for w in look["log_weights"] if w is not None] for look in (first, last))
+        low, high = min([*old, *new, -1.0]), max([*old, *new, 1.0])
+        edges = [low + (high - low) * k / 30 for k in range(31)]
+        ax.hist(old, edges, color=BEFORE, alpha=0.55, label="before")
+        ax.hist(new, edges, color=SERIES_COLOURS[0], alpha=0.65, label="after")
+        ax.axvline(0, color=INK, linewidth=1.2, linestyle="--")
+        ax.set_title(f"prompt {i + 1}", loc="left", fontsize=SMALL, color=INK)
+        ax.set_xlabel("log weight - log Z, nats")
+        style(ax)
+    axes[0].legend(frameon=False, fontsize=SMALL, labelcolor=INK)
+    return svg(fig, f"log weights before and after training, {run.name}")
+
+
+def log_z_bounds(run: RunRecord) -> str:
+    """log Z of each diagnosed prompt from both sides: ELBO, interval, and the exact value where it is known."""
+    rows = run.diagnosis
+    if not rows:
+        return ""
+    fig, (ax,) = panels(1, 1, (7.2, 0.9 + 0.42 * len(rows)))
+    for i, row in enumerate(rows):
+        low, high = row["log_z_low"], row["log_z_high"]
+        if low is not None and high is not None:
+            ax.plot(
+                [low, high], [i, i], color=SERIES_COLOURS[0], linewidth=6, solid_capstyle="butt", alpha=0.5
+            )
+        if row["elbo"] is not None:
+            ax.plot(
+                [row["elbo"]], [i], marker="|", color=BEFORE, markersize=14, markeredgewidth=2, linestyle=""
+            )
+        if row.get("exact_log_z") is not None:
+            ax.plot([row["exact_log_z"]], [i], marker="D", color=INK, markersize=5, linestyle="")
+    ax.set_yticks(range(len(rows)), [f"prompt {i + 1}" for i in range(len(rows))])
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_xlabel("nats: bar = interval for log Z, stroke = ELBO of q, diamond = exact log Z")
+    style(ax)
+    ax.grid(axis="x", color=GRID, linewidth=0.8)
+    return svg(fig, f"log Z from both sides, {run.name}")
+
+
+def svg(fig: Figure, label: str) -> str:
+    """The figure as an <svg> element for a page; the same data give the same text. label: read out in its place."""
+    from html import escape
+
+    import matplotlib
+
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        fig.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text)  # several charts share a page; nothing refers to these
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r' height="[\d.]+pt"| width="([\d.]+)pt"', _limited, text, count=2)
+    for colour, variable in VARIABLES.items():
+        text = re.sub(colour, variable, text, flags=re.IGNORECASE)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+def _limited(size: re.Match[str]) -> str:
+    """A chart is as wide as its column, but not wider than it was drawn."""
+    return f' style="max-width: {size[1]}pt"' if size[1] else ""
+
+
+def _colours(count: int) -> list[str]:
+    return [SERIES_COLOURS[i % len(SERIES_COLOURS)] for i in range(count)]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def known_log_z(run: RunRecord) -> list[float | None]:
+    """log Z of each prompt of the last look, nats, where the diagnosis knows it; else None."""
+    rows: list[Mapping[str, Any]] = [*run.diagnosis]
+    return [row.get("exact_log_z") for row in rows] or [None] * len(run.look(-1))
