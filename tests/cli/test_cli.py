@@ -103,7 +103,7 @@ def test_train_writes_a_posterior_and_says_what_to_do_next(cli: Cli, model: Path
     assert state["global_step"] == 2
     assert (out / "checkpoint-1").is_dir()
     assert [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()] == ROWS
-    steps = {json.loads(line)["step"] for line in (out / "samples.jsonl").read_text().splitlines()}
+    steps = {json.loads(line)["step"] for line in (out / "looks.jsonl").read_text().splitlines()}
     assert steps == {0, 1, 2}
     posterior = Posterior.from_pretrained(out)
     assert posterior.lm.name == str(model)

@@ -170,7 +170,7 @@ def test_eval_dataset_is_what_is_diagnosed(one_lm: LanguageModel, tmp_path: Path
     trainer.train()
     evaluated = [entry for entry in trainer.state.log_history if "eval_ess" in entry]
     assert [entry["step"] for entry in evaluated] == [2, 4]
-    seen = {json.loads(line)["row"]["x"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()}
+    seen = {json.loads(line)["row"]["x"] for line in (tmp_path / "looks.jsonl").read_text().splitlines()}
     assert seen == {row["x"] for row in ROWS[2:]}
     best = min(evaluated, key=lambda entry: entry["eval_log_w_variance"])
     again = trainer.evaluate()
@@ -219,7 +219,7 @@ def test_rows_with_any_cell_are_written(one_lm: LanguageModel, tmp_path: Path) -
         for row in ROWS
     ]
     make_trainer(one_lm, tmp_path, rows=rows, max_steps=1, diagnose_steps=1).train()
-    lines = (tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "looks.jsonl").read_text(encoding="utf-8").splitlines()
     row = json.loads(lines[0], parse_constant=lambda name: pytest.fail(name))["row"]
     assert (row["day"], row["score"], row["v"]) == ("2024-01-01", None, [1.0, None])
     assert json.loads(to_json({"x": "é"})) == {"x": "é"}

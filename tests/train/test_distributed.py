@@ -91,8 +91,8 @@ def test_two_processes_through_diagnosis_saving_death_and_resume(tmp_path: Path)
     logged = [entry["step"] for entry in histories(whole) if "loss" in entry]
     assert logged == list(range(5, 65, 5))
     assert [entry["step"] for entry in histories(whole) if "ess" in entry] == [0, 25, 50]
-    samples = [json.loads(line) for line in (whole / "samples.jsonl").read_text().splitlines()]
-    assert [s["step"] for s in samples] == [0] * 16 + [25] * 16 + [50] * 16
+    looks = [json.loads(line) for line in (whole / "looks.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [step for step in (0, 25, 50, 64) for _ in range(4)]
 
 
 def histories(folder: Path) -> list[dict[str, float]]:

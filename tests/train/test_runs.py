@@ -172,7 +172,7 @@ def test_starting_over_leaves_nothing_of_the_old_run(
     one_lm: LanguageModel, tmp_path: Path, finished: GFNTrainer
 ) -> None:
     folder = tmp_path / "run"
-    stale = [folder / name for name in ("certificate.json", "samples.jsonl", "checkpoint-9")]
+    stale = [folder / name for name in ("certificate.json", "looks.jsonl", "checkpoint-9")]
     for file in stale[:2]:
         file.write_text("old")
     shutil.copytree(folder / "checkpoint-4", stale[2])
@@ -182,7 +182,16 @@ def test_starting_over_leaves_nothing_of_the_old_run(
     seen: list[str] = []
     new.train(overwrite_output_dir=True)
     assert {"notes.txt", "run.json"} <= set(seen)
-    gone = ("adapter", "posterior", "checkpoint", "certificate", "samples", "training_args", "trainer_state")
+    gone = (
+        "adapter",
+        "posterior",
+        "checkpoint",
+        "certificate",
+        "looks",
+        "report",
+        "training_args",
+        "trainer_state",
+    )
     assert not [name for name in seen if name.startswith(gone)]
     assert not any(file.exists() for file in stale)
     stated = json.loads((folder / "run.json").read_text())

@@ -201,7 +201,7 @@ def test_logs_and_sample_table(one_lm: LanguageModel, tmp_path: Path) -> None:
     trainer.train()
     logged = set().union(*trainer.state.log_history)
     assert {"loss", "log_w_variance", "ess", "elbo", "length", "buffer"} <= logged
-    assert (tmp_path / "samples.jsonl").read_text().count('"step": 4') == 4 * 4
+    assert (tmp_path / "looks.jsonl").read_text().count('"step": 4') == 4
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def train(args: Namespace) -> None:
         refuse_used(output)  # before a model is loaded
     trainer = spec.trainer(str(output))
     for sentence in trainer.chosen:
-        print(f"chosen: {sentence}", file=sys.stderr)
+        print(f"chosen: {sentence}")
     trainer.train(resume_from_checkpoint=args.resume, overwrite_output_dir=args.overwrite)
     if trainer.is_world_process_zero():
         rows = output / "rows.jsonl"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from amortlm.plots import BEFORE, GRID, INK, MUTED, SERIES_COLOURS, SMALL, panels, style
 from amortlm.report.record import RunRecord
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SIZE = (3.6, 2.3)  # inches of a panel
+SIZE = (3.6, 2.3)  # inches of a chart
+BINS = 30
 # Colours of a chart -> CSS variables of the page.
 VARIABLES = {
     INK: "var(--ink)",
@@ -38,23 +41,22 @@ CURVES = {
 LOGARITHMIC = {"fresh_log_w_variance", "log_w_variance", "loss", "gap"}
 
 
-def curves(runs: Sequence[RunRecord]) -> str:
-    """The figures of the log against the update, a line for each run."""
-    found = {name: [_curve(run, name) for run in runs] for name in CURVES}
-    shown = {name: lines for name, lines in found.items() if any(len(x) > 1 for x, _ in lines)}
-    if not shown:
-        return ""
-    fig, axes = panels(len(shown), 3, SIZE)
-    for ax, (name, lines) in zip(axes, shown.items(), strict=True):
-        for (steps, values), run, colour in zip(lines, runs, _colours(len(runs)), strict=True):
-            ax.plot(steps, values, color=colour, linewidth=1.6, label=run.name)
-        ax.set_title(CURVES[name], loc="left", fontsize=SMALL, color=INK)
+def curves(runs: Sequence[RunRecord]) -> list[str]:
+    """The figures of the log against the update: a chart for each, with a line for each run."""
+    found = []
+    for name, title in CURVES.items():
+        lines = [_curve(run, name) for run in runs]
+        if not any(len(steps) > 1 for steps, _ in lines):
+            continue
+        fig, ax = _panel(title)
+        for i, ((steps, values), run) in enumerate(zip(lines, runs, strict=True)):
+            ax.plot(steps, values, color=_colour(i), linewidth=1.6, label=run.name)
         if name in LOGARITHMIC and all(v > 0 for _, values in lines for v in values):
             ax.set_yscale("log")
-        style(ax)
-    if len(runs) > 1:
-        axes[0].legend(frameon=False, fontsize=SMALL, labelcolor=INK)
-    return svg(fig, "curves of training")
+        if len(runs) > 1 and not found:
+            ax.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
+        found.append(svg(fig, title))
+    return found
 
 
 def _curve(run: RunRecord, name: str) -> tuple[list[int], list[float]]:
@@ -62,27 +64,33 @@ def _curve(run: RunRecord, name: str) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 
-def weights(run: RunRecord, log_z: Sequence[float | None]) -> str:
-    """Histograms of the log weights of each prompt's draws, before and after training, minus log Z: an exact sampler
-    has all of them at zero. log_z: of each prompt, nats; None: the estimate from the draws after training."""
+def weights(run: RunRecord) -> list[str]:
+    """For each prompt, histograms of the log weights of its draws before and after training, minus log Z: an exact
+    sampler has all of them at zero. log Z is exact if it is known, else the estimate from the draws after training."""
     before, after = run.look(0), run.look(-1)
-    if not after:
-        return ""
-    fig, axes = panels(len(after), 4, (3.0, 2.2))
-    for ax, first, last, known, i in zip(axes, before, after, log_z, range(len(after)), strict=False):
-        centre = last["log_z"] if known is None else known
-        centre = 0.0 if centre is None else centre
+    known = [row.get("exact_log_z") for row in run.diagnosis] or [None] * len(after)
+    found = []
+    for i, (first, last, log_z) in enumerate(zip(before, after, known, strict=False)):
+        centre = next((z for z in (log_z, last["log_z"]) if z is not None), 0.0)
         old, new = ([w - centre for w in look["log_weights"] if w is not None] for look in (first, last))
         low, high = min([*old, *new, -1.0]), max([*old, *new, 1.0])
-        edges = [low + (high - low) * k / 30 for k in range(31)]
+        edges = [low + (high - low) * k / BINS for k in range(BINS + 1)]
+        fig, ax = _panel(f"prompt {i + 1}")
         ax.hist(old, edges, color=BEFORE, alpha=0.55, label="before")
         ax.hist(new, edges, color=SERIES_COLOURS[0], alpha=0.65, label="after")
         ax.axvline(0, color=INK, linewidth=1.2, linestyle="--")
-        ax.set_title(f"prompt {i + 1}", loc="left", fontsize=SMALL, color=INK)
         ax.set_xlabel("log weight - log Z, nats")
-        style(ax)
-    axes[0].legend(frameon=False, fontsize=SMALL, labelcolor=INK)
-    return svg(fig, f"log weights before and after training, {run.name}")
+        if not found:
+            ax.legend(frameon=False, fontsize=SMALL, labelcolor=INK)
+        found.append(svg(fig, f"{run.name}, prompt {i + 1}: log weights before and after training"))
+    return found
+
+
+def _panel(title: str) -> tuple[Figure, Axes]:
+    fig, (ax,) = panels(1, 1, SIZE)
+    ax.set_title(title, loc="left", fontsize=SMALL, color=INK)
+    style(ax)
+    return fig, ax
 
 
 def log_z_bounds(run: RunRecord) -> str:
@@ -90,13 +98,15 @@ def log_z_bounds(run: RunRecord) -> str:
     rows = run.diagnosis
     if not rows:
         return ""
-    fig, (ax,) = panels(1, 1, (7.2, 0.9 + 0.42 * len(rows)))
+    fig, (ax,) = panels(1, 1, (5.4, 0.9 + 0.42 * len(rows)))
     for i, row in enumerate(rows):
         low, high = row["log_z_low"], row["log_z_high"]
         if low is not None and high is not None:
             ax.plot(
                 [low, high], [i, i], color=SERIES_COLOURS[0], linewidth=6, solid_capstyle="butt", alpha=0.5
             )
+        elif low is not None:
+            ax.plot([low], [i], marker=">", color=SERIES_COLOURS[0], markersize=9, linestyle="")
         if row["elbo"] is not None:
             ax.plot(
                 [row["elbo"]], [i], marker="|", color=BEFORE, markersize=14, markeredgewidth=2, linestyle=""
@@ -105,7 +115,7 @@ def log_z_bounds(run: RunRecord) -> str:
             ax.plot([row["exact_log_z"]], [i], marker="D", color=INK, markersize=5, linestyle="")
     ax.set_yticks(range(len(rows)), [f"prompt {i + 1}" for i in range(len(rows))])
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_xlabel("nats: bar = interval for log Z, stroke = ELBO of q, diamond = exact log Z")
+    ax.set_xlabel("nats")
     style(ax)
     ax.grid(axis="x", color=GRID, linewidth=0.8)
     return svg(fig, f"log Z from both sides, {run.name}")
@@ -113,8 +123,6 @@ def log_z_bounds(run: RunRecord) -> str:
 
 def svg(fig: Figure, label: str) -> str:
     """The figure as an <svg> element for a page; the same data give the same text. label: read out in its place."""
-    from html import escape
-
     import matplotlib
 
     out = io.StringIO()
@@ -135,15 +143,9 @@ def _limited(size: re.Match[str]) -> str:
     return f' style="max-width: {size[1]}pt"' if size[1] else ""
 
 
-def _colours(count: int) -> list[str]:
-    return [SERIES_COLOURS[i % len(SERIES_COLOURS)] for i in range(count)]
+def _colour(i: int) -> str:
+    return SERIES_COLOURS[i % len(SERIES_COLOURS)]
 
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def known_log_z(run: RunRecord) -> list[float | None]:
-    """log Z of each prompt of the last look, nats, where the diagnosis knows it; else None."""
-    rows: list[Mapping[str, Any]] = [*run.diagnosis]
-    return [row.get("exact_log_z") for row in rows] or [None] * len(run.look(-1))

@@ -36,7 +36,7 @@ class Shown:
     verdict: Verdict
     figures: list[tuple[str, str, str, str]]
     prompts: list[Json]
-    weights: str
+    weights: list[str]
     log_z: str
 
 
@@ -84,7 +84,7 @@ def _shown(run: RunRecord) -> Shown:
             for name, (label, form, meaning) in FIGURES.items()
         ],
         prompts=_prompts(run),
-        weights=charts.weights(run, charts.known_log_z(run)),
+        weights=charts.weights(run),
         log_z=charts.log_z_bounds(run),
     )
 

@@ -35,6 +35,7 @@ from amortlm.lab.tasks.dice import (
     distribution,
     log_prob,
     row_of,
+    until_tail,
     without_tail,
 )
 from amortlm.language_model import LanguageModel
@@ -257,7 +258,7 @@ def test_each_outcome_is_in_the_support_and_spelled_in_one_way(embedded: Languag
 # Methods
 
 
-@pytest.mark.parametrize("method", ["sft", "ppo", "gflownet-vargrad"])
+@pytest.mark.parametrize("method", ["sft", "ppo", "gflownet-vargrad", "gflownet-forward-kl"])
 def test_trained_methods_get_equally_many_completions(
     method: str, embedded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,8 +269,8 @@ def test_trained_methods_get_equally_many_completions(
     )
     given = context(embedded, tmp_path)
     trained = EXPERIMENT.methods[method](given)
-    start = sum(min(len(distribution(row)), 8) for row in given.data[0].rows)  # of the GFlowNet's buffer
-    extra = start if method == "gflownet-vargrad" else 0
+    start = sum(len(distribution(row)) for row in given.data[0].rows)  # of the GFlowNet's buffer
+    extra = start if method.startswith("gflownet") else 0
     assert trained.reward_evaluations + sum(drawn) - extra == STEPS * ROWS * SAMPLES
     assert (trained.reward_evaluations == 0) == (method == "sft")
     before = EXPERIMENT.methods["untrained"](context(embedded, tmp_path))
@@ -343,3 +344,8 @@ def test_the_report(tmp_path: Path) -> None:
     assert "not trained for this" in text
     assert "2606.06622" in text
     assert "2601.05414" in text
+
+
+def test_probabilities_that_do_not_sum_to_one() -> None:
+    with pytest.raises(DataError, match="sum to 0.5, not to 1"):
+        until_tail(lambda k: 0.25 if k < 2 else 0.0)

@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,39 +123,25 @@ def ppo(context: Context) -> Trained:
     )
 
 
-def gflownet(context: Context) -> Trained:
-    return balanced(context, context.settings["steps"])
+def gflownet(context: Context, objective: str) -> Trained:
+    """An objective on log R alone. The buffer starts with `gold` outcomes of each description, which count as judged.
 
-
-def sft_then_gflownet(context: Context) -> Trained:
-    """Half of the updates are SFT, the others VarGrad: as many completions as each of them alone."""
-    half = context.settings["steps"] // 2
-    start = context.folder / "start"
-    if not (start / "posterior.json").exists():
-        problem: Problem = context.data[0]
-        policy = problem.policy(context)
-        if not context.dry_run:
-            fit_samples(policy, problem.rows, {**context.settings, "steps": half}, context.seed)
-        problem.posterior(context, policy).save_pretrained(start)
-    return balanced(context, context.settings["steps"] - half, start)
-
-
-def balanced(context: Context, steps: int, start: Path | None = None) -> Trained:
-    """VarGrad on log R alone. The buffer starts with `gold` outcomes of each description, which count as judged. It is
-    half as large as a group, so that a replayed group compares outcomes with what q writes now."""
+    vargrad compares outcomes from the buffer with what q writes. forward_kl raises the outcomes of the buffer in
+    proportion to R: maximum likelihood as in `sft`, but of draws that come from R."""
     settings = context.settings
     problem = replace(
         context.data[0], gold=[some_outcomes(r, settings["gold"]) for r in context.data[0].rows]
     )
     config = {
-        "objective": "vargrad",
-        "max_steps": steps,
+        "objective": objective,
+        "max_steps": settings["steps"],
         "per_device_train_batch_size": settings["rows_per_step"],
         "num_samples": settings["num_samples"],
         "hard_penalty": -FLOOR,
         **settings["gflownet"],
+        **settings[objective],
     }
-    trained = train_gflownet(context, problem, config, "gflownet", start=start)
+    trained = train_gflownet(context, problem, config)
     judged = 0 if context.dry_run else sum(map(len, problem.gold or []))
     return replace(trained, reward_evaluations=trained.reward_evaluations + judged)
 
@@ -219,7 +206,7 @@ def digest(runs: Runs) -> dict[str, Any]:
     return {
         "paired": paired_digest(
             runs,
-            [(a, b) for a in ("gflownet-vargrad", "sft-gflownet-vargrad") for b in ("sft", "ppo")],
+            [(a, b) for a in ("gflownet-vargrad", "gflownet-forward-kl") for b in ("sft", "ppo")],
             TESTED,
         )
     }
@@ -293,14 +280,14 @@ EXPERIMENT = Experiment(
     question="Told of a distribution in words, how near to it does each method bring a language model, on descriptions "
     "that it was not trained on, at equal numbers of completions?",
     presets=read_presets("dice"),
-    groups={"gflownet": GFNConfig, "ppo": PPOConfig},
+    groups={"ppo": PPOConfig, **dict.fromkeys(("gflownet", "vargrad", "forward_kl"), GFNConfig)},
     prepare=prepare,
     methods={
         "untrained": without_training,
         "sft": sft,
         "ppo": ppo,
-        "gflownet-vargrad": gflownet,
-        "sft-gflownet-vargrad": sft_then_gflownet,
+        "gflownet-vargrad": partial(gflownet, objective="vargrad"),
+        "gflownet-forward-kl": partial(gflownet, objective="forward_kl"),
     },
     evaluate=evaluate,
     once=frozenset({"untrained"}),

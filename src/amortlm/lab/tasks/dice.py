@@ -18,6 +18,7 @@ from amortlm.errors import DataError
 from amortlm.types import Row
 
 TAIL = 1e-6  # probability of the rarest outcomes, which are left out
+MOST = 1000  # outcomes
 # A whole number, a word, or a card: all that any description asks for. One q serves them all.
 PATTERN = r"-?[0-9]{1,3}|[A-Z]?[a-z]+|([0-9]+|[a-z]+) of [a-z]+"
 
@@ -144,11 +145,13 @@ def equal(outcomes: Iterable[Any]) -> Weights:
 
 
 def until_tail(pmf: Callable[[int], float], first: int = 0) -> Weights:
-    """From `first` upwards, until less than TAIL / 100 is left."""
+    """From `first` upwards, until less than TAIL / 100 is left. Raises DataError if that is never so."""
     kept: Weights = {}
-    while math.fsum(kept.values()) < 1 - TAIL / 100:
-        kept[first + len(kept)] = pmf(first + len(kept))
-    return kept
+    for outcome in range(first, first + MOST):
+        kept[outcome] = pmf(outcome)
+        if math.fsum(kept.values()) >= 1 - TAIL / 100:
+            return kept
+    raise DataError(f"the probabilities of {MOST} outcomes sum to {math.fsum(kept.values()):g}, not to 1")
 
 
 def rounded(cdf: Callable[[float], float], low: int, high: int) -> Weights:
