@@ -285,6 +285,20 @@ def _renamed(value: Any) -> Any:
     return NAMES.get(value, value) if isinstance(value, str) else value
 
 
+def found(folder: str | Path) -> Certificate | None:
+    """The certificate in a folder, if there is one about the weights there."""
+    try:
+        certificate = Certificate.load(folder)
+    except CheckpointError:
+        return None
+    return certificate if certificate.adapter_hash == hash_adapter(folder) else None
+
+
+def hash_file(folder: str | Path) -> str:
+    """A hash of the certificate in a folder, by which its copy can be known."""
+    return hashlib.sha256((Path(folder) / FILE).read_bytes()).hexdigest()
+
+
 def hash_rows(rows: Sequence[Row]) -> str:
     """A hash of the rows, independent of their order."""
     return hashlib.sha256(" ".join(sorted(map(row_key, rows))).encode()).hexdigest()

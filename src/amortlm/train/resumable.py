@@ -28,6 +28,7 @@ from amortlm.train.log_z import LearnedLogZ
 from amortlm.train.memory import RewardMemory
 from amortlm.train.outcome import KeepBest, complaint
 from amortlm.train.processes import Processes
+from amortlm.types import Row
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
@@ -114,16 +115,23 @@ class ResumableTrainer(Trainer):
         self.save_model()
         self.save_state()
         if self.is_world_process_zero():
+            self.posterior.save_card(folder, self._diagnosed[:ROWS])
             run.write(folder, stated, finished=True)
         if (sentence := complaint(end)) is not None:
             self._warn(sentence)
 
     def _estimates(self) -> list[ImportanceEstimate]:
         """Of a few prompts, as they were diagnosed while training."""
-        diagnosed = self.train_dataset if self.eval_dataset is None else self.eval_dataset
         n = SAMPLES if self.args.diagnose_steps else self.args.num_samples
         seed = diagnosis_seed(self.args)
-        return self.processes.share(lambda row: self.posterior.estimate(row, n, seed=seed), diagnosed[:ROWS])
+        return self.processes.share(
+            lambda row: self.posterior.estimate(row, n, seed=seed), self._diagnosed[:ROWS]
+        )
+
+    @property
+    def _diagnosed(self) -> list[Row]:
+        """The rows that are diagnosed."""
+        return list(self.train_dataset if self.eval_dataset is None else self.eval_dataset)
 
     def _warn(self, sentence: str) -> None:
         if self.is_world_process_zero():
@@ -143,7 +151,7 @@ class ResumableTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         with replacing(folder, run.POSTERIOR) as part:
             if (folder / CARD).exists():
-                shutil.copy(folder / CARD, part)  # peft updates an existing card
+                shutil.copy(folder / CARD, part)  # an edited card is kept
             self.posterior.save_pretrained(part)
             (part / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
