@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from amortlm import __version__
 from amortlm.engine.adapter import FULL
 from amortlm.files import write_text
 from amortlm.language_model import EMBEDDED, EMBEDDED_PATH
@@ -188,7 +189,8 @@ class Card:
         text = f"## How far it is from the posterior\n\n{table(lines)}\n\n{legend}"
         if self.certificate:
             name, hashed = self.certificate
-            text += f"\n\nCertificate: `{name}`, sha256 `{hashed}`. It states the gap and how to measure it again."
+            text += f"\n\nCertificate: `{name}`, sha256 `{hashed}`. It states the gap (the smaller KL), and "
+            text += f"`{CHECK}` measures it again."
         return text
 
     def _samples(self) -> str:
@@ -199,11 +201,15 @@ class Card:
                 | ({} if weight is None else {"weight": f"{weight:.2f}"})
                 for text, log_q, weight in drawn.shown
             ]
-            parts.append(f"Row {i}:\n\n{fenced(as_yaml(shortened(row)), 'yaml')}\n\n{table(lines)}")
+            parts.append(
+                f"Row {i}:\n\n{fenced(as_yaml(shortened(row), flow=False), 'yaml')}\n\n{table(lines)}"
+            )
         if not parts:
             return ""
         weighed = self.drawn[0].log_z is not None
-        legend = "\n\nlog q: nats." + (" weight: R/q over its mean; 1 where q = p." if weighed else "")
+        legend = "\n\nCompletions are shown with their stop symbol. log q: nats." + (
+            " weight: R/q over its mean; 1 where q = p." if weighed else ""
+        )
         return "## Samples\n\n" + "\n\n".join(parts) + legend
 
     def _loading(self) -> str:
@@ -238,7 +244,7 @@ class Card:
             )
         if not self.base.name:
             lines.append("The base model is not public: without it the weights are of no use.")
-        lines.append("It has the biases of the base model.")
+        lines.append(f"It has the biases of the base model. It was saved by amortlm {__version__}.")
         return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{self._elsewhere()}"
 
     def _elsewhere(self) -> str:
@@ -263,9 +269,12 @@ class Card:
         return f"The adapter also loads in plain `peft`. {lost}\n\n{fenced(code, 'python')}"
 
 
+CHECK = "amortlm evaluate user/name --check"
 DIAGNOSED = (
-    "off by: total variation between q and p, the share of the probability in the wrong place. KL, log Z: nats; exact, "
-    "or an interval. ESS: effective share of the draws."
+    "The rows are under Samples. Verdict: `trust it`, the samples may be used as they are; `use with correction`, with "
+    '`posterior.sample(row, n, correct="sir")` (or `"mh"`); `do not use`, nothing was shown to hold. off by: total '
+    "variation between q and p, the share of the probability in the wrong place. KL, log Z: nats; exact, or an "
+    "interval. ESS: effective share of the draws of q, 100 % where q = p."
 )
 ESTIMATED = (
     "From {n} draws of q for each row, which cannot show a mode of p that q never visits: an estimate, not a verdict "
@@ -310,9 +319,10 @@ def _settings(support: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in support.items() if v != defaults.get(k)}
 
 
-def as_yaml(value: Any) -> str:
+def as_yaml(value: Any, flow: bool | None = None) -> str:
+    """flow: may mappings stand in braces? By default those without further ones."""
     plain = json.loads(json.dumps(value, default=str))
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100, default_flow_style=flow)
 
 
 def shortened(row: Row) -> dict[str, Any]:

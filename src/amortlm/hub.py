@@ -129,7 +129,9 @@ def _published(folder: Path, spec: dict[str, Any], repo_id: str, api: HfApi) -> 
                 config = json.loads((folder / name).read_text(encoding="utf-8"))
                 out[name] = _json({**config, **{key: None for key in NAMES if key in config}})
     if (text := card.read(folder)) is not None:
-        text = text.replace(card.PLACE, json.dumps(repo_id))
+        text = text.replace(card.PLACE, json.dumps(repo_id)).replace(
+            card.CHECK, card.CHECK.replace("user/name", repo_id)
+        )
         out[card.FILE] = _licensed(text, saved.hub_id(spec["model"]), api).encode()
     return out
 

@@ -45,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.add_argument("model", help="hub name or local folder")
     doctor.add_argument("--json", action="store_true", help="JSON instead of lines")
+    _add_push(commands.add_parser("push", help="upload a saved posterior to the hub; see docs/publishing.md"))
     _add_reproduce(commands.add_parser("reproduce", help="run one of the paper's experiments"))
     return parser
 
@@ -105,6 +106,18 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="a folder written by `amortlm train` or Posterior.save_pretrained")
+    parser.add_argument("repo", help="name on the hub, user/name")
+    parser.add_argument("--private", action="store_true", help="for a new repository")
+    parser.add_argument("--message", help="message of the commit")
+    parser.add_argument(
+        "--allow-local-model",
+        action="store_true",
+        help="also if the base model is on this machine only; its path is left out",
+    )
+
+
 def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     from amortlm.lab.command import add_options
     from amortlm.lab.experiments import EXPERIMENTS, PRESETS
@@ -127,7 +140,11 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_posterior(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="a folder written by `amortlm train` or Posterior.save_pretrained")
+    parser.add_argument(
+        "folder",
+        help="a folder written by `amortlm train` or Posterior.save_pretrained, or user/name on the hub",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit, for a name on the hub")
     parser.add_argument("--data", help="rows as .jsonl, .json, .csv or .tsv")
     parser.add_argument(
         "--column",

@@ -20,6 +20,7 @@ import torch
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
+from amortlm import hub
 from amortlm.cli.status import exit_status, run_folder
 from amortlm.data import check_rows, load_rows
 from amortlm.diagnostics import certificate
@@ -111,6 +112,7 @@ def evaluate(args: Namespace) -> int:
 
 
 def _check(args: Namespace) -> int:
+    _locate(args)
     folder = Path(args.folder)
     if (folder / "posterior.json").exists() and not (folder / certificate.FILE).exists():
         raise CheckpointError(
@@ -129,6 +131,17 @@ def _check(args: Namespace) -> int:
     )
     print(found.line if found.holds else f"amortlm: {found.line}", file=None if found.holds else sys.stderr)
     return 0 if found.holds else 1
+
+
+def push(args: Namespace) -> None:
+    url = hub.push(
+        args.folder,
+        args.repo,
+        private=args.private or None,
+        commit_message=args.message,
+        allow_local_model=args.allow_local_model,
+    )
+    print(f"pushed to {url}")
 
 
 def doctor(args: Namespace) -> None:
@@ -209,7 +222,13 @@ def _load(args: Namespace) -> tuple[Posterior, Sequence[Row]]:
 
 
 def _posterior(args: Namespace) -> Posterior:
+    _locate(args)
     return Posterior.from_pretrained(args.folder, lm=args.model, trust=args.trust)
+
+
+def _locate(args: Namespace) -> None:
+    """Replace a name on the hub by the folder of its download."""
+    args.folder, args.revision = str(hub.locate(args.folder, args.revision)), None
 
 
 def _rows(args: Namespace) -> Sequence[Row]:
