@@ -22,6 +22,7 @@ from amortlm.engine.adapter import FULL
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
 from amortlm.inference.correct import check_method, check_n, corrected, draw, require_target, weigh
 from amortlm.inference.exact import LIMIT
+from amortlm.inference.table import TOP, Table, tabulated
 from amortlm.language_model import LanguageModel
 from amortlm.policy.policy import Policy
 from amortlm.predictive import Prediction, Votes, predict, vote
@@ -258,6 +259,16 @@ class Posterior:
         target, checked = require_target(self.target), self._checked(rows)
         found = diagnose(self.policy, target, checked, n, seed=seed, limit=limit, level=level, gold=gold)
         return found.rows[0] if is_row(rows) else found
+
+    def table(self, row: Row, n: int = N, *, limit: int = LIMIT, top: int = TOP, seed: object = 0) -> Table:
+        """The posterior of a row: its `top` most probable completions with p, q and log R, and the mass of all others.
+
+        Exact by enumeration if the support has at most `limit` completions. Else from 2 n draws of q, with estimated
+        masses and their errors (`amortlm.inference.table`). Raises ConfigError without a target or for n < 2,
+        DataError for a missing column, RewardError or SupportError where R = 0 for all completions.
+        """
+        target, checked = require_target(self.target), self._checked(as_row(row))[0]
+        return tabulated(self.policy, target, checked, n, limit=limit, top=top, seed=seed)
 
     @overload
     def predict(

@@ -20,15 +20,16 @@ import torch
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
-from amortlm import hub
+from amortlm import card, hub
+from amortlm.cli.environment import environment
 from amortlm.cli.status import exit_status, run_folder
 from amortlm.data import check_rows, load_rows
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Gold
-from amortlm.errors import CheckpointError, ConfigError, DataError, TrainingError
+from amortlm.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 from amortlm.inference.correct import check_method
 from amortlm.language_model import LanguageModel
-from amortlm.policy.laws import examine_policy
+from amortlm.policy.laws import examine_policy, examine_sampling
 from amortlm.posterior import Posterior, Samples
 from amortlm.settings import named_texts
 from amortlm.train.run import refuse_used
@@ -74,8 +75,7 @@ def sample(args: Namespace) -> None:
             for s in samples:
                 print(json.dumps(finite({"row": dict(row), **s.to_dict(), **summary})))
             continue
-        for name, value in row.items():
-            print(textwrap.fill(f"{name}: {value}", 100, subsequent_indent="   "))
+        _print_row(row)
         table = [[_wrap(s.text), s.log_q, s.log_reward, s.weight] for s in samples]
         headers = ["completion", "log q", "log R", "weight"]
         print(tabulate(table, headers=headers, floatfmt=".3f", disable_numparse=[0]))  # " 25." is text
@@ -108,6 +108,9 @@ def evaluate(args: Namespace) -> int:
         text = json.dumps(finite([row.to_dict() for row in diagnosis.rows]), indent=2) + "\n"
         Path(args.output).write_text(text, encoding="utf-8")
         print(f"wrote {args.output}")
+    if args.card:
+        posterior.save_card(args.folder, rows, diagnosis)
+        print(f"wrote {Path(args.folder) / card.FILE}")
     return 0
 
 
@@ -144,11 +147,67 @@ def push(args: Namespace) -> None:
     print(f"pushed to {url}")
 
 
-def doctor(args: Namespace) -> None:
+def table(args: Namespace) -> None:
+    _check_counts(("-n", args.n), ("--top", args.top), ("--limit", args.limit))
+    posterior, rows = _load(args)
+    for row in rows[: None if args.data else 1]:
+        found = posterior.table(row, args.n, limit=args.limit, top=args.top, seed=args.seed)
+        if args.json:
+            print(json.dumps(finite({"row": dict(row), **found.to_dict()})))
+        else:
+            _print_row(row)
+            print(f"{found}\n")
+
+
+def _print_row(row: Row) -> None:
+    for name, value in row.items():
+        print(textwrap.fill(f"{name}: {value}", 100, subsequent_indent="   "))
+
+
+def doctor(args: Namespace) -> int:
     lm = LanguageModel.from_pretrained(args.model)
     found = lm.exactness
-    found = replace(found, findings=(*found.findings, *examine_policy(lm)))
-    print(json.dumps(finite(found.to_dict())) if args.json else found)
+    law = examine_sampling(lm)
+    found = replace(found, findings=(*found.findings, *examine_policy(lm), *law.findings))
+    place = environment(lm)
+    if args.json:
+        told = {
+            **found.to_dict(),
+            **place,
+            "law": {"holds": law.holds, "error": law.error, "draws": law.draws},
+        }
+        print(json.dumps(finite(told)))
+    else:
+        print(*(f"{name}: {value}" for name, value in place["versions"].items()), sep=", ")
+        print(
+            f"{args.model}: {place['device']}, {place['threads']} threads, {place['dtype']}\n\n{found}\n{law}"
+        )
+    return 0 if law.holds else 1
+
+
+def new(args: Namespace) -> None:
+    path = Path(args.file)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{path}: amortlm train takes files that end in .yaml: write {path.with_suffix('.yaml')}"
+        )
+    _check_file(args.file)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write((Path(__file__).parent / "new.yaml").read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise ConfigError(f"{path} exists, and is not written over: give another name") from None
+    print(f"wrote {path}\ntry:  {shlex.join(['amortlm', 'train', str(path)])}")
+
+
+def completion(args: Namespace) -> None:
+    from amortlm.cli import _parser
+
+    try:
+        import shtab
+    except ImportError as e:
+        raise MissingExtraError("completion needs shtab: pip install 'amortlm[completion]'") from e
+    print(shtab.complete(_parser(), args.shell))
 
 
 def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:
