@@ -11,12 +11,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from amortlm import __version__
 from amortlm.engine.adapter import FULL
 from amortlm.files import write_text
 from amortlm.language_model import EMBEDDED, EMBEDDED_PATH
@@ -244,7 +244,7 @@ class Card:
             )
         if not self.base.name:
             lines.append("The base model is not public: without it the weights are of no use.")
-        lines.append(f"It has the biases of the base model. It was saved by amortlm {__version__}.")
+        lines.append(f"It has the biases of the base model. It was saved by amortlm {version('amortlm')}.")
         return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines) + f"\n\n{self._elsewhere()}"
 
     def _elsewhere(self) -> str:

@@ -190,6 +190,7 @@ def test_a_script_for_each_shell(cli: Cli, shell: str) -> None:
 def test_bash_completes(cli: Cli, tmp_path: Path, words: list[str], expected: set[str]) -> None:
     pytest.importorskip("shtab")
     script = tmp_path / "amortlm.sh"
+    (tmp_path / "mine.yaml").touch()
     script.write_text(cli("completion", "bash")[1])
     asked = " ".join(["amortlm", *words])
     program = (

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("file", help="the file to write, NAME.yaml; it must not exist")
     completion = commands.add_parser("completion", help="print a script that completes commands in a shell")
     completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(parser=parser)
     return parser
 
 

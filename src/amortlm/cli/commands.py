@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import textwrap
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -201,13 +201,21 @@ def new(args: Namespace) -> None:
 
 
 def completion(args: Namespace) -> None:
-    from amortlm.cli import _parser
-
     try:
         import shtab
     except ImportError as e:
         raise MissingExtraError("completion needs shtab: pip install 'amortlm[completion]'") from e
-    print(shtab.complete(_parser(), args.shell))
+    _name_files(args.parser, shtab.FILE)
+    print(shtab.complete(args.parser, args.shell))
+
+
+def _name_files(parser: ArgumentParser, kind: object) -> None:
+    """Mark the arguments that are files or folders, for their completion."""
+    for action in parser._actions:
+        for part in action.choices.values() if isinstance(action.choices, dict) else ():
+            _name_files(part, kind)
+        if action.dest in ("spec", "folder", "data", "output", "file"):
+            vars(action)["complete"] = kind
 
 
 def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:

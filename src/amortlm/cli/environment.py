@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from amortlm import __version__
 from amortlm.language_model import LanguageModel
 
 LIBRARIES = (
@@ -28,7 +27,7 @@ LIBRARIES = (
 
 def environment(lm: LanguageModel) -> dict[str, Any]:
     """versions (of what is installed), and device, dtype and number of threads of a model."""
-    versions = {"amortlm": __version__, "python": platform.python_version()}
+    versions = {"amortlm": version("amortlm"), "python": platform.python_version()}
     versions |= {name: found for name in LIBRARIES if (found := _version(name))}
     device = lm.model.device
     return {
