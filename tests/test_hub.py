@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -165,6 +166,8 @@ def test_a_model_of_this_machine_is_refused(
     posterior.push_to_hub("user/sampler", token=TOKEN, allow_local_model=True)
     for name, content in hub.files("user/sampler").items():
         assert b"secret" not in content, name
+    config = json.loads(hub.files("user/sampler")["adapter_config.json"])
+    assert config["base_model_name_or_path"] is None, "not the name of some other model on the hub"
     with pytest.raises(ConfigError, match="its model had no name"):
         Posterior.from_pretrained("user/sampler")
     loaded = Posterior.from_pretrained("user/sampler", lm=lm)
