@@ -137,6 +137,16 @@ def test_at_most_four_rows(named: LanguageModel, tmp_path: Path) -> None:
     assert re.findall(r"Row (\d):", load(tmp_path).text) == ["0", "1", "2", "3"]
 
 
+def test_a_diagnosis_of_more_rows_is_shown_whole(named: LanguageModel, tmp_path: Path) -> None:
+    posterior = make(named)
+    rows = [{"x": letter, "y": " ran"} for letter in "abcdef"]
+    posterior.save_pretrained(tmp_path, rows=rows, diagnosis=posterior.diagnose(rows, 16))
+    assert len(re.findall(r"^\| \d \| ", load(tmp_path).text, re.MULTILINE)) == 6
+    assert "about 6 rows" in load(tmp_path).text
+    posterior.save_card(tmp_path, ROW, posterior.diagnose(ROW, 16))
+    assert "about one row" in load(tmp_path).text
+
+
 def test_a_diagnosis_of_other_rows_is_refused(named: LanguageModel, tmp_path: Path) -> None:
     posterior = make(named)
     with pytest.raises(DataError, match="a diagnosis of 2 rows for 1 rows"):

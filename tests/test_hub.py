@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from amortlm import LanguageModel, Posterior, Support, constraint
 from amortlm.cli import main
+from amortlm.diagnostics import certificate
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, HubError
+from amortlm.hub import push
 
 ROW = {"x": "the dog", "y": " ran"}
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=3, allowed_tokens=(" a", " cat", " dog", "s"))
@@ -288,6 +291,23 @@ def test_push_and_sample(
     monkeypatch.delenv("HF_TOKEN")
     assert main(["push", str(folder), "user/other"]) == 2
     assert "log in (hf auth login)" in capfd.readouterr().err
+
+
+def test_a_certificate_can_be_checked_by_others(
+    hub: FakeHub, embedded: LanguageModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    support, row = Support(stop=".", max_tokens=2, allowed_tokens=(" 1", " 2")), {"x": "one"}
+    target = embedded.log_prob("{z}", given="{x}")
+    posterior = Posterior(tiny_policy(embedded, "{x}", support), target)
+    posterior.save_pretrained(tmp_path)
+    found = posterior.diagnose([row], 64)
+    about: dict[str, Any] = {"mark": 50.0, "level": 0.99, "step": 1, "n": 64, "seed": 0}
+    certificate.issue(posterior.policy, target, found, tmp_path, **about, rows=[row], gold=[[]], data=[row])
+    push(str(tmp_path), "user/numbers", token=TOKEN)
+    assert main(["evaluate", "user/numbers", "--check"]) == 0
+    assert "certificate holds" in capfd.readouterr().out
+    assert main(["evaluate", "user/numbers", "--card"]) == 2
+    assert "--card writes into a folder" in capfd.readouterr().err
 
 
 def test_the_trainer_names_the_way() -> None:

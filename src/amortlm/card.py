@@ -110,9 +110,10 @@ class Card:
     spec         the content of posterior.json
     columns      the columns of prompt and target
     stated       the target in words, for a target without a JSON form
-    rows         those that figures and samples are about
-    drawn        draws of each row
-    reports      the diagnosis of each row (`RowDiagnosis.to_dict`); if there is none, figures of the draws are shown
+    rows         those of which samples are shown
+    drawn        draws of each of them
+    reports      the diagnosis of these rows, and maybe of more (`RowDiagnosis.to_dict`); without one, figures of the
+                 draws are shown
     certificate  (name, sha256) of the certificate's file, if it is about these weights
     """
 
@@ -235,7 +236,7 @@ class Card:
         lines = [trained + "better than the base model."]
         if self.rows:
             lines.append(
-                f"The figures are about {_count(len(self.rows))} above, and say nothing about other rows."
+                f"The figures are about {_count(len(self.reports or self.rows))}, and say nothing about others."
             )
         if functions := self._functions():
             names = ", ".join(map(cell, functions))
@@ -271,10 +272,10 @@ class Card:
 
 CHECK = "amortlm evaluate user/name --check"
 DIAGNOSED = (
-    "The rows are under Samples. Verdict: `trust it`, the samples may be used as they are; `use with correction`, with "
-    '`posterior.sample(row, n, correct="sir")` (or `"mh"`); `do not use`, nothing was shown to hold. off by: total '
-    "variation between q and p, the share of the probability in the wrong place. KL, log Z: nats; exact, or an "
-    "interval. ESS: effective share of the draws of q, 100 % where q = p."
+    "The rows are under Samples, the first four of them. Verdict: `trust it`, the samples may be used as they are; "
+    '`use with correction`, with `posterior.sample(row, n, correct="sir")` (or `"mh"`); `do not use`, nothing was shown '
+    "to hold. off by: total variation between q and p, the share of the probability in the wrong place. KL, log Z: "
+    "nats; exact, or an interval. ESS: effective share of the draws of q, 100 % where q = p."
 )
 ESTIMATED = (
     "From {n} draws of q for each row, which cannot show a mode of p that q never visits: an estimate, not a verdict "
@@ -403,7 +404,7 @@ def _number(x: float | None) -> str:
 
 
 def _count(rows: int) -> str:
-    return "the row" if rows == 1 else f"the {rows} rows"
+    return "one row" if rows == 1 else f"{rows} rows"
 
 
 def _results(reports: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
@@ -419,7 +420,7 @@ def _results(reports: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
                 EvalResult(
                     task_type="text-generation",
                     dataset_type="rows",
-                    dataset_name=f"{_count(len(values))} of the card",
+                    dataset_name=_count(len(values)),
                     metric_type=name,
                     metric_name=words,
                     metric_value=float(f"{(max if worst_is_high else min)(known):.4g}"),

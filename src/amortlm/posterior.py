@@ -324,7 +324,11 @@ class Posterior:
         return set(self.policy.prompt.columns) | (set(self.target.columns) if self.target else set())
 
     def save_pretrained(
-        self, folder: str | Path, *, rows: Data | None = None, diagnosis: Diagnosis | None = None
+        self,
+        folder: str | Path,
+        *,
+        rows: Data | None = None,
+        diagnosis: Diagnosis | RowDiagnosis | None = None,
     ) -> None:
         """Write a PEFT adapter (or full model) folder with `posterior.json`: model, prompt, support and target; and a
         model card, README.md (`save_card`, for rows and diagnosis).
@@ -342,13 +346,15 @@ class Posterior:
         (folder / FILE).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
         card.write(folder, self._card(folder, rows, diagnosis), before)
 
-    def save_card(self, folder: str | Path, rows: Data, diagnosis: Diagnosis | None = None) -> None:
+    def save_card(
+        self, folder: str | Path, rows: Data, diagnosis: Diagnosis | RowDiagnosis | None = None
+    ) -> None:
         """Write the model card, README.md, of a folder that holds this posterior.
 
-        It states prompt, target and support, and for the first four rows: four samples of each, and the figures of
-        `diagnosis` (what `diagnose` gives for these rows), or of the certificate in the folder, or else estimates of 64
-        draws. A card that somebody has edited (its first line of text says how) stays. Raises DataError for a missing
-        column, or another number of rows in the diagnosis.
+        It states prompt, target and support; the figures of `diagnosis` (what `diagnose` gives for these rows), or of
+        the certificate in the folder, or else estimates from 64 draws; and four samples of each of the first four rows.
+        A card that somebody has edited (its first line of text says how) stays. Raises DataError for a missing column,
+        or another number of rows in the diagnosis.
         """
         card.write(Path(folder), self._card(Path(folder), rows, diagnosis), card.read(Path(folder)))
 
@@ -371,9 +377,11 @@ class Posterior:
             spec["target_not_saved"] = str(e)
         return spec
 
-    def _card(self, folder: Path, rows: Data | None, diagnosis: Diagnosis | None) -> Card:
+    def _card(self, folder: Path, rows: Data | None, diagnosis: Diagnosis | RowDiagnosis | None) -> Card:
         """The card of a folder. Its certificate is cited if it is about the weights there."""
         checked = [] if rows is None else self._checked(rows)
+        if isinstance(diagnosis, RowDiagnosis):
+            diagnosis = Diagnosis([diagnosis])
         if diagnosis is not None and len(diagnosis.rows) != len(checked):
             raise DataError(
                 f"a diagnosis of {len(diagnosis.rows)} rows for {len(checked)} rows: give its rows"
@@ -390,7 +398,7 @@ class Posterior:
             stated=repr(self.target),
             rows=checked,
             drawn=[self._drawn(row) for row in checked],
-            reports=reports[: card.ROWS],
+            reports=reports,
             certificate=None if certified is None else (certificate.FILE, certificate.hash_file(folder)),
         )
 
@@ -408,7 +416,7 @@ class Posterior:
         repo_id: str,
         *,
         rows: Data | None = None,
-        diagnosis: Diagnosis | None = None,
+        diagnosis: Diagnosis | RowDiagnosis | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         commit_message: str | None = None,

@@ -98,6 +98,10 @@ def evaluate(args: Namespace) -> int:
         raise ConfigError(f"--level must lie between 0 and 1, got {level:g}")
     if args.output:
         _check_file(args.output)
+    if args.card and not Path(args.folder).is_dir():
+        raise ConfigError(
+            f"--card writes into a folder, and {args.folder} is none here: evaluate the folder, then push"
+        )
     if args.check:
         return _check(args)
     posterior, rows = _load(args)

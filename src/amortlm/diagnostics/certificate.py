@@ -277,9 +277,10 @@ def _stated(policy: Policy, target: Target | None) -> dict[str, Any]:
 
 
 def _renamed(value: Any) -> Any:
-    """A copy of `value` with the old names of amortlm's own functions replaced by their current names."""
+    """A copy of `value` with the current names of amortlm's own functions, and without weights of 1: a target of one
+    term has none before it is saved, and one of 1 when it is loaded."""
     if isinstance(value, dict):
-        return {k: _renamed(v) for k, v in value.items()}
+        return {k: _renamed(v) for k, v in value.items() if (k, v) != ("weight", 1.0)}
     if isinstance(value, list):
         return [_renamed(v) for v in value]
     return NAMES.get(value, value) if isinstance(value, str) else value
