@@ -274,12 +274,12 @@ CHECK = "amortlm evaluate user/name --check"
 DIAGNOSED = (
     "The rows are under Samples, the first four of them. Verdict: `trust it`, the samples may be used as they are; "
     '`use with correction`, with `posterior.sample(row, n, correct="sir")` (or `"mh"`); `do not use`, nothing was '
-    "shown to hold. off by: total variation between q and p, the share of the probability in the wrong place. KL, log Z: "
-    "nats; exact, or an interval. ESS: effective share of the draws of q, 100 % where q = p."
+    "shown to hold. off by: total variation between q and p, the share of the probability in the wrong place. KL, "
+    "log Z: nats; exact, or an interval. ESS: effective share of the draws of q, 100 % where q = p."
 )
 ESTIMATED = (
-    "From {n} draws of q for each row (see Samples), which cannot show a mode of p that q never visits: an estimate, not a verdict "
-    "(`amortlm evaluate` gives one). ESS: effective share of the draws, 100 % where q = p; log Z: nats."
+    "From {n} draws of q for each row (see Samples), which cannot show a mode of p that q never visits: an estimate, "
+    "not a verdict (`amortlm evaluate` gives one). ESS: effective share of the draws, 100 % where q = p; log Z: nats."
 )
 
 
