@@ -20,6 +20,7 @@ from amortlm.cli import main
 from amortlm.diagnostics import certificate
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, HubError
 from amortlm.hub import push
+from amortlm.saved import hub_id
 
 ROW = {"x": "the dog", "y": " ran"}
 SUPPORT = Support(stop=".", min_tokens=1, max_tokens=3, allowed_tokens=(" a", " cat", " dog", "s"))
@@ -204,6 +205,22 @@ def test_functions_that_do_not_go_up_are_named(
         "user/whole", token=TOKEN
     )
     assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt2", "gpt2"), ("maker/tiny", "maker/tiny"), ("maker/tiny/file.gguf", "maker/tiny"), ("embedded", None),
+        ("/home/me/model", None), ("~/model", None), ("~nobody/model", None), ("../model", None), ("a/b/c", None),
+        ("model.gguf", None), ("here", None), ("", None), (None, None),
+    ],
+)  # fmt: skip
+def test_names_of_the_hub(
+    name: str | None, expected: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert hub_id(name) == expected
 
 
 # What does not work says why

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -37,7 +38,7 @@ def locate(name: str | Path, revision: str | None = None, token: str | bool | No
 
     Raises HubError where there is neither, ConfigError for the revision of a local folder."""
     folder = Path(name)
-    if folder.exists():
+    if os.path.exists(folder):
         if revision is not None:
             raise ConfigError(
                 f"{name} is a folder here, and has no revision {revision!r}: leave out the revision"

@@ -85,9 +85,9 @@ def hub_id(name: str | None) -> str | None:
     """The repository of a model on the hub: its name, or that before a GGUF file. None for the model that ships, and
     for files on this machine."""
     place = Path(name).parent.as_posix() if name and name.endswith(gguf.SUFFIX) else name
-    if not name or not place or name == EMBEDDED or Path(name).expanduser().exists():
+    if not name or not place or name == EMBEDDED or not REPOSITORY.fullmatch(place):
         return None
-    return place if REPOSITORY.fullmatch(place) else None
+    return None if os.path.exists(name) else place
 
 
 def load_model(folder: Path, spec: dict[str, Any], name: str | Path | None) -> LanguageModel:

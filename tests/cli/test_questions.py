@@ -82,8 +82,8 @@ def test_doctor(cli: Cli) -> None:
     status, out, _ = cli("doctor")
     assert status == 0
     assert f"amortlm: {__version__}, python: " in out
-    assert f"torch: {torch.__version__}" in out.replace("+cpu", "+cpu")
-    assert f"embedded: cpu, {torch.get_num_threads()} threads, float32" in out
+    assert f"torch: {torch.__version__}" in out
+    assert f"embedded: cpu, threads: {torch.get_num_threads()}, float32" in out
     assert "sampling equals scoring (" in out
     status, out, _ = cli("doctor", "embedded", "--json")
     told = json.loads(out)

@@ -184,7 +184,7 @@ def doctor(args: Namespace) -> int:
     else:
         print(*(f"{name}: {value}" for name, value in place["versions"].items()), sep=", ")
         print(
-            f"{args.model}: {place['device']}, {place['threads']} threads, {place['dtype']}\n\n{found}\n{law}"
+            f"{args.model}: {place['device']}, threads: {place['threads']}, {place['dtype']}\n\n{found}\n{law}"
         )
     return 0 if law.holds else 1
 
