@@ -82,7 +82,7 @@ def test_every_setting_is_explained(name: str) -> None:
 def test_every_error_is_caught_by_the_base_class() -> None:
     kinds = {v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, Exception)}
     assert {k.__name__ for k in kinds} == {
-        "AmortLMError", "CheckpointError", "ConfigError", "DataError", "MissingExtraError", "ModelError", "PromptTooLongError",
+        "AmortLMError", "CheckpointError", "ConfigError", "DataError", "HubError", "MissingExtraError", "ModelError", "PromptTooLongError",
         "RewardError", "SupportError", "TemplateError", "TrainingError",
     }  # fmt: skip
     assert all(issubclass(k, amortlm.AmortLMError) for k in kinds)

@@ -6,19 +6,20 @@ import contextlib
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("amortlm", "torch", "transformers", "peft", "trl", "numpy")
+PACKAGES = ("amortlm", "torch", "transformers", "peft", "trl", "numpy")  # named beside results
 
 
-def environment() -> dict[str, Any]:
-    """Where a run was made: package versions, Python, processor, threads, commit."""
+def environment(packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
+    """Versions of packages and Python, processor, cores, threads, GPU, commit."""
     versions = {}
-    for name in PACKAGES:
+    for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return {

@@ -6,19 +6,23 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from amortlm import saved
+from amortlm import card, hub, saved
+from amortlm.card import Card, Drawn
 from amortlm.data import as_row, check_rows, is_row, rows_or_row
+from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, RowDiagnosis, diagnose
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.engine.adapter import FULL
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
 from amortlm.inference.correct import check_method, check_n, corrected, draw, require_target, weigh
 from amortlm.inference.exact import LIMIT
+from amortlm.inference.table import TOP, Table, tabulated
 from amortlm.language_model import LanguageModel
 from amortlm.policy.policy import Policy
 from amortlm.predictive import Prediction, Votes, predict, vote
@@ -256,6 +260,16 @@ class Posterior:
         found = diagnose(self.policy, target, checked, n, seed=seed, limit=limit, level=level, gold=gold)
         return found.rows[0] if is_row(rows) else found
 
+    def table(self, row: Row, n: int = N, *, limit: int = LIMIT, top: int = TOP, seed: object = 0) -> Table:
+        """The posterior of a row: its `top` most probable completions with p, q and log R, and the mass of all others.
+
+        Exact by enumeration if the support has at most `limit` completions. Else from 2 n draws of q, with estimated
+        masses and their errors (`amortlm.inference.table`). Raises ConfigError without a target or for n < 2,
+        DataError for a missing column, RewardError or SupportError where R = 0 for all completions.
+        """
+        target, checked = require_target(self.target), self._checked(as_row(row))[0]
+        return tabulated(self.policy, target, checked, n, limit=limit, top=top, seed=seed)
+
     @overload
     def predict(
         self, rows: Row, answers: Sequence[str], n: int = ..., *, temperature: float = ..., seed: object = ...
@@ -303,25 +317,52 @@ class Posterior:
     def _checked(self, rows: Data) -> list[Row]:
         """The rows (or the one row) as a list of dicts that have the columns of prompt and target."""
         checked: list[Row] = [*rows_or_row(rows)]
-        columns = set(self.policy.prompt.columns) | (set(self.target.columns) if self.target else set())
-        check_rows(checked, columns, "rows")
+        check_rows(checked, self._columns(), "rows")
         return checked
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a PEFT adapter (or full model) folder with `posterior.json`: model, prompt, support and target.
+    def _columns(self) -> set[str]:
+        return set(self.policy.prompt.columns) | (set(self.target.columns) if self.target else set())
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        rows: Data | None = None,
+        diagnosis: Diagnosis | RowDiagnosis | None = None,
+    ) -> None:
+        """Write a PEFT adapter (or full model) folder with `posterior.json`: model, prompt, support and target; and a
+        model card, README.md (`save_card`, for rows and diagnosis).
 
         The tokenizer is saved for other programs; amortlm loads the model's own. A target with a function that cannot
         be imported by name is not saved: pass the target to from_pretrained again.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        before = card.read(folder)
         self.policy.save_adapter(folder)
         self.lm.tokenizer.save_pretrained(str(folder))
-        model = saved.model_name(self.lm.name)
-        saved.write_base_model(folder, str(self.lm.model.name_or_path), model)
+        spec = self._spec()
+        saved.write_base_model(folder, str(self.lm.model.name_or_path), spec["model"])
+        (folder / FILE).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+        card.write(folder, self._card(folder, rows, diagnosis), before)
+
+    def save_card(
+        self, folder: str | Path, rows: Data, diagnosis: Diagnosis | RowDiagnosis | None = None
+    ) -> None:
+        """Write the model card, README.md, of a folder that holds this posterior.
+
+        It states prompt, target and support; the figures of `diagnosis` (what `diagnose` gives for these rows), or of
+        the certificate in the folder, or else estimates from 64 draws; and four samples of each of the first four rows.
+        A card that somebody has edited (its first line of text says how) stays. Raises DataError for a missing column,
+        or another number of rows in the diagnosis.
+        """
+        card.write(Path(folder), self._card(Path(folder), rows, diagnosis), card.read(Path(folder)))
+
+    def _spec(self) -> dict[str, Any]:
+        """The content of `posterior.json`."""
         spec: dict[str, Any] = {
             "format": FORMAT,
-            "model": model,
+            "model": saved.model_name(self.lm.name),
             "weights": FULL if self.policy.is_full else "adapter",
             "prompt": self.policy.prompt.source,
             "support": self.policy.support_spec.to_dict(),
@@ -334,7 +375,74 @@ class Posterior:
             spec["target"] = self.target.to_spec() if self.target else None
         except ConfigError as e:
             spec["target_not_saved"] = str(e)
-        (folder / FILE).write_text(json.dumps(spec, indent=2) + "\n", encoding="utf-8")
+        return spec
+
+    def _card(self, folder: Path, rows: Data | None, diagnosis: Diagnosis | RowDiagnosis | None) -> Card:
+        """The card of a folder. Its certificate is cited if it is about the weights there."""
+        checked = [] if rows is None else self._checked(rows)
+        if isinstance(diagnosis, RowDiagnosis):
+            diagnosis = Diagnosis([diagnosis])
+        if diagnosis is not None and len(diagnosis.rows) != len(checked):
+            raise DataError(
+                f"a diagnosis of {len(diagnosis.rows)} rows for {len(checked)} rows: give its rows"
+            )
+        certified = certificate.found(folder)
+        reports = [] if diagnosis is None else [row.to_dict() for row in diagnosis.rows]
+        if certified is not None and diagnosis is None:
+            reports, checked = certified.reports, self._checked(certified.rows)
+        checked = checked[: card.ROWS]
+        return Card(
+            spec=self._spec(),
+            base=card.base_of(self.lm),
+            columns=sorted(self._columns()),
+            stated=repr(self.target),
+            rows=checked,
+            drawn=[self._drawn(row) for row in checked],
+            reports=reports,
+            certificate=None if certified is None else (certificate.FILE, certificate.hash_file(folder)),
+        )
+
+    def _drawn(self, row: Row) -> Drawn:
+        samples = self.sample(row, card.DRAWS, seed="card")
+        shown = [
+            (s.text, s.log_q, None if s.weight is None else s.weight * len(samples))
+            for s in samples[: card.SAMPLES]
+        ]
+        ess = None if samples.ess is None else samples.ess / len(samples)
+        return Drawn(len(samples), ess, samples.log_z, shown)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        rows: Data | None = None,
+        diagnosis: Diagnosis | RowDiagnosis | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        allow_local_model: bool = False,
+    ) -> str:
+        """Save to the hub as `user/name`, and return the URL. The repository is created if there is none.
+
+        rows, diagnosis: for the card, as in `save_card`. private: of a new repository (default: as your account has
+        it). token: default is that of `hf auth login`, or HF_TOKEN. A folder of `amortlm train` with its certificate is
+        uploaded by `amortlm push`.
+
+        Only weights, configs, tokenizer and card are uploaded; a warning names functions of the target that are not.
+        Raises ConfigError for a base model that is on this machine only, unless `allow_local_model`; then its path is
+        left out. Raises HubError for what the hub refuses, or if it cannot be reached.
+        """
+        hub.check_model(self._spec(), allow_local_model)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, rows=rows, diagnosis=diagnosis)
+            return hub.push(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                allow_local_model=allow_local_model,
+            )
 
     @classmethod
     def from_pretrained(
@@ -344,21 +452,25 @@ class Posterior:
         lm: LanguageModel | str | None = None,
         target: Target | None = None,
         trust: Sequence[str] = (),
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> Posterior:
-        """Load a saved posterior.
+        """Load a saved posterior: a folder, or else a repository `user/name` of the hub.
 
         lm: the frozen model if it is already loaded, or its name or path if it has moved
         target: used instead of the saved target
         trust: modules (names, or paths of .py files) whose functions the saved target may call; a predicate or
         verifier is saved as a name, and importing it runs its module. Nothing else in the folder is run or imported
+        revision, token: branch, tag or commit of the repository, and a token for the hub. Of a repository, only
+        weights (safetensors), configs, tokenizer and card are downloaded
 
         Raises CheckpointError for an incomplete or damaged folder, ConfigError for a function that is not trusted or a
-        model that cannot be loaded.
+        model that cannot be loaded, HubError for a name that is neither a folder nor a repository that can be read.
         """
         from amortlm.targets.functions import Trust
         from amortlm.targets.spec import target_from_spec
 
-        folder, allowed = Path(folder), Trust(trust)
+        folder, allowed = hub.locate(folder, revision, token), Trust(trust)
         spec = saved.read(folder)
         if not isinstance(lm, LanguageModel):
             lm = saved.load_model(folder, spec, lm)

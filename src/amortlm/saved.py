@@ -6,18 +6,21 @@ import hashlib
 import json
 import logging
 import os
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from amortlm.engine import gguf
 from amortlm.engine.adapter import FULL
 from amortlm.errors import CheckpointError, ConfigError
-from amortlm.language_model import LanguageModel
+from amortlm.language_model import EMBEDDED, LanguageModel
 from amortlm.support.spec import Support
 
 logger = logging.getLogger(__name__)
 FILE = "posterior.json"
 FORMAT = 1
+REPOSITORY = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?", re.ASCII)  # of the hub
 LARGEST = 64 * 2**20  # bytes
 
 
@@ -76,6 +79,15 @@ def model_name(name: str) -> str | None:
         return name or None
     path, home = Path(name).resolve(), Path.home().resolve()
     return f"~/{path.relative_to(home).as_posix()}" if path.is_relative_to(home) else str(path)
+
+
+def hub_id(name: str | None) -> str | None:
+    """The repository of a model on the hub: its name, or that before a GGUF file. None for the model that ships, and
+    for files on this machine."""
+    place = Path(name).parent.as_posix() if name and name.endswith(gguf.SUFFIX) else name
+    if not name or not place or name == EMBEDDED or not REPOSITORY.fullmatch(place):
+        return None
+    return None if os.path.exists(name) else place
 
 
 def load_model(folder: Path, spec: dict[str, Any], name: str | Path | None) -> LanguageModel:

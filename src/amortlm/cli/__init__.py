@@ -1,5 +1,4 @@
-"""The command line: `amortlm train | sample | evaluate | report | doctor | reproduce`. Slow imports happen in the
-commands."""
+"""The command line: `amortlm train | sample | evaluate | ...`. Slow imports happen in the commands."""
 
 from __future__ import annotations
 
@@ -10,6 +9,8 @@ from collections.abc import Sequence
 
 from amortlm import __version__
 from amortlm.cli.status import ending_on_signals, exit_status
+
+SHELLS = ("bash", "zsh", "fish")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,12 +43,26 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("evaluate", help="measure how far a saved sampler is from the posterior")
     )
     _add_report(commands.add_parser("report", help="write an HTML page about one or several runs"))
+    _add_table(commands.add_parser("table", help="list the most probable completions of a posterior"))
     doctor = commands.add_parser(
-        "doctor", help="test which kinds of passes are exact for a model; see docs/models.md"
+        "doctor",
+        help="versions; which kinds of passes are exact for a model, and whether sampling equals scoring there; "
+        "see docs/models.md",
     )
-    doctor.add_argument("model", help="hub name or local folder")
+    doctor.add_argument(
+        "model",
+        nargs="?",
+        default="embedded",
+        help="hub name or local folder (default: the model that ships)",
+    )
     doctor.add_argument("--json", action="store_true", help="JSON instead of lines")
+    _add_push(commands.add_parser("push", help="upload a saved posterior to the hub; see docs/publishing.md"))
     _add_reproduce(commands.add_parser("reproduce", help="run one of the paper's experiments"))
+    new = commands.add_parser("new", help="write a commented YAML file for a posterior of your own")
+    new.add_argument("file", help="the file to write, NAME.yaml; it must not exist")
+    completion = commands.add_parser("completion", help="print a script that completes commands in a shell")
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(parser=parser)
     return parser
 
 
@@ -101,6 +116,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gold", metavar="COLUMN", help="a column with a completion known to be good")
     parser.add_argument("--output", help="write the figures to this JSON file")
     parser.add_argument(
+        "--card", action="store_true", help="write the figures and samples into the model card in the folder"
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="check the certificate in the folder. Exit status 0: it holds, 1: it does not, 2: it could not be checked",
@@ -119,6 +137,33 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="the frozen model, if it has moved since training")
     _add_trust(parser)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    _add_posterior(parser)
+    parser.add_argument(
+        "-n",
+        type=int,
+        default=256,
+        help="draws that find completions, where the support is too large to enumerate",
+    )
+    parser.add_argument("--top", type=int, default=20, help="completions listed (default 20)")
+    parser.add_argument(
+        "--limit", type=int, default=200_000, help="largest support that is enumerated (default 200000)"
+    )
+    parser.add_argument("--json", action="store_true", help="a JSON line for each row")
+
+
+def _add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", help="a folder written by `amortlm train` or Posterior.save_pretrained")
+    parser.add_argument("repo", help="name on the hub, user/name")
+    parser.add_argument("--private", action="store_true", help="for a new repository")
+    parser.add_argument("--message", help="message of the commit")
+    parser.add_argument(
+        "--allow-local-model",
+        action="store_true",
+        help="also if the base model is on this machine only; its path is left out",
+    )
 
 
 def _add_reproduce(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +188,11 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_posterior(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", help="a folder written by `amortlm train` or Posterior.save_pretrained")
+    parser.add_argument(
+        "folder",
+        help="a folder written by `amortlm train` or Posterior.save_pretrained, or user/name on the hub",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit, for a name on the hub")
     parser.add_argument("--data", help="rows as .jsonl, .json, .csv or .tsv")
     parser.add_argument(
         "--column",

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import textwrap
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,14 +20,16 @@ import torch
 from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
+from amortlm import card, hub
 from amortlm.cli.status import exit_status, run_folder
 from amortlm.data import check_rows, load_rows
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Gold
-from amortlm.errors import CheckpointError, ConfigError, DataError, TrainingError
+from amortlm.environment import environment
+from amortlm.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 from amortlm.inference.correct import check_method
 from amortlm.language_model import LanguageModel
-from amortlm.policy.laws import examine_policy
+from amortlm.policy.laws import examine_policy, examine_sampling
 from amortlm.posterior import Posterior, Samples
 from amortlm.report import is_measured, measure, write_report
 from amortlm.settings import named_texts
@@ -37,6 +39,11 @@ from amortlm.types import Row, finite
 
 hf_logging.disable_progress_bar()
 TEXT_WIDTH = 60
+# Versions that `doctor` names, of what is installed.
+DOCTOR = (
+    *("amortlm", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
+    *("huggingface_hub", "numpy", "gguf", "trl", "genlm-control"),
+)
 
 
 def train(args: Namespace) -> None:
@@ -74,8 +81,7 @@ def sample(args: Namespace) -> None:
             for s in samples:
                 print(json.dumps(finite({"row": dict(row), **s.to_dict(), **summary})))
             continue
-        for name, value in row.items():
-            print(textwrap.fill(f"{name}: {value}", 100, subsequent_indent="   "))
+        _print_row(row)
         table = [[_wrap(s.text), s.log_q, s.log_reward, s.weight] for s in samples]
         headers = ["completion", "log q", "log R", "weight"]
         print(tabulate(table, headers=headers, floatfmt=".3f", disable_numparse=[0]))  # " 25." is text
@@ -98,6 +104,10 @@ def evaluate(args: Namespace) -> int:
         raise ConfigError(f"--level must lie between 0 and 1, got {level:g}")
     if args.output:
         _check_file(args.output)
+    if args.card and not Path(args.folder).is_dir():
+        raise ConfigError(
+            f"--card writes into a folder, and {args.folder} is none here: evaluate the folder, then push"
+        )
     if args.check:
         return _check(args)
     posterior, rows = _load(args)
@@ -108,10 +118,14 @@ def evaluate(args: Namespace) -> int:
         text = json.dumps(finite([row.to_dict() for row in diagnosis.rows]), indent=2) + "\n"
         Path(args.output).write_text(text, encoding="utf-8")
         print(f"wrote {args.output}")
+    if args.card:
+        posterior.save_card(args.folder, rows, diagnosis)
+        print(f"wrote {Path(args.folder) / card.FILE}")
     return 0
 
 
 def _check(args: Namespace) -> int:
+    _locate(args)
     folder = Path(args.folder)
     if (folder / "posterior.json").exists() and not (folder / certificate.FILE).exists():
         raise CheckpointError(
@@ -143,11 +157,91 @@ def report(args: Namespace) -> None:
     print(f"wrote {write_report(args.folders, args.output)}")
 
 
-def doctor(args: Namespace) -> None:
+def push(args: Namespace) -> None:
+    url = hub.push(
+        args.folder,
+        args.repo,
+        private=args.private or None,
+        commit_message=args.message,
+        allow_local_model=args.allow_local_model,
+    )
+    print(f"pushed to {url}")
+
+
+def table(args: Namespace) -> None:
+    _check_counts(("-n", args.n), ("--top", args.top), ("--limit", args.limit))
+    posterior, rows = _load(args)
+    for row in rows[: None if args.data else 1]:
+        found = posterior.table(row, args.n, limit=args.limit, top=args.top, seed=args.seed)
+        if args.json:
+            print(json.dumps(finite({"row": dict(row), **found.to_dict()})))
+        else:
+            _print_row(row)
+            print(f"{found}\n")
+
+
+def _print_row(row: Row) -> None:
+    for name, value in row.items():
+        print(textwrap.fill(f"{name}: {value}", 100, subsequent_indent="   "))
+
+
+def doctor(args: Namespace) -> int:
     lm = LanguageModel.from_pretrained(args.model)
     found = lm.exactness
-    found = replace(found, findings=(*found.findings, *examine_policy(lm)))
-    print(json.dumps(finite(found.to_dict())) if args.json else found)
+    law = examine_sampling(lm)
+    found = replace(found, findings=(*found.findings, *examine_policy(lm), *law.findings))
+    place = {
+        **environment(DOCTOR),
+        "device": str(lm.model.device),
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
+    }
+    if args.json:
+        told = {
+            **found.to_dict(),
+            **place,
+            "law": {"holds": law.holds, "error": law.error, "draws": law.draws},
+        }
+        print(json.dumps(finite(told)))
+    else:
+        print(f"Python {place['python']};", ", ".join(f"{name} {v}" for name, v in place["packages"].items()))
+        print(
+            f"{place['cpu']}, {place['cores']} cores, {place['threads']} threads; {place['gpu'] or 'no GPU'}"
+        )
+        print(f"{args.model}: {place['device']}, {place['dtype']}\n\n{found}\n{law}")
+    return 0 if law.holds else 1
+
+
+def new(args: Namespace) -> None:
+    path = Path(args.file)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(
+            f"{path}: amortlm train takes files that end in .yaml: write {path.with_suffix('.yaml')}"
+        )
+    _check_file(args.file)
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write((Path(__file__).parent / "new.yaml").read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise ConfigError(f"{path} exists, and is not written over: give another name") from None
+    print(f"wrote {path}\ntry:  {shlex.join(['amortlm', 'train', str(path)])}")
+
+
+def completion(args: Namespace) -> None:
+    try:
+        import shtab
+    except ImportError as e:
+        raise MissingExtraError("completion needs shtab: pip install 'amortlm[completion]'") from e
+    _name_files(args.parser, shtab.FILE)
+    print(shtab.complete(args.parser, args.shell))
+
+
+def _name_files(parser: ArgumentParser, kind: object) -> None:
+    """Mark the arguments that are files or folders, for their completion."""
+    for action in parser._actions:
+        for part in action.choices.values() if isinstance(action.choices, dict) else ():
+            _name_files(part, kind)
+        if action.dest in ("spec", "folder", "data", "output", "file"):
+            vars(action)["complete"] = kind
 
 
 def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:
@@ -221,7 +315,13 @@ def _load(args: Namespace) -> tuple[Posterior, Sequence[Row]]:
 
 
 def _posterior(args: Namespace) -> Posterior:
+    _locate(args)
     return Posterior.from_pretrained(args.folder, lm=args.model, trust=args.trust)
+
+
+def _locate(args: Namespace) -> None:
+    """Replace a name on the hub by the folder of its download."""
+    args.folder, args.revision = str(hub.locate(args.folder, args.revision)), None
 
 
 def _rows(args: Namespace) -> Sequence[Row]:

@@ -278,12 +278,27 @@ def _stated(policy: Policy, target: Target | None) -> dict[str, Any]:
 
 
 def _renamed(value: Any) -> Any:
-    """A copy of `value` with the old names of amortlm's own functions replaced by their current names."""
+    """A copy of `value` with the current names of amortlm's own functions, and without weights of 1: a target of one
+    term has none before it is saved, and one of 1 when it is loaded."""
     if isinstance(value, dict):
-        return {k: _renamed(v) for k, v in value.items()}
+        return {k: _renamed(v) for k, v in value.items() if (k, v) != ("weight", 1.0)}
     if isinstance(value, list):
         return [_renamed(v) for v in value]
     return NAMES.get(value, value) if isinstance(value, str) else value
+
+
+def found(folder: str | Path) -> Certificate | None:
+    """The certificate in a folder, if there is one about the weights there."""
+    try:
+        certificate = Certificate.load(folder)
+    except CheckpointError:
+        return None
+    return certificate if certificate.adapter_hash == hash_adapter(folder) else None
+
+
+def hash_file(folder: str | Path) -> str:
+    """A hash of the certificate in a folder, by which its copy can be known."""
+    return hashlib.sha256((Path(folder) / FILE).read_bytes()).hexdigest()
 
 
 def hash_rows(rows: Sequence[Row]) -> str:

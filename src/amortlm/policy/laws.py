@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -211,6 +214,101 @@ def _assert_same(
                 f"{law}: trajectory {i} {rollouts.completions()[i]}, log q of {what} {t} is {a[i, t].item():.6g} and "
                 f"{b[i, t].item():.6g} (allowed: {atol:g} nats)"
             )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Does sampling equal scoring? findings: the sampler's log q of each token against two ways of scoring it.
+
+    draws: number of completions, of at most `tokens` tokens."""
+
+    findings: tuple[Finding, ...]
+    draws: int
+    tokens: int
+
+    @property
+    def holds(self) -> bool:
+        return all(f.exact for f in self.findings)
+
+    @property
+    def error(self) -> float:
+        """The largest difference of the log q of a token, nats."""
+        return max(math.inf if f.error is None else f.error for f in self.findings)
+
+    def __str__(self) -> str:
+        seen = f"{self.draws} completions of up to {self.tokens} tokens"
+        seen += f", largest difference {self.error:.1e} nats a token"
+        if self.holds:
+            return f"sampling equals scoring ({seen})"
+        return f"sampling does not equal scoring ({seen}): do not trust results with this model; try dtype float32"
+
+
+@torch.no_grad()
+def examine_sampling(lm: CausalLM, seconds: float = 5.0, seed: object = 0) -> Sampling:
+    """Draws completions with an adapter of random weights, and compares the sampler's log q of each token with
+    `evaluate` and with plain uncached passes of each text alone. seconds: about how long it may take.
+
+    Raises ModelError for a model that is not causal."""
+    check = Check(lm.model, lm.name)
+    check.alone(check.texts[0])  # the first pass is slower
+    start = time.perf_counter()
+    check.alone(check.texts[0])
+    tokens, draws = affordable(time.perf_counter() - start, seconds)
+    policy = Policy(lm, "{x}", Support(stop=check.texts[0][0], max_tokens=tokens))
+    _shake(policy)
+    rollouts, said = policy.sample(ROWS, draws, seed=seed)
+    wanted = {
+        "log q of the sampler and of evaluate": policy.evaluate(rollouts),
+        "log q of the sampler and of plain uncached passes": _plainly(policy, rollouts),
+    }
+    findings = []
+    for what, scored in wanted.items():
+        error = _difference(rollouts, said, scored)
+        findings.append(Finding(what, error, error <= check.tolerance))
+    return Sampling(tuple(findings), len(rollouts), tokens)
+
+
+ROWS = ({"x": "a"}, {"x": "One day, somebody asked a question"})
+
+
+def affordable(pass_seconds: float, seconds: float) -> tuple[int, int]:
+    """(tokens, draws for each of ROWS) for a check of about so many seconds: at worst, each token drawn is a pass."""
+    passes = seconds / max(pass_seconds, 1e-6) / len(ROWS)
+    tokens = min(8, max(1, int(passes) - 2))
+    return tokens, min(8, max(1, int(passes / (tokens + 2))))
+
+
+def _shake(policy: Policy) -> None:
+    """Give the adapter random weights, so that it changes q."""
+    generator = torch.Generator().manual_seed(0)
+    for p in policy.model.parameters():
+        if p.requires_grad:
+            p.add_(0.02 * torch.randn(p.shape, generator=generator).to(p))
+
+
+def _plainly(policy: Policy, rollouts: Rollouts) -> PolicyLogProbs:
+    """log q of rollouts by one plain pass of each text alone, without mask, cache or padding."""
+    prompts, support = policy.encode_rows(rollouts.rows), policy.support
+    log_pf = torch.zeros(rollouts.tokens.shape)
+    log_pterm = torch.zeros(rollouts.stop_mask.shape)
+    for i, z in enumerate(rollouts.completions()):
+        prompt = prompts[int(rollouts.row_index[i])]
+        ids = torch.tensor([[*prompt, *z]], device=policy.device)
+        logits = policy.model(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 :]
+        pf, pterm = support.log_probs(logits[:, : support.max_tokens], ids[:, len(prompt) :])
+        log_pf[i, : len(z)], log_pterm[i, : pterm.shape[1]] = pf[0].cpu(), pterm[0].cpu()
+    return PolicyLogProbs(log_pf, log_pterm)
+
+
+def _difference(rollouts: Rollouts, a: PolicyLogProbs, b: PolicyLogProbs) -> float:
+    """The largest difference of two log q of the tokens written and of the stops, nats; inf for NaN."""
+    pairs = ((rollouts.action_mask, a.log_pf, b.log_pf), (rollouts.stop_mask, a.log_pterm, b.log_pterm))
+    largest = 0.0
+    for mask, x, y in pairs:
+        x, y, mask = x.cpu(), y.cpu(), mask.cpu()
+        apart = torch.where(x == y, 0.0, (x - y).abs())[mask].nan_to_num(torch.inf, torch.inf)
+        largest = max([largest, *apart.tolist()])
+    return largest
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ LOGARITHMIC = {"fresh_log_w_variance", "log_w_variance", "loss", "gap"}
 
 def curves(runs: Sequence[RunRecord]) -> list[str]:
     """The figures of the log against the update: a chart for each, with a line for each run."""
-    found = []
+    found: list[str] = []
     for name, title in CURVES.items():
         lines = [_curve(run, name) for run in runs]
         if not any(len(steps) > 1 for steps, _ in lines):
@@ -69,7 +69,7 @@ def weights(run: RunRecord) -> list[str]:
     sampler has all of them at zero. log Z is exact if it is known, else the estimate from the draws after training."""
     before, after = run.look(0), run.look(-1)
     known = [row.get("exact_log_z") for row in run.diagnosis] or [None] * len(after)
-    found = []
+    found: list[str] = []
     for i, (first, last, log_z) in enumerate(zip(before, after, known, strict=False)):
         centre = next((z for z in (log_z, last["log_z"]) if z is not None), 0.0)
         old, new = ([w - centre for w in look["log_weights"] if w is not None] for look in (first, last))

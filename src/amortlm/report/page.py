@@ -34,7 +34,7 @@ class Shown:
 
     run: RunRecord
     verdict: Verdict
-    figures: list[tuple[str, str, str, str]]
+    figures: list[tuple[str, str, str]]  # label, before, after
     prompts: list[Json]
     weights: list[str]
     log_z: str
@@ -80,8 +80,8 @@ def _shown(run: RunRecord) -> Shown:
         run=run,
         verdict=verdict(run),
         figures=[
-            (label, *(_mean(run.look(which), name, form) for which in (0, -1)), meaning)
-            for name, (label, form, meaning) in FIGURES.items()
+            (label, _mean(run.look(0), name, form), _mean(run.look(-1), name, form))
+            for name, (label, form, _) in FIGURES.items()
         ],
         prompts=_prompts(run),
         weights=charts.weights(run),
@@ -92,7 +92,7 @@ def _shown(run: RunRecord) -> Shown:
 def _prompts(run: RunRecord) -> list[Json]:
     """Each diagnosed prompt with its completions before and after training."""
     before = {str(look["row"]): look["samples"] for look in run.look(0)}
-    measured = run.diagnosis or [None] * len(run.look(-1))
+    measured: Sequence[Json | None] = run.diagnosis or [None] * len(run.look(-1))
     return [
         {
             "row": look["row"],
@@ -113,8 +113,8 @@ def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[Any], bool]]:
 
 
 def _mean(looks: Sequence[Json], name: str, form: str) -> str:
-    values = [look.get(name) for look in looks]
-    if not values or any(v is None for v in values):
+    values = [look[name] for look in looks if look.get(name) is not None]
+    if not values or len(values) < len(looks):
         return "–"
     return form.format(math.fsum(values) / len(values))
 

@@ -27,7 +27,7 @@ _SHARDED = (
     "the policy also samples, which a sharded model cannot do: use only torchrun, one whole model per process"
 )
 _COMPILE = "the shapes of passes change with every batch of completions: leave it out"
-_HUB = "save, and upload the folder: hf upload NAME FOLDER"
+_HUB = "trainer.posterior.push_to_hub('user/name') uploads the trained sampler: docs/publishing.md"
 _FULL_EVAL = "an evaluation runs in the precision of the model: load it with the dtype you want"
 _LIGER = "apply the kernels to lm.model before the trainer is made"
 REFUSED = {

@@ -124,6 +124,7 @@ class ResumableTrainer(Trainer):
         if self.is_world_process_zero():
             run.write(folder, stated, about, finished=True)
             write_report([folder])
+            self.posterior.save_card(folder, self.looks.rows)
         if (sentence := complaint([look.estimate for look in looks])) is not None:
             self._warn(sentence)
 
@@ -145,7 +146,7 @@ class ResumableTrainer(Trainer):
         folder = Path(output_dir or str(self.args.output_dir))
         with replacing(folder, run.POSTERIOR) as part:
             if (folder / CARD).exists():
-                shutil.copy(folder / CARD, part)  # peft updates an existing card
+                shutil.copy(folder / CARD, part)  # an edited card is kept
             self.posterior.save_pretrained(part)
             (part / "training_args.json").write_text(self.args.to_json_string(), encoding="utf-8")
 
