@@ -131,6 +131,22 @@ def _check(args: Namespace) -> int:
     return 0 if found.holds else 1
 
 
+def serve(args: Namespace) -> None:
+    from amortlm.serve import Limits, serve
+
+    limits = Limits(args.max_n, args.max_draws, args.max_body, args.max_queue, args.timeout)
+    folder = Path(args.folder)
+    known = (folder / certificate.FILE).exists()
+    serve(
+        lambda: _posterior(args),
+        name=args.name or folder.resolve().name,
+        certificate=certificate.Certificate.load(folder) if known else None,
+        limits=limits,
+        host=args.host,
+        port=args.port,
+    )
+
+
 def doctor(args: Namespace) -> None:
     lm = LanguageModel.from_pretrained(args.model)
     found = lm.exactness
