@@ -59,6 +59,8 @@ def create_app(
     name     of the model in requests and answers
     api_key  needed by all requests except /health, as `Authorization: Bearer`; default: the environment variable
              AMORTLM_API_KEY, if it is set. Without a key, let only this machine reach the application
+
+    Routes of your own that use the model go through `app.state.service` (`Service`).
     """
     service = Service(posterior, name, limits or Limits(), certificate)
     key = api_key or os.environ.get(KEY)
@@ -69,6 +71,7 @@ def create_app(
         await asyncio.to_thread(service.worker.close)
 
     app = FastAPI(title="amortlm", version=__version__, lifespan=lifespan, openapi_url=None)
+    app.state.service = service
     app.include_router(open_routes())
     app.include_router(routes(service), dependencies=[Depends(_guard(key))])
     for kind in (RequestError, HTTPException, Exception):

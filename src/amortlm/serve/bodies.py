@@ -89,10 +89,14 @@ def parsed(kind: type[Body], data: bytes) -> Body:
         raise RequestError(400, f"the body is not JSON: {why}", code="invalid_json") from None
     if not isinstance(values, dict):
         raise RequestError(400, "the body must be a JSON object of parameters")
+    unknown = [name for name in values if name not in kind.model_fields]
+    if unknown:
+        why = f"unknown parameter {unknown[0][:80]!r}; {nearest(unknown[0], kind.model_fields)}"
+        raise RequestError(400, why, code="unknown_parameter")
     try:
         return kind(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as e:
-        raise _problem(kind, e) from None
+        raise _wrong_value(e) from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -106,15 +110,9 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number of JSON")
 
 
-def _problem(kind: type[Body], error: ValidationError) -> RequestError:
+def _wrong_value(error: ValidationError) -> RequestError:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
-    if first["type"] == "extra_forbidden":
-        return RequestError(
-            400,
-            f"unknown parameter {name[:80]!r}; {nearest(name, kind.model_fields)}",
-            code="unknown_parameter",
-        )
     return RequestError(400, f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}", param=name)
 
 
