@@ -79,7 +79,8 @@ def test_logprobs_are_those_of_the_tokens(posterior: Posterior, client: TestClie
     samples = posterior.sample(ROW, 6, seed=2)
     for choice, sample in zip(client.post(PATH, json=asked).json()["choices"], samples, strict=True):
         found, text = choice["logprobs"], choice["text"]
-        assert "".join(found["tokens"]) == text and found["top_logprobs"] is None
+        assert "".join(found["tokens"]) == text
+        assert found["top_logprobs"] is None
         places = zip(found["text_offset"], found["tokens"], strict=True)
         assert all(text[at:].startswith(piece) for at, piece in places)
         rollouts = posterior.policy.rollouts([ROW], [[sample.tokens]])
@@ -113,7 +114,8 @@ def test_the_usage_of_a_stream_comes_if_asked_for(client: TestClient) -> None:
     text = client.post(PATH, json=body).text
     *_, usage, done = [line[6:] for line in text.splitlines() if line]
     assert done == "[DONE]"
-    assert json.loads(usage)["choices"] == [] and json.loads(usage)["usage"] == whole["usage"]
+    assert json.loads(usage)["choices"] == []
+    assert json.loads(usage)["usage"] == whole["usage"]
 
 
 @pytest.mark.parametrize(
@@ -223,9 +225,11 @@ class TestTargets:
     def test_without_one_there_are_no_weights(self, posterior: Posterior) -> None:
         with served(Posterior(posterior.policy, None)) as client:
             (choice,) = client.post(PATH, json={"prompt": "a"}).json()["choices"]
-            assert choice["log_q"] < 0 and choice["log_reward"] is choice["weight"] is None
+            assert choice["log_q"] < 0
+            assert choice["log_reward"] is choice["weight"] is None
             response = client.post(PATH, json={"prompt": "a", "correct": "sir"})
-            assert response.status_code == 400 and "no target" in error(response)["message"]
+            assert response.status_code == 400
+            assert "no target" in error(response)["message"]
             assert client.get("/posterior").json()["target"] is None
 
     def test_no_reward_is_null_with_weight_zero(self, one_lm: LanguageModel, posterior: Posterior) -> None:
@@ -246,7 +250,8 @@ class TestTargets:
             for name, path in (("sample_each", PATH), ("estimate", "/posterior/estimate")):
                 monkeypatch.setattr(posterior, name, broken)
                 response = client.post(path, json={"prompt": "a"})
-                assert response.status_code == 500 and "secret" not in response.text
+                assert response.status_code == 500
+                assert "secret" not in response.text
         logged = [str(record.exc_info[1]) for record in caplog.records if record.exc_info]
         assert logged == ["/secret/place is broken"] * 2
 
@@ -261,7 +266,9 @@ class TestTargets:
         assert "[path] has a context of 64" in error(long)["message"]
         assert failed.status_code == 422
         for text in (long.text, failed.text):
-            assert "/home" not in text and ".py" not in text and "Traceback" not in text
+            assert "/home" not in text
+            assert ".py" not in text
+            assert "Traceback" not in text
 
 
 class TestFigures:
@@ -295,11 +302,13 @@ def test_what_is_served_is_described(posterior: Posterior) -> None:
     )  # fmt: skip
     with served(posterior, name="tiny", certificate=known) as client:
         found, models = client.get("/posterior").json(), client.get("/v1/models").json()
-    assert found["certificate"]["mark"] == 0.05 and found["certificate"]["rows"] == 1
+    assert found["certificate"]["mark"] == 0.05
+    assert found["certificate"]["rows"] == 1
     assert "secret" not in str(found)
     assert (found["prompt"], found["columns"]) == ("{x}", ["x"])
     assert found["support"] == posterior.policy.support_spec.to_dict()
-    assert posterior.target is not None and found["target"] == posterior.target.to_spec()
+    assert posterior.target is not None
+    assert found["target"] == posterior.target.to_spec()
     assert [model["id"] for model in models["data"]] == ["tiny"]
 
 

@@ -97,7 +97,8 @@ def test_a_pass_ends_when_all_have_gone(posterior: Posterior, monkeypatch: pytes
 
     monkeypatch.setattr(type(posterior.policy.support), "step", step)
     draw_together(posterior, works)
-    assert len(steps) == 3 and all(work.future.result(0) is None for work in works)
+    assert len(steps) == 3
+    assert all(work.future.result(0) is None for work in works)
 
 
 class TestPieces:
@@ -159,7 +160,8 @@ class TestPieces:
         (work,) = drawn(posterior, [Ask({"x": "a"}, 30, 1)], wants_pieces=True)
         found = work.future.result(0)
         for pieces, sample in zip(found.pieces, found.samples, strict=True):
-            assert "".join(pieces.texts) == sample.text and "</s>" not in sample.text
+            assert "".join(pieces.texts) == sample.text
+            assert "</s>" not in sample.text
             assert len(pieces.texts) == len(pieces.log_q) == len(sample.tokens) + 1
             assert sum(pieces.log_q) == pytest.approx(sample.log_q, abs=1e-4)
         assert len({len(sample.tokens) for sample in found.samples}) > 2

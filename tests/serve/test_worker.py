@@ -109,7 +109,8 @@ def test_what_is_dropped_before_it_begins_is_not_done_and_takes_no_place() -> No
     log.worker.submit(late)
     gate.opened.set()
     assert (kept.future.result(10), late.future.result(10)) == (2, 3)
-    assert log.done == [[2, 3]] and dropped.future.cancelled()
+    assert log.done == [[2, 3]]
+    assert dropped.future.cancelled()
 
 
 def test_closing_fails_what_waits() -> None:
@@ -128,4 +129,5 @@ def test_closing_fails_what_waits() -> None:
         log.worker.submit(drawing())
     assert log.done == []
     log.worker.close()
-    assert log.worker._thread is not None and not log.worker._thread.is_alive()
+    assert log.worker._thread is not None
+    assert not log.worker._thread.is_alive()

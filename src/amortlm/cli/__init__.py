@@ -1,4 +1,4 @@
-"""The command line: `amortlm train | sample | evaluate | serve | doctor | reproduce`. Slow imports are in the commands."""
+"""The command line: `amortlm train | sample | evaluate | serve | doctor | reproduce`. Commands import what is slow."""
 
 from __future__ import annotations
 
