@@ -32,8 +32,7 @@ from amortlm.serve import create_app
 
 PROMPT = "Ella went to the toy store with her cousin. She let go of her cousin's hand to look at a doll."
 TOKENS = 20
-CLIENTS = (1, 8, 32)
-REQUESTS = 160  # for each number of clients, in two halves
+REQUESTS = {1: 32, 8: 64, 32: 128}  # by number of clients; in two halves
 Ask = Callable[[int], None]  # a request with this seed
 
 
@@ -52,8 +51,8 @@ class Run(NamedTuple):
 
 
 def measure(make: Callable[[], Ask], clients: int, seeds: Iterator[int]) -> Run:
-    """REQUESTS / 2 requests from that many threads; each has an asker of its own."""
-    each = REQUESTS // 2 // clients
+    """Half of the requests, from that many threads; each has an asker of its own."""
+    each = REQUESTS[clients] // 2 // clients
 
     def client(_: int) -> list[float]:
         ask, found = make(), []
@@ -143,7 +142,7 @@ def main() -> None:
         ways = {"serve": http_client(port), "generate": generate(policy)}
         for make in ways.values():
             make()(next(seeds))  # what is done once
-        for clients in CLIENTS:
+        for clients in REQUESTS:
             together.clear()
             runs: dict[str, list[Run]] = {name: [] for name in ways}
             for name in ("serve", "generate", "generate", "serve"):
