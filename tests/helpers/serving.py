@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,13 +27,19 @@ def running(app: FastAPI, send_buffer: int | None = None) -> Iterator[int]:
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=10))
     thread = threading.Thread(target=server.run, args=([taken],), daemon=True)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
+    until(lambda: server.started)
     yield taken.getsockname()[1]
     server.should_exit = True
     thread.join(60)
     assert not thread.is_alive()
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Wait for what another thread does."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def post(port: int, path: str, body: dict[str, Any]) -> tuple[int, Any]:

@@ -15,6 +15,7 @@ from serving import joined
 from amortlm import LanguageModel, Posterior, Support, constraint, verifier
 from amortlm.diagnostics.certificate import Certificate
 from amortlm.serve import create_app
+from amortlm.serve.refusals import without_paths
 from amortlm.types import finite
 
 ROW = {"x": "the dog"}
@@ -256,17 +257,17 @@ class TestTargets:
         assert logged == ["/secret/place is broken"] * 2
 
     def test_no_path_of_the_server_is_told(self, one_lm: LanguageModel) -> None:
-        lm = LanguageModel(one_lm.model, one_lm.tokenizer, name="/home/me/models/tiny")
+        lm = LanguageModel(one_lm.model, one_lm.tokenizer, name="/usr/lib")
         target = lm.log_prob("{z}") + verifier(lambda texts, rows: [1 / 0])
         posterior = Posterior(tiny_policy(lm, "{x}", Support(stop=".", max_tokens=3)), target)
         with served(posterior) as client:
-            assert client.get("/posterior").json()["model"] == "tiny"
+            assert client.get("/posterior").json()["model"] == "lib"
             long = client.post(PATH, json={"prompt": "the dog " * 40})
             failed = client.post(PATH, json={"prompt": "a"})
         assert "[path] has a context of 64" in error(long)["message"]
         assert failed.status_code == 422
         for text in (long.text, failed.text):
-            assert "/home" not in text
+            assert "/usr" not in text
             assert ".py" not in text
             assert "Traceback" not in text
 
@@ -332,3 +333,19 @@ def test_a_saved_posterior_runs_no_code(tmp_path: Path, embedded: LanguageModel)
     (tmp_path / "posterior.json").write_text(spec.replace('"target": null', hostile))
     (tmp_path / "hostile_module.py").write_text("raise SystemExit('run')")
     assert main(["serve", str(tmp_path), "--port", "0"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("no file /home/me/a.py here", "no file [path] here"),
+        ("'~/models/x': bad", "'[path]': bad"),
+        ("(C:\\\\data\\\\x)", "([path])"),
+        (
+            "and/or, </s><s>{x}, 1/2, http://host/a/b, user/name",
+            "and/or, </s><s>{x}, 1/2, http://host/a/b, user/name",
+        ),
+    ],
+)
+def test_paths_are_taken_out_of_messages(text: str, told: str) -> None:
+    assert without_paths(text) == told

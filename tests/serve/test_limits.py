@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from serving import post, running
+from serving import post, running, until
 
 from amortlm import Posterior
 from amortlm.errors import ConfigError
@@ -101,8 +101,7 @@ def test_the_queue_is_bounded(posterior: Posterior, busy: Busy) -> None:
         assert busy.begun.wait(30)
         with asking(port, {**ASK, "seed": 2}, {**ASK, "seed": 3}) as others:
             worker = app.state.service.worker
-            while len(worker._waiting) < 2:
-                pass
+            until(lambda: len(worker._waiting) == 2)
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
             connection.request("POST", PATH, json.dumps(ASK), {"Content-Type": "application/json"})
             refused = connection.getresponse()
@@ -136,12 +135,10 @@ def test_who_disconnects_while_waiting_is_not_drawn(posterior: Posterior, busy: 
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
             headers = {"Content-Type": "application/json"}
             connection.request("POST", PATH, json.dumps({**ASK, "seed": 2}), headers)
-            while not worker._waiting:
-                pass
+            until(lambda: worker._waiting)
             (left,) = worker._waiting
             connection.close()
-            while not left.gone:
-                pass
+            until(lambda: left.gone)
             busy.opened.set()
         assert first[0][0] == 200
         assert post(port, PATH, {**ASK, "seed": 3})[0] == 200

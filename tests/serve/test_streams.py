@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from reference import tiny_policy
-from serving import events, joined, open_stream, post, running
+from serving import events, joined, open_stream, post, running, until
 from torch import Tensor
 
 from amortlm import LanguageModel, Posterior, Support
@@ -87,8 +87,7 @@ def test_who_leaves_a_stream_ends_its_pass(posterior: Posterior, monkeypatch: py
         monkeypatch.setattr(app.state.service.worker, "submit", lambda w: (works.append(w), real(w)))
         with open_stream(port, {"prompt": "the dog", "seed": seed}) as response:
             next(events(response))
-        while not works[0].gone:
-            time.sleep(0.01)
+        until(lambda: works[0].gone)
         steps.run()
         assert works[0].future.result(30) is None
         assert steps.taken <= 3
@@ -112,12 +111,10 @@ def test_who_does_not_read_holds_up_nobody(one_lm: LanguageModel, monkeypatch: p
         body = json.dumps({**asked, "stream": True})
         head = f"POST {PATH} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
         slow.sendall(f"{head}\r\n\r\n{body}".encode())
-        while not (works and works[0].future.done()):
-            time.sleep(0.01)
+        until(lambda: works and works[0].future.done())
         answer = post(port, PATH, {"prompt": "a", "seed": 1})[1]
         assert answer["choices"][0]["text"] == long.sample({"x": "a"}, seed=1)[0].text
-        while not works[0].gone:  # the server gives the stream up
-            time.sleep(0.01)
+        until(lambda: works[0].gone)  # the server gives the stream up
         received = b"".join(iter(lambda: slow.recv(2**16), b""))
         assert received.startswith(b"HTTP/1.1 200")
         assert b"[DONE]" not in received

@@ -143,7 +143,7 @@ class Service:
         model = posterior.lm.name
         return {
             "name": self.name,
-            "model": Path(model).name if os.path.isabs(model) or model.startswith("~") else model,
+            "model": Path(model).name if Path(model).expanduser().exists() else model,
             "prompt": policy.prompt.source,
             "columns": sorted(posterior.columns),
             "support": _stated(policy.support_spec.to_dict, policy.support_spec),

@@ -9,7 +9,7 @@ from typing import Any
 from amortlm.errors import AmortLMError, RewardError
 from amortlm.serve.worker import ClosedError, QueueFullError
 
-PATH = re.compile(r"(?<![\w.:/<])(?:~|[A-Za-z]:)?(?:[/\\][^\s/\\'\",:;()<>]+){2,}[/\\]?")
+PATH = re.compile(r"(?<![\w.:/<])(?:~|[A-Za-z]:)?(?:[/\\]+[^\s/\\'\",:;()<>]+){2,}[/\\]?")
 INVALID, SERVER = "invalid_request_error", "server_error"
 
 
