@@ -86,11 +86,17 @@ def test_only_the_command_line_knows_the_laboratory() -> None:
     assert {room(a) for a in who} == {"amortlm.lab", "amortlm.cli"}
 
 
+def test_only_the_command_line_knows_the_service() -> None:
+    who = {room(a) for a, others in files().items() for b in others if room(b) == "amortlm.serve"}
+    assert who == {"amortlm.serve", "amortlm.cli"}
+
+
 @pytest.mark.parametrize("name", [n for n in modules() if room(n) == "amortlm.cli"])
 def test_the_command_line_imports_it_lazily(name: str) -> None:
     body = ast.parse(modules()[name].read_text(encoding="utf-8")).body
     top = ast.Module([n for n in body if isinstance(n, ast.Import | ast.ImportFrom)], [])
-    assert not {b for b in imported(ast.unparse(top), set(modules())) if room(b) == "amortlm.lab"}
+    found = imported(ast.unparse(top), set(modules()))
+    assert not {b for b in found if room(b) in ("amortlm.lab", "amortlm.serve")}
 
 
 def test_a_circle_is_found() -> None:

@@ -19,8 +19,9 @@ from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, RowDiagnosis, diagnose
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.engine.adapter import FULL
+from amortlm.engine.decoding import Watch
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
-from amortlm.inference.correct import check_method, check_n, corrected, draw, require_target, weigh
+from amortlm.inference.correct import BATCH, check_method, check_n, corrected, draw, require_target, weigh
 from amortlm.inference.exact import LIMIT
 from amortlm.inference.table import TOP, Table, tabulated
 from amortlm.language_model import LanguageModel
@@ -31,6 +32,7 @@ from amortlm.support.spec import Support
 from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
 from amortlm.types import Rollouts, Row
+from amortlm.weights import effective_sample_size, log_mean_exp
 
 Rows = Sequence[Row]
 Data = Row | Rows
@@ -95,6 +97,15 @@ class Samples(list[Sample]):
         return dict(self.__dict__)
 
 
+@dataclass(frozen=True)
+class Ask:
+    """n uncorrected samples of one row, for `Posterior.sample_each`."""
+
+    row: Row
+    n: int = 1
+    seed: object = 0
+
+
 class Posterior:
     """A policy and the target it was trained on. `target` may be None: then samples have no weights.
 
@@ -108,6 +119,11 @@ class Posterior:
         self.policy, self.target, self.lm = policy, target, policy.lm
         if target is not None:
             check_statements(target, policy.support)
+
+    @property
+    def columns(self) -> set[str]:
+        """The data columns that a row needs: those of prompt and target."""
+        return set(self.policy.prompt.columns) | (set(self.target.columns) if self.target else set())
 
     @overload
     def sample(
@@ -151,13 +167,44 @@ class Posterior:
                 log_z=got.log_z,
                 acceptance_rate=got.acceptance_rate,
             )
-        if self.target is None:
-            rollouts, log_q, _ = draw(self.policy, None, row, n, seed=seed)
-            return Samples(self._listed(rollouts, log_q, None, None), draws=n)
-        pool = weigh(self.policy, self.target, row, n, seed=seed)
-        weights = pool.log_weights.double().softmax(0).nan_to_num(0.0).tolist()
-        listed = self._listed(pool.rollouts, pool.log_q, pool.log_reward, weights)
-        return Samples(listed, draws=n, ess=pool.ess, log_z=pool.log_z)
+        return self._weighted(*draw(self.policy, self.target, row, n, seed=seed))
+
+    def sample_each(self, asks: Sequence[Ask], *, watch: Watch | None = None) -> list[Samples]:
+        """What `sample` gives for each ask (log q and log R up to rounding), drawn together.
+
+        watch: called with each token while they are drawn (`amortlm.engine.decoding`); completions are numbered ask by
+        ask. Raises the errors of `sample`.
+        """
+        for ask in asks:
+            check_n(ask.n)
+        rows = self._checked([ask.row for ask in asks])
+        # As many under one seed as `sample` draws at once.
+        parts = [(i, start) for i, ask in enumerate(asks) for start in range(0, ask.n, BATCH)]
+        rollouts, log_probs = self.policy.sample(
+            [rows[i] for i, _ in parts],
+            [min(BATCH, asks[i].n - start) for i, start in parts],
+            seeds=[(asks[i].seed, start) for i, start in parts],
+            watch=watch,
+        )
+        log_q = log_probs.final(rollouts.lengths).float().cpu()
+        log_reward = None if self.target is None else self.target.score_final(rollouts).cpu()
+        index = torch.arange(len(log_q), device=rollouts.lengths.device).split([ask.n for ask in asks])
+        return [
+            self._weighted(
+                rollouts.select(i), log_q[i.cpu()], None if log_reward is None else log_reward[i.cpu()]
+            )
+            for i in index
+        ]
+
+    def _weighted(self, rollouts: Rollouts, log_q: Tensor, log_reward: Tensor | None) -> Samples:
+        """Draws of q for one row, with their weights."""
+        if log_reward is None:
+            return Samples(self._listed(rollouts, log_q, None, None), draws=len(log_q))
+        log_w = (log_reward - log_q).double()
+        listed = self._listed(rollouts, log_q, log_reward, log_w.softmax(0).nan_to_num(0.0).tolist())
+        return Samples(
+            listed, draws=len(log_q), ess=effective_sample_size(log_w), log_z=log_mean_exp(log_w).item()
+        )
 
     def _listed(
         self, rollouts: Rollouts, log_q: Tensor, log_reward: Tensor | None, weights: list[float] | None
@@ -317,11 +364,8 @@ class Posterior:
     def _checked(self, rows: Data) -> list[Row]:
         """The rows (or the one row) as a list of dicts that have the columns of prompt and target."""
         checked: list[Row] = [*rows_or_row(rows)]
-        check_rows(checked, self._columns(), "rows")
+        check_rows(checked, self.columns, "rows")
         return checked
-
-    def _columns(self) -> set[str]:
-        return set(self.policy.prompt.columns) | (set(self.target.columns) if self.target else set())
 
     def save_pretrained(
         self,
@@ -394,7 +438,7 @@ class Posterior:
         return Card(
             spec=self._spec(),
             base=card.base_of(self.lm),
-            columns=sorted(self._columns()),
+            columns=sorted(self.columns),
             stated=repr(self.target),
             rows=checked,
             drawn=[self._drawn(row) for row in checked],

@@ -46,3 +46,53 @@ def test_the_model_sees_each_prefix_once(one_lm):
     assert seen[1:] == prefixes[: len(seen) - 1]  # the first pass encodes the prompts
     assert seen[1] == 2
     assert seen[2] < 128
+
+
+SUPPORTS = {
+    "plain": SUPPORT,
+    "two stops": Support(stop=(".", ","), min_tokens=0, max_tokens=4),
+    "tool": Support(
+        stop=".", max_tokens=6, allowed_tokens=(" a", " cat", ":"), tool={"lookup": {"table": {"cat": "ran"}}}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORTS)
+@pytest.mark.parametrize("mb", [None, 0])  # all at once; a pack for each prompt and completion
+def test_a_watch_is_told_every_token(one_lm, monkeypatch, name, mb):
+    """Its tokens are the completions, and its log q adds up to theirs; only a certain stop is not told."""
+    monkeypatch.setattr(one_lm, "memory_mb", one_lm.memory_mb if mb is None else mb)
+    policy = tiny_policy(one_lm, "{x}", SUPPORTS[name])
+    told = [[] for _ in range(45)]
+
+    def watch(completion, token, log_q):
+        for b, *rest in zip(completion.tolist(), token.tolist(), log_q.tolist(), strict=True):
+            told[b].append(rest)
+
+    rows = [{"x": "the cat sat"}, {"x": "a dog"}, {"x": "the cat sat"}]
+    rollouts, log_probs = policy.sample(rows, [20, 5, 20], seeds=[1, 2, 3], watch=watch)
+    stops, whole = rollouts.stops.tolist(), rollouts.completions()
+    for z, stop, said in zip(whole, stops, told, strict=True):
+        assert [token for token, _ in said] in ([*z, stop], z)
+        assert len(said) > len(z) or len(z) == policy.support.max_tokens
+    sums = torch.tensor([sum(log_q for _, log_q in said) for said in told])
+    torch.testing.assert_close(sums, log_probs.final(rollouts.lengths), atol=1e-5, rtol=0)
+    unwatched, _ = policy.sample(rows, [20, 5, 20], seeds=[1, 2, 3])
+    assert unwatched.completions() == whole
+    for i, seed in enumerate((1, 2, 3)):  # each row has the draws of its seed
+        alone, _ = policy.sample([rows[i]], (20, 5, 20)[i], seed=seed)
+        assert alone.completions() == [
+            z for z, n in zip(whole, rollouts.row_index.tolist(), strict=True) if n == i
+        ]
+
+
+def test_what_a_watch_raises_ends_the_loop(one_lm):
+    policy, calls = tiny_policy(one_lm, "{x}", SUPPORT), []
+
+    def watch(*_):
+        calls.append(1)
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        policy.sample([{"x": "a"}], 5, watch=watch)
+    assert calls == [1]

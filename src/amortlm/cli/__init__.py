@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_report(commands.add_parser("report", help="write an HTML page about one or several runs"))
     _add_table(commands.add_parser("table", help="list the most probable completions of a posterior"))
+    _add_serve(commands.add_parser("serve", help="serve a saved posterior over HTTP; see docs/serving.md"))
     doctor = commands.add_parser(
         "doctor",
         help="versions; which kinds of passes are exact for a model, and whether sampling equals scoring there; "
@@ -166,6 +167,27 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_serve(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
+    parser.add_argument("--name", help="name of the model in requests (default: that of the folder)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (default 127.0.0.1; others need a key in AMORTLM_API_KEY)",
+    )
+    parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 for a free one")
+    parser.add_argument("--max-n", type=int, default=128, help="completions of a request (default 128)")
+    parser.add_argument(
+        "--max-draws",
+        type=int,
+        default=4096,
+        help="completions that a correction, an estimate or a diagnosis may draw (default 4096)",
+    )
+    parser.add_argument("--max-body", type=int, default=2**20, help="bytes of a request (default 1 MiB)")
+    parser.add_argument("--max-queue", type=int, default=128, help="requests that wait (default 128)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for a request (default 60)")
+
+
 def _add_reproduce(parser: argparse.ArgumentParser) -> None:
     from amortlm.lab.command import add_options
     from amortlm.lab.experiments import EXPERIMENTS, PRESETS
@@ -187,12 +209,18 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_posterior(parser: argparse.ArgumentParser) -> None:
+def _add_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         help="a folder written by `amortlm train` or Posterior.save_pretrained, or user/name on the hub",
     )
     parser.add_argument("--revision", help="branch, tag or commit, for a name on the hub")
+    parser.add_argument("--model", help="the frozen model, if it has moved since training")
+    _add_trust(parser)
+
+
+def _add_posterior(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser)
     parser.add_argument("--data", help="rows as .jsonl, .json, .csv or .tsv")
     parser.add_argument(
         "--column",
@@ -201,6 +229,4 @@ def _add_posterior(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=TEXT",
         help="one row on the command line, e.g. x='...'",
     )
-    parser.add_argument("--model", help="the frozen model, if it has moved since training")
-    _add_trust(parser)
     parser.add_argument("--seed", type=int, default=0)

@@ -185,6 +185,22 @@ def _print_row(row: Row) -> None:
         print(textwrap.fill(f"{name}: {value}", 100, subsequent_indent="   "))
 
 
+def serve(args: Namespace) -> None:
+    from amortlm.serve import Limits, serve
+
+    limits = Limits(args.max_n, args.max_draws, args.max_body, args.max_queue, args.timeout)
+    folder = Path(args.folder)
+    known = (folder / certificate.FILE).exists()
+    serve(
+        lambda: _posterior(args),
+        name=args.name or folder.resolve().name,
+        certificate=certificate.Certificate.load(folder) if known else None,
+        limits=limits,
+        host=args.host,
+        port=args.port,
+    )
+
+
 def doctor(args: Namespace) -> int:
     lm = LanguageModel.from_pretrained(args.model)
     found = lm.exactness

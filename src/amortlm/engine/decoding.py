@@ -22,6 +22,10 @@ from amortlm.support.log_probs import at_once
 from amortlm.support.tools import ToolRun
 from amortlm.types import PolicyLogProbs
 
+# Called after each step with those still being written: their numbers [b], their next tokens or stop symbols [b], and
+# log q [b] of these, nats (of stopping: with any symbol; 0 for a tool's). Not for a stop that is certain at max_tokens.
+Watch = Callable[[Tensor, Tensor, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Exploration:
@@ -206,18 +210,19 @@ def decode(
     exploration: Exploration | None = None,
     kept: Draws | None = None,
     keep: Tensor | None = None,
+    watch: Watch | None = None,
 ) -> Draws:
     """Draw one completion for each of `index` [B], the number of its prompt in `prefix`. uniforms [B, max_tokens + 1].
 
     kept, keep [B]: completion b begins with the first keep[b] tokens of `kept`, whose log q stays. Exploration
     changes what is drawn, not the log q. Draws come at the full width, max_tokens. They are made in packs that fit the
-    memory setting, those of a prompt together.
+    memory setting, those of a prompt together. What `watch` raises ends the loop.
     """
     exploration = exploration or Exploration()
     each = passes.written_bytes(prefix.longest, law.max_tokens, kept is not None)
     size = passes.fit(each, prefix.held)
     if len(index) <= size:
-        return _decode(passes, law, prefix, index, uniforms, exploration, kept, keep)
+        return _decode(passes, law, prefix, index, uniforms, exploration, kept, keep, watch)
     order = index.argsort(stable=True)
     packs = order.tensor_split(-(-len(order) // size))  # of even size
     parts = [
@@ -230,10 +235,16 @@ def decode(
             exploration.select(pack),
             None if kept is None else kept.select(pack),
             None if keep is None else keep[pack],
+            renumbered(watch, pack),
         )
         for pack in packs
     ]
     return Draws.cat(parts).select(order.argsort())
+
+
+def renumbered(watch: Watch | None, number: Tensor) -> Watch | None:
+    """The same for a part of the completions, those with these numbers [b]."""
+    return None if watch is None else (lambda at, token, log_q: watch(number[at], token, log_q))
 
 
 def _decode(
@@ -245,6 +256,7 @@ def _decode(
     exploration: Exploration,
     kept: Draws | None,
     keep: Tensor | None,
+    watch: Watch | None,
 ) -> Draws:
     """`decode` of one pack."""
     width = law.max_tokens
@@ -272,6 +284,8 @@ def _decode(
             theirs = written >= 0
             token, stops = torch.where(theirs, written, token), stops & ~theirs
             log_p, log_stop = log_p.masked_fill(theirs, 0.0), log_stop.masked_fill(theirs, -torch.inf)
+        if watch is not None:
+            watch(alive, token, torch.where(stops, log_stop, log_p))
         out.log_pterm[alive, t] = log_stop
         out.lengths[alive[stops]], out.stops[alive[stops]] = t[stops], token[stops]
         alive, text, t, token, log_p = (x[~stops] for x in (alive, text, t, token, log_p))

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from amortlm.engine.decoding import Draws, Exploration, decode
+from amortlm.engine.decoding import Draws, Exploration, Watch, decode, renumbered
 from amortlm.engine.memory import Memory
 from amortlm.engine.packs import Sharing
 from amortlm.engine.passes import Passes
@@ -31,6 +31,8 @@ class Request:
     law          the law of the support
     exploration  how sampling differs from q (default: not at all)
     kept         B token lists with which the completions begin (default: none); they add 0 to log q
+    watch        called with each token while it draws; a sampler elsewhere may leave it out, and a request that has one
+                 cannot be pickled
     """
 
     prompts: Sequence[Sequence[int]]
@@ -39,6 +41,7 @@ class Request:
     law: SupportLaw
     exploration: Exploration | None = None
     kept: Sequence[Sequence[int]] | None = None
+    watch: Watch | None = None
 
     @property
     def index(self) -> Tensor:
@@ -93,6 +96,7 @@ class LocalSampler:
                 None if request.exploration is None else request.exploration.select(mine),
                 None if kept is None else kept.select(mine),
                 None if keep is None else keep[mine],
+                renumbered(request.watch, mine),
             )
             parts.append(drawn)
         return replace(Draws.cat(parts), version=self.version).trimmed()

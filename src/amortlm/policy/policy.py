@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from amortlm import versions
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
-from amortlm.engine.decoding import Exploration
+from amortlm.engine.decoding import Exploration, Watch
 from amortlm.engine.passes import Passes
 from amortlm.engine.prefix import pad_right
 from amortlm.engine.sampler import LocalSampler, Request, Sampler
@@ -94,19 +94,23 @@ class Policy(nn.Module):
         num_samples: int | Sequence[int] = 1,
         *,
         seed: object = 0,
+        seeds: Sequence[object] | None = None,
         exploration: Exploration | None = None,
         sampler: Sampler | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Rollouts, PolicyLogProbs]:
         """Completions in row order and their log q (nats). num_samples: K for every row, or a count for each.
 
-        The same (seed, row) gives the same completions, whatever else is in the batch. `exploration` changes the
-        completions, but the returned log q is that of the policy itself. sampler: draws in place of the policy's own,
-        and log q is then that of its model. Raises PromptTooLongError for a prompt that
-        does not fit, DataError or TemplateError for rows that do not fit the prompt.
+        The same (seed, row) gives the same completions, whatever else is in the batch. seeds: one for each row, in
+        place of `seed`. `exploration` changes the completions, but the returned log q is that of the policy itself.
+        sampler: draws in place of the policy's own, and log q is then that of its model. watch: called with each token
+        (`amortlm.engine.decoding`). Raises PromptTooLongError for a prompt that does not fit, DataError or
+        TemplateError for rows that do not fit the prompt.
         """
         counts = [num_samples] * len(rows) if isinstance(num_samples, int) else list(num_samples)
-        seeds = [seed_of((seed, row_key(row))) for row in rows]
-        request = Request(self.encode_rows(rows), counts, seeds, self.support, exploration)
+        given = [seed] * len(rows) if seeds is None else seeds
+        streams = [seed_of((s, row_key(row))) for s, row in zip(given, rows, strict=True)]
+        request = Request(self.encode_rows(rows), counts, streams, self.support, exploration, watch=watch)
         draws = (sampler or self.sampler).sample(request)
         tokens, lengths, stops, log_pf, log_pterm = (
             x.to(self.device)

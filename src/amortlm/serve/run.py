@@ -1,0 +1,73 @@
+"""The server of `amortlm serve`: uvicorn on a socket of its own."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from amortlm.diagnostics.certificate import Certificate
+from amortlm.errors import ConfigError, MissingExtraError
+from amortlm.posterior import Posterior
+from amortlm.serve.app import KEY, create_app
+from amortlm.serve.limits import Limits
+
+try:
+    import uvicorn
+except ImportError as e:
+    raise MissingExtraError("a service needs fastapi and uvicorn: pip install 'amortlm[serve]'") from e
+
+HERE = ["127.0.0.1", "localhost"]  # how a client on this machine names the server
+
+
+def serve(
+    load: Callable[[], Posterior],
+    *,
+    name: str,
+    certificate: Certificate | None,
+    limits: Limits,
+    host: str,
+    port: int,
+) -> None:
+    """Serve until a signal ends it. The posterior is loaded once the address is taken.
+
+    Raises ConfigError for an address that other machines can reach if there is no key, and for one that cannot be
+    listened on.
+    """
+    has_key = bool(os.environ.get(KEY))
+    if not has_key and not is_loopback(host):
+        raise ConfigError(
+            f"whoever reaches {host} could use the server: set a key in the environment variable {KEY}, or leave out "
+            "--host to listen on this machine only"
+        )
+    with _listening(host, port) as taken:
+        app = create_app(load(), name=name, limits=limits, certificate=certificate)
+        if not has_key:  # a foreign page must not reach the server under a name of its own
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*HERE, host])
+        where = f"[{host}]" if ":" in host else host
+        print(f"serving {name} at http://{where}:{taken.getsockname()[1]} (Ctrl-C ends it)", file=sys.stderr)
+        config = uvicorn.Config(
+            app, log_level="warning", server_header=False, timeout_graceful_shutdown=int(limits.seconds) + 1
+        )
+        uvicorn.Server(config).run(sockets=[taken])
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as e:
+        raise ConfigError(
+            f"cannot listen on {host}, port {port} ({e}): give another --host or --port"
+        ) from None

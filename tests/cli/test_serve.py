@@ -1,0 +1,123 @@
+"""`amortlm serve`: what it refuses before it loads anything, and a server in a process of its own."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from reference import tiny_policy
+
+from amortlm import LanguageModel, Posterior, Support
+from amortlm.cli import _parser, main
+from amortlm.errors import MissingExtraError
+from amortlm.serve import Limits
+from amortlm.serve.app import KEY
+
+MAIN = "import sys; from amortlm.cli import main; sys.exit(main())"
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(KEY, raising=False)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
+def test_others_are_not_let_in_without_a_key(
+    host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(tmp_path), "--host", host]) == 2
+    err = capsys.readouterr().err
+    assert KEY in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--port", "70000"], "give another --host or --port"),
+        (["--max-n", "0"], "'n'"),
+        (["--timeout", "0"], "'seconds'"),
+        (["--port", "0"], "posterior.json is missing"),  # with a key, or on this machine, the folder is next
+    ],
+)
+def test_refused_in_one_line(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", str(tmp_path), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(tmp_path), "--port", str(port)]) == 2
+    assert f"port {port}" in capsys.readouterr().err
+
+
+def test_the_defaults_are_those_of_the_library() -> None:
+    args = _parser().parse_args(["serve", "folder"])
+    assert args.host == "127.0.0.1"
+    assert Limits(args.max_n, args.max_draws, args.max_body, args.max_queue, args.timeout) == Limits()
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for missing in ("fastapi", "uvicorn"):
+        with monkeypatch.context() as patch:
+            for name in [
+                n for n in sys.modules if n.split(".")[0] == missing or n.startswith("amortlm.serve")
+            ]:
+                patch.delitem(sys.modules, name)
+            patch.setitem(sys.modules, missing, None)  # type: ignore[arg-type]
+            with pytest.raises(MissingExtraError, match=r"pip install 'amortlm\[serve\]'"):
+                __import__("amortlm.serve")
+
+
+@pytest.mark.slow
+def test_a_server_in_a_process(embedded: LanguageModel, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    support = Support(stop=".", max_tokens=5)
+    posterior = Posterior(tiny_policy(embedded, "{x}", support), embedded.log_prob("{z}", given="{x}"))
+    posterior.save_pretrained(folder)
+    environment = {key: value for key, value in os.environ.items() if key != KEY}
+    server = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "serve", str(folder), "--port", "0"],
+        stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
+    try:
+        assert server.stderr is not None
+        line = next(line for line in server.stderr if line.startswith("serving"))
+        found = re.fullmatch(r"serving mine at http://127\.0\.0\.1:(\d+) \(Ctrl-C ends it\)\n", line)
+        assert found
+        port = int(found[1])
+
+        def ask(host: str) -> tuple[int, bytes]:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            body = json.dumps({"model": "mine", "prompt": "One day", "seed": 3})
+            connection.request(
+                "POST", "/v1/completions", body, {"Content-Type": "application/json", "Host": host}
+            )
+            response = connection.getresponse()
+            return response.status, response.read()
+
+        status, answer = ask(f"localhost:{port}")
+        assert status == 200
+        assert json.loads(answer)["choices"][0]["text"] == posterior.sample({"x": "One day"}, seed=3)[0].text
+        assert ask("evil.example")[0] == 400  # a page that has given itself the address of this machine
+        server.send_signal(signal.SIGTERM)
+        rest = server.stderr.read()
+        assert server.wait(60) == 128 + signal.SIGTERM
+        assert "ended by SIGTERM" in rest
+        assert "Traceback" not in rest
+    finally:
+        server.kill()
+        server.wait()
