@@ -17,19 +17,19 @@ from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, diagnose_row
 from amortlm.diagnostics.importance import ImportanceEstimate
 from amortlm.posterior import Posterior
 from amortlm.train.config import GFNConfig
-from amortlm.train.looks import DRAWS, Looks, mean
+from amortlm.train.looks import DRAWS, Look, Looks, mean
 from amortlm.train.outcome import KeepBest
 from amortlm.train.processes import Processes
 from amortlm.types import Row, row_key
 
-SHOWN = {"loss": "loss", "log_w_variance": "var log w", "ess": "ESS", "eval_ess": "eval ESS"}
+SHOWN = {"loss": "loss", "log_w_variance": "var log w", "ess": "ESS", "gap": "gap", "eval_ess": "eval ESS"}
 TERMINAL = {"ncols": 80, "nrows": 24}  # for a terminal of unknown size, on which tqdm would draw nothing
 GOLD = 16  # gold completions of a prompt, from the buffer
 Log = Callable[[dict[str, float]], None]
 
 
 class TrainingProgress(ProgressCallback):
-    """The trainer's progress bar (rate, time left) with loss, log-weight variance and ESS beside it."""
+    """The trainer's progress bar (rate, time left) with loss, log-weight variance, ESS and gap beside it."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -52,10 +52,15 @@ class DiagnoseCallback(TrainerCallback):
     ends when the gap of these prompts is small enough (`StopWhenRight`)."""
 
     def __init__(
-        self, looks: Looks, log: Log, best: KeepBest | None = None, stop: StopWhenRight | None = None
+        self,
+        looks: Looks,
+        log: Log,
+        show: Callable[[int, list[Look]], None],
+        best: KeepBest | None = None,
+        stop: StopWhenRight | None = None,
     ):
-        """best, stop: called after each look."""
-        self.looks, self.log, self.best, self.stop = looks, log, best, stop
+        """show, best, stop: called after each look."""
+        self.looks, self.log, self.show, self.best, self.stop = looks, log, show, best, stop
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stop is not None and state.is_world_process_zero:
@@ -82,6 +87,7 @@ class DiagnoseCallback(TrainerCallback):
             }
         )
         self.looks.write(step, looks)
+        self.show(step, looks)
         if self.best is not None:
             self.best.see(step, estimates)
         return estimates

@@ -29,13 +29,13 @@ from amortlm.posterior import Posterior
 from amortlm.support.spec import Support
 from amortlm.targets.base import Softened, Target
 from amortlm.text.template import Messages
-from amortlm.train import run
+from amortlm.train import run, trackers
 from amortlm.train.callbacks import DiagnoseCallback, StopWhenRight, TrainingProgress
 from amortlm.train.config import METRICS, REFUSED, GFNConfig
 from amortlm.train.defaults import settled
 from amortlm.train.floor import FloorCheck
 from amortlm.train.log_z import LearnedLogZ
-from amortlm.train.looks import DRAWS, Looks, diagnosis_seed, mean
+from amortlm.train.looks import DRAWS, Look, Looks, diagnosis_seed, mean
 from amortlm.train.memory import RewardMemory
 from amortlm.train.metrics import Metrics
 from amortlm.train.outcome import KeepBest
@@ -159,7 +159,12 @@ class GFNTrainer(ResumableTrainer):
                 stop = StopWhenRight(
                     self.posterior, self.train_dataset, self.buffer, self.args, self.processes, self.log
                 )
-            self.add_callback(DiagnoseCallback(self.looks, self.log, self.best, stop))
+            self.add_callback(DiagnoseCallback(self.looks, self.log, self._show, self.best, stop))
+
+    def _show(self, step: int, looks: Sequence[Look]) -> None:
+        if self.is_world_process_zero():
+            found = trackers.lines(self.looks.rows, looks)
+            trackers.show(self.args, self.callback_handler.callbacks, step, found)
 
     def _checked_rows(self, rows: Sequence[Row], name: str) -> list[Row]:
         """Copies of the rows, after a check of columns and prompts: an error comes before training, not at step 500."""
