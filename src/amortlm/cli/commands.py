@@ -58,8 +58,8 @@ def train(args: Namespace) -> None:
     if not (args.resume or args.overwrite):
         refuse_used(output)  # before a model is loaded
     trainer = spec.trainer(str(output))
-    for sentence in trainer.chosen:
-        print(f"chosen: {sentence}")
+    if sys.stderr.isatty():
+        print(*(f"chosen: {sentence}" for sentence in trainer.chosen), sep="\n", file=sys.stderr)
     trainer.train(resume_from_checkpoint=args.resume, overwrite_output_dir=args.overwrite)
     if trainer.is_world_process_zero():
         rows = output / "rows.jsonl"

@@ -95,7 +95,8 @@ class GFNConfig(TrainingArguments):
         default=AUTO,
         metadata={
             "help": f"One of {', '.join(OBJECTIVES)}, or {{name: its settings}}, as in {{subtb: {{lam: 0.9}}}} "
-            "(`amortlm.objectives`). auto: subtb if all prefixes are scored in one pass, else vargrad. Paper: subtb."
+            "(`amortlm.objectives`). auto: subtb, on four random states of each completion if text follows {z}; "
+            "vargrad if only finished text is judged. Paper: subtb."
         },
     )
     num_samples: int = field(

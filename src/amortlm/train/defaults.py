@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 from amortlm.targets.base import Target
 from amortlm.train.config import AUTO, GFNConfig
 
 UPDATE = 64  # completions in an update
 LEAST = 8  # completions of a prompt
+STATES = 4  # stopping states of a completion that are scored where each takes passes of its own
 
 
 def settled(config: GFNConfig, rows: int, target: Target) -> tuple[GFNConfig, list[str]]:
@@ -31,10 +33,10 @@ def settled(config: GFNConfig, rows: int, target: Target) -> tuple[GFNConfig, li
     return config, said
 
 
-def objective_for(target: Target) -> tuple[str, str]:
-    """(name, reason). SubTB learns from every prefix, and VarGrad from finished completions alone."""
+def objective_for(target: Target) -> tuple[str | dict[str, Any], str]:
+    """(objective, reason). SubTB learns from every prefix, and VarGrad from finished completions alone."""
     if not target.every_prefix:
         return "vargrad", "the target judges finished completions only"
     if target.has_suffix:
-        return "vargrad", "text follows {z}, so that every prefix would take passes of its own"
+        return {"subtb": {"states": STATES}}, "text follows {z}, so that every state takes passes of its own"
     return "subtb", "every prefix is scored in the same pass"

@@ -49,6 +49,7 @@ class ResumableTrainer(Trainer):
     gold: Any  # completions that the buffer starts with
     best: KeepBest | None
     looks: Looks
+    chosen: Sequence[str]  # sentences on settings that were left open
     first_weights: str | None = None  # a name of the saved weights that the adapter starts from
 
     def train(  # type: ignore[override]
@@ -73,7 +74,7 @@ class ResumableTrainer(Trainer):
         stated = run.identity(
             self.policy, self.target, self.train_dataset, self.args, start=self.first_weights, gold=self.gold
         )
-        about = run.about(self.policy, self.target, self.train_dataset)
+        about = run.about(self.policy, self.target, self.train_dataset, self.chosen)
         with ExitStack() as held, Interruption(self.args) as stop, checkpoints.writing(folder):
 
             def claim() -> Path | None:

@@ -281,8 +281,8 @@ def write(
     write_text(folder / FILE, text + "\n")
 
 
-def about(policy: Policy, target: Target, rows: Sequence[Row]) -> dict[str, Any]:
-    """The posterior as its author wrote it, and the machine."""
+def about(policy: Policy, target: Target, rows: Sequence[Row], chosen: Sequence[str]) -> dict[str, Any]:
+    """The posterior as its author wrote it, what was chosen for the author (sentences), and the machine."""
     name = policy.lm.name
     if name and Path(name).exists():
         name = Path(name).name  # a report may be shown to others
@@ -292,6 +292,7 @@ def about(policy: Policy, target: Target, rows: Sequence[Row]) -> dict[str, Any]
         "prompt": policy.prompt.source,
         "support": repr(policy.support_spec),
         "rows": len(rows),
+        "chosen": [*chosen],
         "environment": environment(),
     }
 
