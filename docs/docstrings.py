@@ -56,7 +56,9 @@ def _help(value: str) -> str | None:
             for key, text in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and key.value == "help":
                     parts = text.values if isinstance(text, ast.JoinedStr) else [text]
-                    return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+                    return "".join(
+                        str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts
+                    )
     return None
 
 
