@@ -109,6 +109,7 @@ types: $(STAMP)
 
 docs: $(STAMP)
 	@$(BIN)/python docs/build.py
+	@echo "site/index.html; with search: $(BIN)/python -m http.server --directory site"
 
 clean:
 	rm -rf $(VENV) .venv-lowest .venv-newest build dist site .cache .pytest_cache .mypy_cache .ruff_cache
