@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -34,14 +35,23 @@ def sources() -> list[Path]:
     while waiting:
         page = waiting.pop()
         found[page] = None
-        linked = [(page.parent / path).resolve() for path, _ in links(page) if path]
+        linked = [_linked(page, path) for path, _ in links(page) if path]
         found.update(dict.fromkeys(file for file in linked if file.suffix != ".md"))
         waiting += [file for file in linked if file.suffix == ".md" and file not in found]
     return list(found)
 
 
+def _linked(page: Path, path: str) -> Path:
+    file = (page.parent / path).resolve()
+    if not file.is_file():
+        raise SystemExit(f"{page.relative_to(ROOT)}: the link {path} leads nowhere")
+    return file
+
+
 def main() -> int:
-    """Returns the exit status of zensical; a link that leads nowhere is an error."""
+    """Returns the exit status of zensical. Links that lead nowhere, and warnings, are errors."""
+    if find_spec("zensical") is None or find_spec("mkdocstrings_handlers") is None:
+        raise SystemExit("the documentation needs zensical and mkdocstrings: pip install -e '.[docs]'")
     shutil.rmtree(STAGED, ignore_errors=True)
     for file in sources():
         copy = STAGED / file.relative_to(ROOT)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import functools
+import http.server
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -17,6 +20,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+from browser import browser, needs_chromium, open_page
 
 import amortlm
 
@@ -212,3 +216,39 @@ def test_the_reference_shows_docstrings_and_settings(site: Path) -> None:
     assert 'id="amortlm.Posterior.sample"' in text
     assert "Share of uniformly random tokens" in text  # the help of GFNConfig.epsilon
     assert ":::" not in text
+
+
+# The site as a reader sees it
+
+
+@pytest.fixture
+def address(site: Path) -> Iterator[str]:
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None: ...
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_pages_open_without_complaints_and_search_finds(address: str) -> None:
+    pytest.importorskip("playwright")
+    with browser() as found:
+        backgrounds = set()
+        for scheme in ("light", "dark"):
+            for name in ("index", "docs/concepts", "docs/reference", "results/numbers/index"):
+                for width in (1400, 390):
+                    page, complaints = open_page(found, f"{address}/{name}.html", width, scheme)
+                    page.wait_for_load_state("networkidle")
+                    assert complaints == []
+                    assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
+                    backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert len(backgrounds) == 2  # the scheme of the reader is followed
+        page, complaints = open_page(found, f"{address}/docs/index.html", 1400)
+        page.keyboard.press("Control+k")
+        page.keyboard.type("certificate", delay=20)
+        page.get_by_role("link", name="Certificate").first.wait_for()
+        assert complaints == []
