@@ -23,7 +23,7 @@ VERSION_TESTS := tests/policy tests/targets/test_target_laws.py tests/targets/te
 # A language model that others trained, for the presets `real`: in a package whose code is not needed.
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help setup demo model smoke test test-slow test-long test-lowest test-newest lint format types clean
+.PHONY: help setup demo model smoke test test-slow test-long test-lowest test-newest lint format types docs clean
 
 help:
 	@echo "make demo    train, measure and plot two posteriors into runs/demo"
@@ -34,6 +34,7 @@ help:
 	@echo "             in .venv-lowest and .venv-newest"
 	@echo "make model   fetch SmolLM2-135M-Instruct (98 MB) into models/, for --preset real"
 	@echo "make smoke   every experiment for a few steps into runs/smoke"
+	@echo "make docs    the documentation as a web site, site/index.html"
 	@echo "make lint    ruff check and format check        make format  apply both"
 	@echo "make types   mypy                               make clean   remove environments, caches"
 
@@ -106,6 +107,10 @@ format: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
+docs: $(STAMP)
+	@$(BIN)/python docs/build.py
+	@echo "site/index.html; with search: $(BIN)/python -m http.server --directory site"
+
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest build dist site .cache .pytest_cache .mypy_cache .ruff_cache
 	find src tests recipes -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import subprocess
 import sys
 from dataclasses import fields
 
+import public_api
 import pytest
 from transformers import TrainingArguments
 
@@ -47,6 +49,35 @@ def test_names_are_what_their_modules_define() -> None:
     assert amortlm.GFNTrainer is GFNTrainer
     assert amortlm.constraint is constraints
     assert all(callable(getattr(amortlm.constraint, name)) for name in CONSTRAINTS)
+
+
+def test_methods_and_signatures_are_these() -> None:
+    before, now = public_api.FILE.read_text(encoding="utf-8"), public_api.describe()
+    changed = difflib.unified_diff(
+        before.splitlines(), now.splitlines(), "public_api.txt", "now", n=0, lineterm=""
+    )
+    renew = "meant? run `python tests/helpers/public_api.py`, and say in CHANGELOG.md what breaks programs of users"
+    assert before == now, "\n".join([*changed, renew])
+
+
+def test_a_snapshot_sees_what_a_caller_sees() -> None:
+    class Shape:
+        def area(self, scale: float = 1.0, *, unit: str = "m") -> float:
+            return scale
+
+        def _own(self) -> None: ...
+
+        @property
+        def sides(self) -> int:
+            return 4
+
+    Shape.__module__ = "amortlm.shapes"
+    assert list(public_api.lines("Shape", Shape)) == [
+        "class Shape",
+        "  Shape.area(scale: float = 1.0, *, unit: str = 'm') -> float",
+        "  Shape.sides: int",
+    ]
+    assert list(public_api.lines("f", lambda x, y=2: x)) == ["f(x, y=2)"]
 
 
 def test_a_star_import_gives_the_public_names() -> None:
