@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, overload
@@ -28,7 +28,7 @@ from amortlm.language_model import LanguageModel
 from amortlm.policy.policy import Policy
 from amortlm.predictive import Prediction, Votes, predict, vote
 from amortlm.saved import FILE, FORMAT
-from amortlm.support.spec import Support
+from amortlm.support.tools import Tool
 from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
 from amortlm.types import Rollouts, Row
@@ -378,7 +378,7 @@ class Posterior:
         model card, README.md (`save_card`, for rows and diagnosis).
 
         The tokenizer is saved for other programs; amortlm loads the model's own. A target with a function that cannot
-        be imported by name is not saved: pass the target to from_pretrained again.
+        be imported by name is not saved, nor is a tool of your own: pass them to from_pretrained again.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -409,12 +409,17 @@ class Posterior:
             "model": saved.model_name(self.lm.name),
             "weights": FULL if self.policy.is_full else "adapter",
             "prompt": self.policy.prompt.source,
-            "support": self.policy.support_spec.to_dict(),
+            "support": None,
             "target": None,
             "tokenizer": saved.tokenizer_hash(self.lm.tokenizer),
         }
         if self.lm.chat_template_kwargs:
             spec["chat_template_kwargs"] = self.lm.chat_template_kwargs
+        try:
+            spec["support"] = self.policy.support_spec.to_dict()
+        except ConfigError as e:
+            spec["support"] = replace(self.policy.support_spec, tool=None).to_dict()
+            spec["tool_not_saved"] = str(e)
         try:
             spec["target"] = self.target.to_spec() if self.target else None
         except ConfigError as e:
@@ -495,6 +500,7 @@ class Posterior:
         *,
         lm: LanguageModel | str | None = None,
         target: Target | None = None,
+        tool: Tool | None = None,
         trust: Sequence[str] = (),
         revision: str | None = None,
         token: str | bool | None = None,
@@ -503,6 +509,7 @@ class Posterior:
 
         lm: the frozen model if it is already loaded, or its name or path if it has moved
         target: used instead of the saved target
+        tool: used instead of the saved support's tool; needed for a tool of your own, which is not saved
         trust: modules (names, or paths of .py files) whose functions the saved target may call; a predicate or
         verifier is saved as a name, and importing it runs its module. Nothing else in the folder is run or imported
         revision, token: branch, tag or commit of the repository, and a token for the hub. Of a repository, only
@@ -523,7 +530,8 @@ class Posterior:
             if target is None and spec["target"] is not None:
                 target = target_from_spec(spec["target"], lm, allowed)
             full = spec["weights"] == FULL
-            policy = Policy(lm, spec["prompt"], Support(**spec["support"]), FULL if full else folder)
+            support = saved.support_of(spec, tool)
+            policy = Policy(lm, spec["prompt"], support, FULL if full else folder)
         except CheckpointError:
             raise
         except AmortLMError as e:

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from amortlm.engine.adapter import FULL
 from amortlm.errors import CheckpointError, ConfigError
 from amortlm.language_model import EMBEDDED, LanguageModel
 from amortlm.support.spec import Support
+from amortlm.support.tools import Tool
 
 logger = logging.getLogger(__name__)
 FILE = "posterior.json"
@@ -106,6 +107,14 @@ def load_model(folder: Path, spec: dict[str, Any], name: str | Path | None) -> L
     if spec.get("chat_template_kwargs"):
         lm.chat_template_kwargs = dict(spec["chat_template_kwargs"])
     return lm
+
+
+def support_of(spec: dict[str, Any], tool: Tool | None) -> Support:
+    """The saved support; tool: in place of its own. Raises ConfigError if that was not saved and no tool is given."""
+    if tool is None and "tool_not_saved" in spec:
+        raise ConfigError(f"its tool was not saved ({spec['tool_not_saved']}): give tool= to from_pretrained")
+    support = Support(**spec["support"])
+    return support if tool is None else replace(support, tool=tool)
 
 
 def check_model(folder: Path, spec: dict[str, Any], lm: LanguageModel) -> None:

@@ -274,7 +274,7 @@ def _stated(policy: Policy, target: Target | None) -> dict[str, Any]:
         spec = None if target is None else target.to_spec()
     except ConfigError:
         spec = None
-    return {"prompt": policy.prompt.source, "support": policy.support_spec.to_dict(), "target": spec}
+    return {"prompt": policy.prompt.source, "support": policy.support_spec.stated(), "target": spec}
 
 
 def _renamed(value: Any) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from amortlm.errors import SupportError
+from amortlm.errors import ConfigError, SupportError
 from amortlm.support.law import SupportLaw
 from amortlm.support.lists import Lists
 from amortlm.support.patterns import pattern_automaton
@@ -119,6 +119,13 @@ class Support:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["tool"] = None if self.tool is None else tool_from_spec(self.tool).to_spec()
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def stated(self) -> dict[str, Any]:
+        """JSON form to compare with; a tool that cannot be saved by name is only named."""
+        try:
+            return self.to_dict()
+        except ConfigError:
+            return {**replace(self, tool=None).to_dict(), "tool": type(self.tool).__qualname__}
 
     def bind(self, lm: Codec) -> SupportLaw:
         """The law of this support for a model's tokenizer. Raises SupportError if a token is unknown, if nothing is

@@ -106,7 +106,7 @@ def identity(
         "the weights of the target's model": [name_of(other.model.named_parameters()) for other in models],
         "target": stated,
         "prompt": policy.prompt.source,
-        "support": _stated_support(policy),
+        "support": policy.support_spec.stated(),
         "adapter": stated_adapter(policy.model, policy.is_full),
         "the adapter's first weights": start,
         "the data": _hash([row_key(row) for row in rows]),
@@ -143,13 +143,6 @@ def _hash(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
-
-
-def _stated_support(policy: Policy) -> Any:
-    try:
-        return policy.support_spec.to_dict()
-    except ConfigError:  # a tool that cannot be saved by name
-        return repr(policy.support_spec)
 
 
 def stated_adapter(model: Any, is_full: bool) -> Any:
