@@ -10,14 +10,13 @@ from collections.abc import Callable
 
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from amortlm.diagnostics.certificate import Certificate
 from amortlm.errors import ConfigError, MissingExtraError
-from amortlm.posterior import Posterior
-from amortlm.serve.app import KEY, create_app
+from amortlm.serve.app import KEY
 from amortlm.serve.limits import Limits
 
 try:
     import uvicorn
+    from fastapi import FastAPI
 except ImportError as e:
     raise MissingExtraError("a service needs fastapi and uvicorn: pip install 'amortlm[serve]'") from e
 
@@ -25,15 +24,14 @@ HERE = ["127.0.0.1", "localhost"]  # how a client on this machine names the serv
 
 
 def serve(
-    load: Callable[[], Posterior],
+    load: Callable[[], FastAPI],
     *,
     name: str,
-    certificate: Certificate | None,
     limits: Limits,
     host: str,
     port: int,
 ) -> None:
-    """Serve until a signal ends it. The posterior is loaded once the address is taken.
+    """Serve an application until a signal ends it. It is loaded once the address is taken.
 
     Raises ConfigError for an address that other machines can reach if there is no key, and for one that cannot be
     listened on.
@@ -45,7 +43,7 @@ def serve(
             "--host to listen on this machine only"
         )
     with _listening(host, port) as taken:
-        app = create_app(load(), name=name, limits=limits, certificate=certificate)
+        app = load()
         if not has_key:  # a foreign page must not reach the server under a name of its own
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*HERE, host])
         where = f"[{host}]" if ":" in host else host
