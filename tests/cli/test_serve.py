@@ -70,6 +70,15 @@ def test_the_defaults_are_those_of_the_library() -> None:
     assert Limits(args.max_n, args.max_draws, args.max_body, args.max_queue, args.timeout) == Limits()
 
 
+def test_the_playground_has_the_same_limits_and_needs_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    parse = _parser().parse_args
+    assert parse(["play"]).folder is None
+    serve, play = (vars(parse([command, "folder"])) for command in ("serve", "play"))
+    assert {**play, "command": "serve"} == serve
+    assert main(["play", "--host", "0.0.0.0"]) == 2
+    assert KEY in capsys.readouterr().err
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing in ("fastapi", "uvicorn"):
         with monkeypatch.context() as patch:

@@ -212,12 +212,13 @@ def _serve(args: Namespace, what: str, create: Callable[[dict[str, Any]], FastAP
     limits = Limits(args.max_n, args.max_draws, args.max_body, args.max_queue, args.timeout)
     folder = Path(what)
     known = args.folder is not None and (folder / certificate.FILE).exists()
+    name = args.name or folder.resolve().name
     settings = {
-        "name": args.name or folder.resolve().name,
+        "name": name,
         "certificate": certificate.Certificate.load(folder) if known else None,
         "limits": limits,
     }
-    serve(lambda: create(settings), name=settings["name"], limits=limits, host=args.host, port=args.port)
+    serve(lambda: create(settings), name=name, limits=limits, host=args.host, port=args.port)
 
 
 def doctor(args: Namespace) -> int:

@@ -24,7 +24,7 @@ from amortlm.serve.app import Service, create_app
 from amortlm.serve.bodies import EstimateBody, check_count, row_of
 from amortlm.serve.limits import Limits
 from amortlm.serve.refusals import RequestError, request_error
-from amortlm.serve.setups import LONGEST, Built, Setup
+from amortlm.serve.setups import LONGEST, Setup
 from amortlm.serve.training import Post, Training
 from amortlm.serve.wire import EventStream, json_response
 from amortlm.serve.worker import Call
@@ -70,33 +70,40 @@ def create_play(
     start: a posterior; or a language model, for which the page builds posteriors and trains samplers. There is one
     posterior at a time, for all who have the page open.
     """
-    built = Built(start) if isinstance(start, Posterior) else _built(start, Setup())
-    app = create_app(built.posterior, name=name, limits=limits, certificate=certificate, api_key=api_key)
-    play = Playground(app.state.service, built)
+    settings: dict[str, Any] = {
+        "name": name,
+        "limits": limits,
+        "certificate": certificate,
+        "api_key": api_key,
+    }
+    if isinstance(start, Posterior):
+        app = create_app(start, **settings)
+        play = Playground(app.state.service)
+    else:
+        app = create_app(Setup().posterior(start), **settings)
+        play = Workshop(app.state.service, start)
+        app.include_router(_building(play), dependencies=[app.state.guard])
     app.include_router(_page())
     app.include_router(_routes(play), dependencies=[app.state.guard])
-    if built.setup is not None:
-        app.include_router(_building(play), dependencies=[app.state.guard])
     return app
 
 
 class Playground:
     """What the page may ask of a service besides the service's own requests."""
 
-    def __init__(self, service: Service, built: Built):
-        self.service, self.built = service, built
-        self.training: Training | None = None
+    def __init__(self, service: Service):
+        self.service = service
 
     def state(self) -> dict[str, Any]:
-        """The posterior as `GET /posterior` has it, and what can be done with it."""
-        setup, limits = self.built.setup, self.service.limits
+        """The posterior as `GET /posterior` has it, and what the page may ask. setup: None if it cannot be changed."""
+        most = {"n": self.service.limits.n, "text": TEXT, "longest": LONGEST, "updates": UPDATES}
         return {
             **self.service.describe(),
-            "setup": setup and setup.model_dump(),
-            "trained": self.built.is_trained,
-            "training": self.training is not None,
+            "setup": None,
+            "trained": True,
+            "training": False,
             "enumerable": self._is_enumerable(),
-            "limits": {"n": limits.n, "text": TEXT, "longest": LONGEST, "updates": UPDATES},
+            "limits": most,
         }
 
     async def sample(self, request: Request) -> dict[str, Any]:
@@ -153,18 +160,43 @@ class Playground:
             "figures": figures,
         }
 
+    async def _asked(self, kind: type[Asked], request: Request) -> tuple[Asked, Row]:
+        body = await self.service.body(kind, request)
+        row = row_of(body, self.service.posterior)
+        for name, value in row.items():
+            if not isinstance(value, str) or len(value) > TEXT:
+                raise RequestError(400, f"{name} must be a text of at most {TEXT:,} characters", param=name)
+        return body, row
+
+    def _is_enumerable(self) -> bool:
+        posterior = self.service.posterior
+        return posterior.target is not None and posterior.policy.support.size() <= self.service.limits.draws
+
+
+class Workshop(Playground):
+    """A playground that also builds posteriors of a language model, and trains samplers for them."""
+
+    def __init__(self, service: Service, lm: LanguageModel):
+        super().__init__(service)
+        self.lm, self.setup, self.is_trained = lm, Setup(), False
+        self.training: Training | None = None
+
+    def state(self) -> dict[str, Any]:
+        own = {"setup": self.setup.model_dump(), "trained": self.is_trained}
+        return {**super().state(), **own, "training": self.training is not None}
+
     async def build(self, request: Request) -> dict[str, Any]:
         """Another kind of posterior, with a sampler that is not trained."""
         setup = await self.service.body(Setup, request)
         self._refuse_while_training()
-        await self.service.run(request, lambda: self._put(_built(self.service.posterior.lm, setup)))
+        await self.service.run(request, lambda: self._put(setup.posterior(self.lm), setup, is_trained=False))
         return self.state()
 
     async def train(self, request: Request) -> Response:
         """A stream of events: progress, then the state, or an error. Who leaves the stream ends the training."""
         body, row = await self._asked(TrainBody, request)
         self._refuse_while_training()
-        post, training = Post(), Training(self.service.posterior, row, body.updates, body.seed or 0)
+        post, training = Post(), Training(self.lm, row, body.updates, body.seed or 0)
         work = Call(lambda: self._trained(training, work, post))
         self.training = training
         work.future.add_done_callback(lambda _: self._end(training))
@@ -187,14 +219,14 @@ class Playground:
             training.stop |= work.gone
             post.put(event)
 
-        posterior = training.run(tell)
-        self._put(Built(posterior, self.built.setup))
+        posterior = training.run(self.service.posterior, tell)
+        self._put(posterior, self.setup, is_trained=True)
         self._end(training)
         return {"done": True, "stopped": training.stop, "state": self.state()}
 
-    def _put(self, built: Built) -> None:
+    def _put(self, posterior: Posterior, setup: Setup, *, is_trained: bool) -> None:
         """On the model thread."""
-        self.built, self.service.posterior = built, built.posterior
+        self.service.posterior, self.setup, self.is_trained = posterior, setup, is_trained
 
     def _end(self, training: Training) -> None:
         if self.training is training:
@@ -203,22 +235,6 @@ class Playground:
     def _refuse_while_training(self) -> None:
         if self.training is not None:
             raise RequestError(409, "a training runs: stop it, or wait for its end", code="training")
-
-    async def _asked(self, kind: type[Asked], request: Request) -> tuple[Asked, Row]:
-        body = await self.service.body(kind, request)
-        row = row_of(body, self.service.posterior)
-        for name, value in row.items():
-            if not isinstance(value, str) or len(value) > TEXT:
-                raise RequestError(400, f"{name} must be a text of at most {TEXT:,} characters", param=name)
-        return body, row
-
-    def _is_enumerable(self) -> bool:
-        posterior = self.service.posterior
-        return posterior.target is not None and posterior.policy.support.size() <= self.service.limits.draws
-
-
-def _built(lm: LanguageModel, setup: Setup) -> Built:
-    return Built(setup.posterior(lm), setup, is_trained=False)
 
 
 def _column(draw: Callable[[], Samples]) -> dict[str, Any]:
@@ -288,7 +304,7 @@ def _routes(play: Playground) -> APIRouter:
     return router
 
 
-def _building(play: Playground) -> APIRouter:
+def _building(play: Workshop) -> APIRouter:
     router = APIRouter(prefix="/play")
 
     @router.post("/build")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,13 +29,13 @@ class Setup(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     kind: Literal["continue", "fill", "contain"] = "continue"
-    temperature: float = Field(0.7, ge=0.3, le=2)
-    words: str = Field("dog", max_length=120)
-    shortest: int = Field(3, ge=1, le=LONGEST)
-    longest: int = Field(16, ge=1, le=LONGEST)
+    temperature: float = Field(default=0.7, ge=0.3, le=2)
+    words: str = Field(default="dog", max_length=120)
+    shortest: int = Field(default=3, ge=1, le=LONGEST)
+    longest: int = Field(default=16, ge=1, le=LONGEST)
 
     def posterior(self, lm: LanguageModel) -> Posterior:
-        """With a sampler that is not trained. Raises RequestError or SupportError for fields that do not fit together."""
+        """With a sampler that is not trained. Raises RequestError or SupportError for fields that do not fit."""
         support = Support(stop=".", min_tokens=self.shortest, max_tokens=self.longest)
         prompt = _ending_first(lm) if self.kind == "fill" else "{x}"
         return Posterior(Policy(lm, prompt, support), self._target(lm).bind(lm))
@@ -55,15 +54,6 @@ class Setup(BaseModel):
                 400, f"words must be 1 to {WORDS} words, separated by spaces, got {len(words)}", param="words"
             )
         return words
-
-
-@dataclass(frozen=True)
-class Built:
-    """What the playground works on. setup: None for a saved posterior, whose kind and training are fixed."""
-
-    posterior: Posterior
-    setup: Setup | None = None
-    is_trained: bool = True
 
 
 def _ending_first(lm: LanguageModel) -> str:

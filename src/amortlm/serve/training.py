@@ -11,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from amortlm.inference.correct import require_target
+from amortlm.language_model import LanguageModel
 from amortlm.posterior import Posterior
 from amortlm.serve.refusals import request_error
 from amortlm.serve.wire import as_json, future_of
@@ -27,17 +28,17 @@ Tell = Callable[[dict[str, Any]], None]
 class Training:
     """A training of a new sampler for the posterior of one row. It ends after the current update once `stop` is set."""
 
-    def __init__(self, posterior: Posterior, row: Row, updates: int, seed: int):
-        self.posterior, self.row, self.updates, self.seed = posterior, row, updates, seed
+    def __init__(self, lm: LanguageModel, row: Row, updates: int, seed: int):
+        self.lm, self.row, self.updates, self.seed = lm, row, updates, seed
         self.stop = False
 
-    def run(self, tell: Tell) -> Posterior:
+    def run(self, posterior: Posterior, tell: Tell) -> Posterior:
         """The posterior with the trained sampler. Its folder is deleted. Raises what the trainer raises."""
-        policy = self.posterior.policy
+        policy = posterior.policy
         with TemporaryDirectory(prefix="amortlm-play-", ignore_cleanup_errors=True) as folder:
             trainer = GFNTrainer(
-                self.posterior.lm,
-                target=require_target(self.posterior.target),
+                self.lm,
+                target=require_target(posterior.target),
                 prompt=policy.prompt.source,
                 support=policy.support_spec,
                 train_dataset=[self.row],
@@ -57,7 +58,7 @@ class Training:
             logging_strategy="no",
             save_strategy="no",
             disable_tqdm=True,
-            use_cpu=self.posterior.policy.device.type == "cpu",
+            use_cpu=self.lm.model.device.type == "cpu",
             seed=self.seed,
         )
 
