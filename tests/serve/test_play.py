@@ -10,7 +10,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from browser import LEAST_CONTRAST, browser, needs_chromium, open_page
@@ -26,6 +26,9 @@ from amortlm.serve.app import KEY
 from amortlm.serve.play import TEXT, UPDATES
 from amortlm.serve.setups import LONGEST
 from amortlm.types import finite
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 ROW = {"x": "the dog"}
 SMALL = {"kind": "continue", "temperature": 0.5, "shortest": 1, "longest": 2}
@@ -327,7 +330,11 @@ def test_who_leaves_ends_the_training(one_lm: LanguageModel, monkeypatch: pytest
 
 WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 HOSTILE = "the dog <img src=x onerror=document.title='hit'>"
-ENDED = "!document.getElementById('sample').disabled"
+
+
+def wait(page: Page) -> None:
+    """Until the page has done what it was asked. (The page's policy forbids `wait_for_function`, which is an eval.)"""
+    page.wait_for_selector("#sample:enabled")
 
 
 @needs_chromium
@@ -339,13 +346,13 @@ def test_the_page_in_a_browser(
         address = f"http://127.0.0.1:{port}/"
         for width, scheme in ((1200, "light"), (1200, "dark"), (390, "light"), (390, "dark")):
             page, complaints = open_page(chromium, address, width, scheme)
-            page.wait_for_function(ENDED)
+            wait(page)
             page.select_option("#kind", "continue")
             page.fill("#shortest", "1")
             page.fill("#longest", "2")
             page.click("text=Use this posterior")
             page.wait_for_selector("#unsaved", state="hidden")
-            page.wait_for_function(ENDED)
+            wait(page)
             page.fill("textarea[name=x]", "the dog")
             page.click("#sample")
             page.wait_for_selector("#samples .corrected")
@@ -357,7 +364,7 @@ def test_the_page_in_a_browser(
             assert page.locator("#table tbody tr").count() == 21
             page.click("#measure")
             page.wait_for_selector("#verdict strong")
-            page.wait_for_function(ENDED)
+            wait(page)
             assert complaints == []
             assert page.evaluate(LEAST_CONTRAST) > 4.5
             assert page.evaluate(WIDER) == 0, "nothing to scroll to the side"
@@ -372,11 +379,11 @@ def test_hostile_text_stays_text_in_a_browser(one_lm: LanguageModel, monkeypatch
     monkeypatch.setattr(Posterior, "texts", lambda self, rollouts: [HOSTILE] * len(rollouts))
     with running(create_play(one_lm)) as port, browser() as chromium:
         page, complaints = open_page(chromium, f"http://127.0.0.1:{port}/")
-        page.wait_for_function(ENDED)
+        wait(page)
         page.select_option("#kind", "contain")
         page.fill("#words", "<img/src=x/onerror=document.title='hit'>")
         page.click("text=Use this posterior")
-        page.wait_for_function("document.getElementById('target').textContent.includes('<img/src=x')")
+        page.wait_for_selector("#target:has-text('<img/src=x')")
         page.select_option("#kind", "continue")
         page.click("text=Use this posterior")
         page.wait_for_selector("#unsaved", state="hidden")
@@ -389,13 +396,9 @@ def test_hostile_text_stays_text_in_a_browser(one_lm: LanguageModel, monkeypatch
         assert page.locator("#samples .text").first.text_content() == HOSTILE
         assert page.locator("img").count() == 0
         assert page.title() == "Playground – amortlm"
-        assert [
-            c for c in complaints if "400" not in c
-        ] == []  # the browser tells of the prompt that does not fit
-        page.evaluate("document.body.innerHTML = \"<img src='data:,' onerror=\\\"document.title='hit'\\\">\"")
-        until(
-            lambda: complaints and "Content Security Policy" in complaints[-1]
-        )  # and if it did not stay text
+        assert {c for c in complaints if "400" not in c} == set()  # the browser tells of the long prompt
+        with page.expect_console_message(lambda message: "Content Security Policy" in message.text):
+            page.evaluate(f"document.body.innerHTML = {json.dumps(HOSTILE)}")  # if it did not stay text
         assert page.title() == "Playground – amortlm"
 
 
@@ -418,15 +421,15 @@ def test_a_training_in_a_browser(one_lm: LanguageModel) -> None:
         page.fill("textarea[name=x]", "the dog")
         page.fill("#updates", "100")
         page.click("#train")
-        page.wait_for_function("document.getElementById('figures').textContent.startsWith('Update 5 ')")
+        page.wait_for_selector("#figures:has-text('Update 5 of 100')")
         assert page.locator("#fresh .completion").count() == 4
         assert page.locator("#sample").is_disabled()
         page.click("#stop")
-        page.wait_for_function("document.getElementById('figures').textContent.includes('Stopped')")
-        page.wait_for_function(ENDED)
+        page.wait_for_selector("#figures:has-text('Stopped')")
+        wait(page)
         assert "The sampler is trained." in (page.text_content("#model") or "")
         assert page.evaluate("document.getElementById('progress').value") < 100
         page.fill("#updates", "3")
         page.click("#train")
-        page.wait_for_function("document.getElementById('figures').textContent.includes('Done')")
+        page.wait_for_selector("#figures:has-text('Done')")
         assert complaints == []
