@@ -46,7 +46,7 @@ def judged(rows: list[Json], certified: str = "") -> Verdict:
         "bad",
         "Do not rely on the samples yet.",
         f"On {_all_of(found.count(AVOID), len(rows))} it could not be shown that they are near the posterior. "
-        f"{_off(rows)} More updates, more samples (-n) or known good completions may change that.",
+        f"{_off(rows)} More updates, more samples or known good completions may change that.",
     )
 
 

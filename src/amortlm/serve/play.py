@@ -96,9 +96,12 @@ class Playground:
 
     def state(self) -> dict[str, Any]:
         """The posterior as `GET /posterior` has it, and what the page may ask. setup: None if it cannot be changed."""
+        posterior = self.service.posterior
+        target = None if posterior.target is None else repr(posterior.target)
         most = {"n": self.service.limits.n, "text": TEXT, "longest": LONGEST, "updates": UPDATES}
         return {
             **self.service.describe(),
+            "written": {"target": target, "support": repr(posterior.policy.support_spec)},
             "setup": None,
             "trained": True,
             "training": False,
