@@ -84,6 +84,7 @@ class Service:
 
     def __init__(self, posterior: Posterior, name: str, limits: Limits, certificate: Certificate | None):
         self.posterior, self.name, self.limits, self.certificate = posterior, name, limits, certificate
+        self.ending = False  # the server has been told to end, and waits for its connections
         self.worker = Worker(lambda works: draw_together(self.posterior, works), limits.waiting)
 
     def submit(self, work: Work) -> None:

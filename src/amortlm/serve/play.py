@@ -50,7 +50,7 @@ class MeasureBody(EstimateBody):
 
 
 class TrainBody(PlayBody):
-    updates: int = Field(60, ge=1, le=UPDATES)
+    updates: int = Field(40, ge=1, le=UPDATES)
     seed: int | None = Field(None, ge=0, lt=2**31)
 
 
@@ -219,7 +219,7 @@ class Workshop(Playground):
 
     def _trained(self, training: Training, work: Call, post: Post) -> dict[str, Any]:
         def tell(event: dict[str, Any]) -> None:
-            training.stop |= work.gone
+            training.stop |= work.gone or self.service.ending
             post.put(event)
 
         posterior = training.run(self.service.posterior, tell)

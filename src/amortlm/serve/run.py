@@ -7,11 +7,12 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from amortlm.errors import ConfigError, MissingExtraError
-from amortlm.serve.app import KEY
+from amortlm.serve.app import KEY, Service
 from amortlm.serve.limits import Limits
 
 try:
@@ -51,7 +52,19 @@ def serve(
         config = uvicorn.Config(
             app, log_level="warning", server_header=False, timeout_graceful_shutdown=int(limits.seconds) + 1
         )
-        uvicorn.Server(config).run(sockets=[taken])
+        _Server(config, app.state.service).run(sockets=[taken])
+
+
+class _Server(uvicorn.Server):
+    """Tells the service of a signal: a training, whose connection this server would wait for, then ends."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.ending = True
+        super().handle_exit(sig, frame)
 
 
 def is_loopback(host: str) -> bool:
