@@ -364,6 +364,7 @@ def test_the_page_in_a_browser(
             assert page.locator("#table tbody tr").count() == 21
             page.click("#measure")
             page.wait_for_selector("#verdict strong")
+            assert "nats, exactly, by enumeration" in page.locator("#verdict .hint").inner_text()
             wait(page)
             assert complaints == []
             assert page.evaluate(LEAST_CONTRAST) > 4.5
