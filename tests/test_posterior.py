@@ -102,6 +102,20 @@ def test_the_same_seed_gives_the_same_samples(posterior: Posterior) -> None:
     assert posterior.sample(ROWS[1], 8, seed=3) != first
 
 
+@pytest.mark.parametrize("adapter", [None, "full"])
+def test_the_prior_is_the_sampler_before_training(one_lm: LanguageModel, adapter: str | None) -> None:
+    trained = make(one_lm, adapter=adapter)
+    untrained = Posterior(Policy(one_lm, PROMPT, SUPPORT), trained.target)
+    prior, first = trained.sample_prior(ROW, 300, seed=5), untrained.sample(ROW, 300, seed=5)
+    assert list(prior) == list(first)
+    assert prior.summary() == first.summary()
+    assert list(prior) != list(trained.sample(ROW, 300, seed=5))  # the control
+    with pytest.raises(DataError, match="y"):
+        trained.sample_prior({"x": "a"})
+    with pytest.raises(ConfigError, match="at least 1"):
+        trained.sample_prior(ROW, 0)
+
+
 def test_without_a_target_there_is_no_weight(one_lm: LanguageModel) -> None:
     posterior = Posterior(tiny_policy(one_lm, PROMPT, SUPPORT), None)
     sample = posterior.sample({"x": "a", "y": ""})[0]

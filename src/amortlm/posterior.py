@@ -20,6 +20,7 @@ from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, RowDiagnosis, d
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.engine.adapter import FULL
 from amortlm.engine.decoding import Watch
+from amortlm.engine.sampler import LocalSampler
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
 from amortlm.inference.correct import BATCH, check_method, check_n, corrected, draw, require_target, weigh
 from amortlm.inference.exact import LIMIT
@@ -168,6 +169,18 @@ class Posterior:
                 acceptance_rate=got.acceptance_rate,
             )
         return self._weighted(*draw(self.policy, self.target, row, n, seed=seed))
+
+    def sample_prior(self, row: Row, n: int = 1, *, seed: object = 0) -> Samples:
+        """n completions of the frozen model under the policy's prompt and support: of the sampler before training.
+
+        log_q and the weights are those of this sampler. The same seed gives what `sample` gives before training.
+        Raises DataError for a missing column, PromptTooLongError for a prompt that does not fit.
+        """
+        check_n(n)
+        sampler = LocalSampler(self.lm.model, self.lm.sharing, self.lm.memory)
+        return self._weighted(
+            *draw(self.policy, self.target, self._checked(as_row(row))[0], n, seed=seed, sampler=sampler)
+        )
 
     def sample_each(self, asks: Sequence[Ask], *, watch: Watch | None = None) -> list[Samples]:
         """What `sample` gives for each ask (log q and log R up to rounding), drawn together.

@@ -70,6 +70,15 @@ def test_the_defaults_are_those_of_the_library() -> None:
     assert Limits(args.max_n, args.max_draws, args.max_body, args.max_queue, args.timeout) == Limits()
 
 
+def test_the_playground_has_the_same_limits_and_needs_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    parse = _parser().parse_args
+    assert parse(["play"]).folder is None
+    serve, play = (vars(parse([command, "folder"])) for command in ("serve", "play"))
+    assert {**play, "command": "serve"} == serve
+    assert main(["play", "--host", "0.0.0.0"]) == 2
+    assert KEY in capsys.readouterr().err
+
+
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for missing in ("fastapi", "uvicorn"):
         with monkeypatch.context() as patch:
@@ -82,17 +91,20 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
                 __import__("amortlm.serve")
 
 
+def started(*command: str) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key != KEY}
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, *command], stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
 @pytest.mark.slow
 def test_a_server_in_a_process(embedded: LanguageModel, tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     support = Support(stop=".", max_tokens=5)
     posterior = Posterior(tiny_policy(embedded, "{x}", support), embedded.log_prob("{z}", given="{x}"))
     posterior.save_pretrained(folder)
-    environment = {key: value for key, value in os.environ.items() if key != KEY}
-    server = subprocess.Popen(
-        [sys.executable, "-c", MAIN, "serve", str(folder), "--port", "0"],
-        stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+    server = started("serve", str(folder), "--port", "0")
     try:
         assert server.stderr is not None
         line = next(line for line in server.stderr if line.startswith("serving"))
@@ -117,6 +129,31 @@ def test_a_server_in_a_process(embedded: LanguageModel, tmp_path: Path) -> None:
         rest = server.stderr.read()
         assert server.wait(60) == 128 + signal.SIGTERM
         assert "ended by SIGTERM" in rest
+        assert "Traceback" not in rest
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_a_training_of_the_playground(embedded: LanguageModel) -> None:
+    server = started("play", "--port", "0")
+    try:
+        assert server.stderr is not None
+        line = next(line for line in server.stderr if line.startswith("serving"))
+        found = re.match(r"serving embedded at http://127\.0\.0\.1:(\d+) ", line)
+        assert found
+        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=120)
+        body = json.dumps({"columns": {"x": "One day"}, "updates": 100})
+        connection.request("POST", "/play/train", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        assert json.loads(response.readline()[6:])["step"] == 0
+        server.send_signal(signal.SIGTERM)
+        *steps, last = [json.loads(line[6:]) for line in response if line.strip()]
+        assert len(steps) < 20
+        assert (last["done"], last["stopped"]) == (True, True)
+        rest = server.stderr.read()
+        assert server.wait(60) == 128 + signal.SIGTERM
         assert "Traceback" not in rest
     finally:
         server.kill()

@@ -45,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands.add_parser("report", help="write an HTML page about one or several runs"))
     _add_table(commands.add_parser("table", help="list the most probable completions of a posterior"))
     _add_serve(commands.add_parser("serve", help="serve a saved posterior over HTTP; see docs/serving.md"))
+    _add_play(
+        commands.add_parser("play", help="a page in the browser to try a posterior; see docs/serving.md")
+    )
     doctor = commands.add_parser(
         "doctor",
         help="versions; which kinds of passes are exact for a model, and whether sampling equals scoring there; "
@@ -169,6 +172,15 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     _add_folder(parser)
+    _add_service(parser)
+
+
+def _add_play(parser: argparse.ArgumentParser) -> None:
+    _add_folder(parser, nargs="?")
+    _add_service(parser)
+
+
+def _add_service(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="name of the model in requests (default: that of the folder)")
     parser.add_argument(
         "--host",
@@ -209,9 +221,10 @@ def _add_trust(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_folder(parser: argparse.ArgumentParser) -> None:
+def _add_folder(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument(
         "folder",
+        nargs=nargs,
         help="a folder written by `amortlm train` or Posterior.save_pretrained, or user/name on the hub",
     )
     parser.add_argument("--revision", help="branch, tag or commit, for a name on the hub")

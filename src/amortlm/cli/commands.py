@@ -9,12 +9,13 @@ import signal
 import sys
 import textwrap
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tabulate import tabulate
@@ -36,6 +37,9 @@ from amortlm.settings import named_texts
 from amortlm.train.run import refuse_used
 from amortlm.train.spec import RunSpec, settings_from_text
 from amortlm.types import Row, finite
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 hf_logging.disable_progress_bar()
 TEXT_WIDTH = 60
@@ -186,19 +190,35 @@ def _print_row(row: Row) -> None:
 
 
 def serve(args: Namespace) -> None:
+    from amortlm.serve import create_app
+
+    _serve(args, args.folder, lambda settings: create_app(_posterior(args), **settings))
+
+
+def play(args: Namespace) -> None:
+    from amortlm.serve import create_play
+
+    if args.folder is None:
+        model = args.model or "embedded"
+        _serve(args, model, lambda settings: create_play(LanguageModel.from_pretrained(model), **settings))
+    else:
+        _serve(args, args.folder, lambda settings: create_play(_posterior(args), **settings))
+
+
+def _serve(args: Namespace, what: str, create: Callable[[dict[str, Any]], FastAPI]) -> None:
+    """Serve what `create` makes of the settings of an application."""
     from amortlm.serve import Limits, serve
 
     limits = Limits(args.max_n, args.max_draws, args.max_body, args.max_queue, args.timeout)
-    folder = Path(args.folder)
-    known = (folder / certificate.FILE).exists()
-    serve(
-        lambda: _posterior(args),
-        name=args.name or folder.resolve().name,
-        certificate=certificate.Certificate.load(folder) if known else None,
-        limits=limits,
-        host=args.host,
-        port=args.port,
-    )
+    folder = Path(what)
+    known = args.folder is not None and (folder / certificate.FILE).exists()
+    name = args.name or folder.resolve().name
+    settings = {
+        "name": name,
+        "certificate": certificate.Certificate.load(folder) if known else None,
+        "limits": limits,
+    }
+    serve(lambda: create(settings), name=name, limits=limits, host=args.host, port=args.port)
 
 
 def doctor(args: Namespace) -> int:

@@ -26,12 +26,15 @@ def verdict(run: RunRecord) -> Verdict:
             "Trained, not yet measured.",
             f"{_in_training(run)} `amortlm report` without --quick measures the distance from the posterior.",
         )
-    rows, found = run.diagnosis, [row["verdict"] for row in run.diagnosis]
+    return judged(run.diagnosis, _certified(run))
+
+
+def judged(rows: list[Json], certified: str = "") -> Verdict:
+    """The verdict on diagnosed prompts, from figures of `RowDiagnosis.to_dict` (None where they are not finite)."""
+    found = [row["verdict"] for row in rows]
     prompts = f"on {_all_of(found.count(TRUST), len(rows))}"
     if found.count(TRUST) == len(rows):
-        return Verdict(
-            "good", "The samples can be used as they are.", f"{_off(rows)} {_certified(run)}".strip()
-        )
+        return Verdict("good", "The samples can be used as they are.", f"{_off(rows)} {certified}".strip())
     if AVOID not in found:
         methods = " or ".join(sorted({row["correct"] for row in rows if row["verdict"] == CORRECT}))
         return Verdict(
@@ -43,7 +46,7 @@ def verdict(run: RunRecord) -> Verdict:
         "bad",
         "Do not rely on the samples yet.",
         f"On {_all_of(found.count(AVOID), len(rows))} it could not be shown that they are near the posterior. "
-        f"{_off(rows)} More updates, more samples (-n) or known good completions may change that.",
+        f"{_off(rows)} More updates, more samples or known good completions may change that.",
     )
 
 

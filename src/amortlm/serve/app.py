@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,7 +59,8 @@ def create_app(
     api_key  needed by all requests except /health, as `Authorization: Bearer`; default: the environment variable
              AMORTLM_API_KEY, if it is set. Without a key, let only this machine reach the application
 
-    Routes of your own that use the model go through `app.state.service` (`Service`).
+    Routes of your own that use the model go through `app.state.service` (`Service`); the dependency `app.state.guard`
+    lets through only who has the key.
     """
     service = Service(posterior, name, limits or Limits(), certificate)
     key = api_key or os.environ.get(KEY)
@@ -71,20 +71,21 @@ def create_app(
         await asyncio.to_thread(service.worker.close)
 
     app = FastAPI(title="amortlm", version=__version__, lifespan=lifespan, openapi_url=None)
-    app.state.service = service
+    app.state.service, app.state.guard = service, Depends(_guard(key))
     app.include_router(open_routes())
-    app.include_router(routes(service), dependencies=[Depends(_guard(key))])
+    app.include_router(routes(service), dependencies=[app.state.guard])
     for kind in (RequestError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     return app
 
 
 class Service:
-    """A posterior on its thread, and what requests may ask of it."""
+    """A posterior on its thread, and what requests may ask of it. Only the thread may put another in its place."""
 
     def __init__(self, posterior: Posterior, name: str, limits: Limits, certificate: Certificate | None):
         self.posterior, self.name, self.limits, self.certificate = posterior, name, limits, certificate
-        self.worker = Worker(partial(draw_together, posterior), limits.waiting)
+        self.ending = False  # the server has been told to end, and waits for its connections
+        self.worker = Worker(lambda works: draw_together(self.posterior, works), limits.waiting)
 
     def submit(self, work: Work) -> None:
         try:

@@ -77,7 +77,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {  # values without effect, an
     "suffix": (("",), "a text after the completion is a column of the posterior: give columns"),
     "echo": ((False,), "the answer holds completions only"),
 }
-Body = TypeVar("Body", bound=RowBody)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def parsed(kind: type[Body], data: bytes) -> Body:

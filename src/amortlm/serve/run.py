@@ -7,17 +7,17 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from amortlm.diagnostics.certificate import Certificate
 from amortlm.errors import ConfigError, MissingExtraError
-from amortlm.posterior import Posterior
-from amortlm.serve.app import KEY, create_app
+from amortlm.serve.app import KEY, Service
 from amortlm.serve.limits import Limits
 
 try:
     import uvicorn
+    from fastapi import FastAPI
 except ImportError as e:
     raise MissingExtraError("a service needs fastapi and uvicorn: pip install 'amortlm[serve]'") from e
 
@@ -25,15 +25,14 @@ HERE = ["127.0.0.1", "localhost"]  # how a client on this machine names the serv
 
 
 def serve(
-    load: Callable[[], Posterior],
+    load: Callable[[], FastAPI],
     *,
     name: str,
-    certificate: Certificate | None,
     limits: Limits,
     host: str,
     port: int,
 ) -> None:
-    """Serve until a signal ends it. The posterior is loaded once the address is taken.
+    """Serve an application until a signal ends it. It is loaded once the address is taken.
 
     Raises ConfigError for an address that other machines can reach if there is no key, and for one that cannot be
     listened on.
@@ -45,7 +44,7 @@ def serve(
             "--host to listen on this machine only"
         )
     with _listening(host, port) as taken:
-        app = create_app(load(), name=name, limits=limits, certificate=certificate)
+        app = load()
         if not has_key:  # a foreign page must not reach the server under a name of its own
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*HERE, host])
         where = f"[{host}]" if ":" in host else host
@@ -53,7 +52,19 @@ def serve(
         config = uvicorn.Config(
             app, log_level="warning", server_header=False, timeout_graceful_shutdown=int(limits.seconds) + 1
         )
-        uvicorn.Server(config).run(sockets=[taken])
+        _Server(config, app.state.service).run(sockets=[taken])
+
+
+class _Server(uvicorn.Server):
+    """Tells the service of a signal: a training, whose connection this server would wait for, then ends."""
+
+    def __init__(self, config: uvicorn.Config, service: Service):
+        super().__init__(config)
+        self._service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._service.ending = True
+        super().handle_exit(sig, frame)
 
 
 def is_loopback(host: str) -> bool:
