@@ -13,6 +13,7 @@ import pytest
 
 import constrained
 import review_model
+import story
 import universal
 from amortlm import LanguageModel, Posterior, constraint
 from amortlm.errors import ConfigError, DataError
@@ -157,3 +158,24 @@ def test_the_review_model_is_a_model_folder(texts, tmp_path):
         ["--data", str(texts), "--steps", "1", "--batch", "2", "--output", str(tmp_path / "out")]
     )
     assert LanguageModel.from_pretrained(str(tmp_path / "out")).vocab_size > 0
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_readme(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(story, "DRAWS", 64)
+    story.main(["--updates", "1", "--output", str(tmp_path / "story.png")])
+    assert (tmp_path / "story.png").read_bytes().startswith(b"\x89PNG")
+    told = capsys.readouterr().out
+    before = [float(x) for x in told.split("before training:")[1].split("\n")[0].split(",")]
+    after = [float(line.split()[-2]) for line in told.splitlines() if re.search(r"0\.\d{4}  +-", line)]
+    assert len(before) == len(after) == story.TOP
+    assert all(0 < q < 1 and q / b < 2 and b / q < 2 for b, q in zip(before, after)), (
+        "one update moves q a little"
+    )
+
+
+def test_the_story_is_that_of_the_readme():
+    readme = (Path(story.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    flat = " ".join(readme.replace("\n> ", " ").split())
+    assert story.ROW["y"] in flat
+    assert all(part in flat for part in story.ROW["x"].split(". "))
