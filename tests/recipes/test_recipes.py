@@ -169,7 +169,7 @@ def test_the_picture_of_the_readme(tmp_path, capsys, monkeypatch):
     before = [float(x) for x in told.split("before training:")[1].split("\n")[0].split(",")]
     after = [float(line.split()[-2]) for line in told.splitlines() if re.search(r"0\.\d{4}  +-", line)]
     assert len(before) == len(after) == story.TOP
-    assert all(0 < q < 1 and q / b < 2 and b / q < 2 for b, q in zip(before, after)), (
+    assert all(0 < q < 1 and q / b < 2 and b / q < 2 for b, q in zip(before, after, strict=True)), (
         "one update moves q a little"
     )
 
