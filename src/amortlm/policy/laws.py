@@ -289,13 +289,15 @@ def _shake(policy: Policy) -> None:
 def _plainly(policy: Policy, rollouts: Rollouts) -> PolicyLogProbs:
     """log q of rollouts by one plain pass of each text alone, without mask, cache or padding."""
     prompts, support = policy.encode_rows(rollouts.rows), policy.support
+    plain = Check(policy.model, policy.lm.name)
     log_pf = torch.zeros(rollouts.tokens.shape)
     log_pterm = torch.zeros(rollouts.stop_mask.shape)
     for i, z in enumerate(rollouts.completions()):
         prompt = prompts[int(rollouts.row_index[i])]
-        ids = torch.tensor([[*prompt, *z]], device=policy.device)
-        logits = policy.model(input_ids=ids, use_cache=False).logits[:, len(prompt) - 1 :]
-        pf, pterm = support.log_probs(logits[:, : support.max_tokens], ids[:, len(prompt) :])
+        logits = plain.alone([*prompt, *z])[None, len(prompt) - 1 :]
+        pf, pterm = support.log_probs(
+            logits[:, : support.max_tokens], torch.tensor([z], device=policy.device)
+        )
         log_pf[i, : len(z)], log_pterm[i, : pterm.shape[1]] = pf[0].cpu(), pterm[0].cpu()
     return PolicyLogProbs(log_pf, log_pterm)
 
