@@ -191,6 +191,13 @@ def test_a_resumed_run_counts_each_look_once(run: Path) -> None:
     assert record.look(-1)[-1]["distinct"] == 1
 
 
+def test_a_run_of_an_earlier_version(run: Path) -> None:
+    """It states its identity only."""
+    stated = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({k: v for k, v in stated.items() if k != "about"}))
+    assert "{&#39;stop&#39;: &#39;.&#39;" in write_report([run]).read_text(encoding="utf-8")
+
+
 def test_folders_that_hold_no_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no run"):
         write_report([tmp_path])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from amortlm.plots import BEFORE, GRID, INK, MUTED, SERIES_COLOURS, SMALL, panels, style
+from amortlm.plots import BEFORE, GRID, INK, MUTED, SERIES_COLOURS, SMALL, new_figure, panels, style
 from amortlm.report.record import RunRecord
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ def weights(run: RunRecord) -> list[str]:
 
 
 def _panel(title: str) -> tuple[Figure, Axes]:
-    fig, (ax,) = panels(1, 1, SIZE)
+    fig = new_figure(*SIZE)
+    fig.set_layout_engine("none")  # which would draw each chart twice
+    ax = fig.add_axes((0.16, 0.2, 0.82, 0.62))
     ax.set_title(title, loc="left", fontsize=SMALL, color=INK)
     style(ax)
     return fig, ax

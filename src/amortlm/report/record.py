@@ -65,7 +65,8 @@ class RunRecord:
 
 def _shown(stated: Json) -> Json:
     """Of a run that an earlier version wrote: its identity in place of what its author wrote."""
-    return {name: stated.get(name) for name in ("model", "target", "prompt", "support")}
+    unknown: Json = {"rows": None, "chosen": [], "environment": None}
+    return {**unknown, **{name: stated.get(name) for name in ("model", "target", "prompt", "support")}}
 
 
 def _history(folder: Path) -> list[Json]:
