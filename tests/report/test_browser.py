@@ -8,7 +8,7 @@ import pytest
 from browser import LEAST_CONTRAST, browser, needs_chromium, open_page
 from trainers import ROWS, make_trainer
 
-from amortlm import LanguageModel
+from amortlm import LanguageModel, Support
 from amortlm.report import measure, write_report
 
 DRAWN = """() => [...document.querySelectorAll("svg")].map(svg => {
@@ -22,7 +22,8 @@ WIDER = "document.documentElement.scrollWidth - document.documentElement.clientW
 @pytest.mark.slow
 def test_a_report_in_a_browser(one_lm: LanguageModel, tmp_path: Path) -> None:
     for name, rate in (("one", 0.01), ("two", 0.03)):
-        settings = {"rows": ROWS[:2], "diagnose_steps": 2, "learning_rate": rate}
+        small = Support(stop=".", max_tokens=2)  # quickly enumerated
+        settings = {"rows": ROWS[:2], "diagnose_steps": 2, "learning_rate": rate, "support": small}
         trainer = make_trainer(one_lm, tmp_path / name, **settings)
         trainer.train()
     measure(trainer.posterior, tmp_path / "two", 64)

@@ -18,7 +18,12 @@ from amortlm.report.page import report
 from amortlm.report.record import RunRecord
 from amortlm.report.verdict import verdict
 
-SETTINGS: dict[str, Any] = {"rows": ROWS[:2], "diagnose_steps": 2, "max_steps": 4}
+SETTINGS: dict[str, Any] = {
+    "rows": ROWS[:2],
+    "diagnose_steps": 2,
+    "max_steps": 4,
+    "support": Support(stop=".", max_tokens=2),
+}
 
 
 class Page(HTMLParser):
@@ -57,7 +62,7 @@ def run(one_lm: LanguageModel, tmp_path: Path) -> Path:
 def test_training_writes_a_report(run: Path) -> None:
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     text = " ".join(page.texts)
-    for stated in ("log p('{z}{y}' | '{x}')", "Support(stop='.', max_tokens=3)", "{x}{y}", ROWS[0]["x"]):
+    for stated in ("log p('{z}{y}' | '{x}')", "Support(stop='.', max_tokens=2)", "{x}{y}", ROWS[0]["x"]):
         assert stated in text
     assert "Trained, not yet measured." in text
     assert "script" not in page.tags
@@ -221,7 +226,7 @@ def test_a_local_model_is_named_without_its_path(one_lm: LanguageModel, tmp_path
     one_lm.model.save_pretrained(folder)
     one_lm.tokenizer.save_pretrained(folder)
     lm = LanguageModel.from_pretrained(folder)
-    make_trainer(lm, tmp_path / "run", **SETTINGS, support=Support(stop=".", max_tokens=3)).train()
+    make_trainer(lm, tmp_path / "run", **SETTINGS).train()
     text = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "my-model" in text
     assert "secret" not in text
