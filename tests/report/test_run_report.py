@@ -70,7 +70,7 @@ def test_training_writes_a_report(run: Path) -> None:
     record = RunRecord.read(run)
     assert record.finished
     assert [look["step"] for look in record.looks] == [0, 0, 2, 2, 4, 4]
-    for sample in record.look(-1)[0]["samples"]:
+    for sample in record.after[0]["samples"]:
         assert sample["text"].strip() in text
 
 
@@ -78,7 +78,7 @@ def test_looks_are_those_of_the_posterior(one_lm: LanguageModel, tmp_path: Path)
     """The figures of the last look are an estimate of the saved posterior, and the log weights are log R - log q."""
     trainer = make_trainer(one_lm, tmp_path, **SETTINGS)
     trainer.train()
-    for row, look in zip(ROWS[:2], RunRecord.read(tmp_path).look(-1), strict=True):
+    for row, look in zip(ROWS[:2], RunRecord.read(tmp_path).after, strict=True):
         found = trainer.posterior.estimate(row, 64, seed=("diagnose", 42))
         assert look["ess"] == pytest.approx(found.ess, rel=1e-5)
         assert look["elbo"] == pytest.approx(sum(look["log_weights"]) / 64, rel=1e-5)
@@ -175,6 +175,22 @@ def test_several_runs_side_by_side(run: Path, one_lm: LanguageModel, tmp_path: P
     assert not (tmp_path / "other" / "both.html").exists()
 
 
+def test_without_looks_in_training_nothing_is_said_about_before(
+    one_lm: LanguageModel, tmp_path: Path
+) -> None:
+    make_trainer(one_lm, tmp_path, **{**SETTINGS, "diagnose_steps": 0}).train()
+    record = RunRecord.read(tmp_path)
+    assert record.before == []
+    assert len(record.after) == 2
+    assert "(ESS) is " in verdict(record).detail
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "after training" in page.texts
+    assert "before training" not in page.texts
+    row = [text for text in page.texts[page.texts.index("effective samples") :] if text][:3]
+    assert row[1] == "–"
+    assert row[2].endswith("%")
+
+
 def test_a_run_that_goes_on(run: Path) -> None:
     stated = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(stated | {"finished": False}))
@@ -183,7 +199,7 @@ def test_a_run_that_goes_on(run: Path) -> None:
         file.write('{"step": 5, "row": {"x"')  # cut short
     record = RunRecord.read(run)
     assert record.history == []
-    assert record.look(-1)[0]["step"] == 4
+    assert record.after[0]["step"] == 4
     assert "Training is not finished." in report([record])
 
 
@@ -193,7 +209,7 @@ def test_a_resumed_run_counts_each_look_once(run: Path) -> None:
     (run / "looks.jsonl").write_text("\n".join([*lines, json.dumps(changed)]) + "\n")
     record = RunRecord.read(run)
     assert len(record.looks) == len(lines)
-    assert record.look(-1)[-1]["distinct"] == 1
+    assert record.after[-1]["distinct"] == 1
 
 
 def test_a_run_of_an_earlier_version(run: Path) -> None:

@@ -67,12 +67,13 @@ def _curve(run: RunRecord, name: str) -> tuple[list[int], list[float]]:
 def weights(run: RunRecord) -> list[str]:
     """For each prompt, histograms of the log weights of its draws before and after training, minus log Z: an exact
     sampler has all of them at zero. log Z is exact if it is known, else the estimate from the draws after training."""
-    before, after = run.look(0), run.look(-1)
-    known = [row.get("exact_log_z") for row in run.diagnosis] or [None] * len(after)
+    before = {str(look["row"]): look["log_weights"] for look in run.before}
+    known = [row.get("exact_log_z") for row in run.diagnosis] or [None] * len(run.after)
     found: list[str] = []
-    for i, (first, last, log_z) in enumerate(zip(before, after, known, strict=False)):
+    for i, (last, log_z) in enumerate(zip(run.after, known, strict=False)):
         centre = next((z for z in (log_z, last["log_z"]) if z is not None), 0.0)
-        old, new = ([w - centre for w in look["log_weights"] if w is not None] for look in (first, last))
+        pair = before.get(str(last["row"]), []), last["log_weights"]
+        old, new = ([w - centre for w in log_weights if w is not None] for log_weights in pair)
         low, high = min([*old, *new, -1.0]), max([*old, *new, 1.0])
         edges = [low + (high - low) * k / BINS for k in range(BINS + 1)]
         fig, ax = _panel(f"prompt {i + 1}")

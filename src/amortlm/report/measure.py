@@ -27,7 +27,7 @@ def measure(posterior: Posterior, folder: str | Path, n: int, *, seed: object = 
     """Diagnose the prompts that training looked at, from n samples each, and write diagnosis.json into the folder.
 
     Raises CheckpointError if training looked at none, and the errors of `Posterior.diagnose`."""
-    rows = [look["row"] for look in RunRecord.read(folder).look(-1)]
+    rows = [look["row"] for look in RunRecord.read(folder).after]
     if not rows:
         raise CheckpointError(
             f"{folder}: no prompt was looked at in training; use amortlm evaluate with --data"

@@ -80,7 +80,7 @@ def _shown(run: RunRecord) -> Shown:
         run=run,
         verdict=verdict(run),
         figures=[
-            (label, _mean(run.look(0), name, form), _mean(run.look(-1), name, form))
+            (label, _mean(run.before, name, form), _mean(run.after, name, form))
             for name, (label, form, _) in FIGURES.items()
         ],
         prompts=_prompts(run),
@@ -91,8 +91,8 @@ def _shown(run: RunRecord) -> Shown:
 
 def _prompts(run: RunRecord) -> list[Json]:
     """Each diagnosed prompt with its completions before and after training."""
-    before = {str(look["row"]): look["samples"] for look in run.look(0)}
-    measured: Sequence[Json | None] = run.diagnosis or [None] * len(run.look(-1))
+    before = {str(look["row"]): look["samples"] for look in run.before}
+    measured: Sequence[Json | None] = run.diagnosis or [None] * len(run.after)
     return [
         {
             "row": look["row"],
@@ -100,7 +100,7 @@ def _prompts(run: RunRecord) -> list[Json]:
             "after": look["samples"],
             "measured": row,
         }
-        for look, row in zip(run.look(-1), measured, strict=False)
+        for look, row in zip(run.after, measured, strict=False)
     ]
 
 

@@ -57,10 +57,16 @@ class RunRecord:
             certificate=_read(folder / CERTIFICATE) if (folder / CERTIFICATE).exists() else None,
         )
 
-    def look(self, which: int) -> list[Json]:
-        """A look for each diagnosed prompt at the first (0) or last (-1) step. Empty before any."""
-        steps = sorted({look["step"] for look in self.looks})
-        return [look for look in self.looks if look["step"] == steps[which]] if steps else []
+    @property
+    def before(self) -> list[Json]:
+        """A look for each diagnosed prompt before the first update; empty if nobody looked (`diagnose_steps=0`)."""
+        return [look for look in self.looks if look["step"] == 0]
+
+    @property
+    def after(self) -> list[Json]:
+        """The last look for each diagnosed prompt after an update; empty before any."""
+        last = max((look["step"] for look in self.looks), default=0)
+        return [look for look in self.looks if look["step"] == last > 0]
 
 
 def _shown(stated: Json) -> Json:

@@ -51,13 +51,11 @@ def judged(rows: list[Json], certified: str = "") -> Verdict:
 
 
 def _in_training(run: RunRecord) -> str:
-    before, after = run.look(0), run.look(-1)
-    if not after:
+    if not run.after:
         return "No prompt has been looked at."
-    shares = " to ".join(f"{100 * _mean(looks, 'ess'):.0f} %" for looks in (before, after))
-    return (
-        f"The share of samples that count (ESS) went from {shares}, by {after[0]['n']} fresh draws a prompt."
-    )
+    was, now = (f"{100 * _mean(looks, 'ess'):.0f} %" if looks else "" for looks in (run.before, run.after))
+    change = f"went from {was} to {now}" if was else f"is {now}"
+    return f"The share of samples that count (ESS) {change}, by {run.after[0]['n']} fresh draws a prompt."
 
 
 def _off(rows: list[Json]) -> str:
