@@ -75,7 +75,7 @@ def once(function: Callable[..., T]) -> Callable[..., T]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["off", "blind", *(pytest.param(name, marks=pytest.mark.long) for name in ("perfect", "far"))]
+    "name", ["blind", *(pytest.param(name, marks=pytest.mark.long) for name in ("off", "perfect", "far"))]
 )
 def test_500_runs_hold_at_their_level(
     one_lm: LanguageModel, name: str, monkeypatch: pytest.MonkeyPatch
