@@ -211,7 +211,7 @@ def test_functions_that_do_not_go_up_are_named(
     ("name", "expected"),
     [
         ("gpt2", "gpt2"), ("maker/tiny", "maker/tiny"), ("maker/tiny/file.gguf", "maker/tiny"), ("embedded", None),
-        ("/home/me/model", None), ("~/model", None), ("~nobody/model", None), ("../model", None), ("a/b/c", None),
+        ("/srv/models/model", None), ("~/model", None), ("~nobody/model", None), ("../model", None), ("a/b/c", None),
         ("model.gguf", None), ("here", None), ("", None), (None, None),
     ],
 )  # fmt: skip

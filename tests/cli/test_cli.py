@@ -53,18 +53,6 @@ def write_spec(folder: Path, model: Path, **changes: Any) -> Path:
     return file
 
 
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command in this process: (exit status, what it printed, what it printed to stderr)."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        status = main([str(a) for a in argv])
-        return status, *capfd.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def trained(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two steps. Tests read it."""

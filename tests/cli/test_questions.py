@@ -14,7 +14,6 @@ import torch
 from reference import tiny_policy
 
 from amortlm import LanguageModel, Posterior, Support, __version__
-from amortlm.cli import main
 from amortlm.policy import laws
 from amortlm.policy.laws import Sampling, affordable, examine_sampling
 from amortlm.policy.policy import Policy
@@ -22,16 +21,6 @@ from amortlm.train.spec import RunSpec
 from amortlm.types import PolicyLogProbs
 
 Cli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    def run(*argv: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        status = main([str(a) for a in argv])
-        return status, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -338,7 +338,7 @@ def test_a_saved_posterior_runs_no_code(tmp_path: Path, embedded: LanguageModel)
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("no file /home/me/a.py here", "no file [path] here"),
+        ("no file /srv/models/a.py here", "no file [path] here"),
         ("'~/models/x': bad", "'[path]': bad"),
         ("(C:\\\\data\\\\x)", "([path])"),
         (
