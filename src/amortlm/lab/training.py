@@ -100,8 +100,8 @@ def train_supervised(context: Context, problem: Problem, settings: Settings) -> 
     policy = problem.policy(context)
     if not context.dry_run:
         assert problem.gold is not None
-        folder = context.folder / "sft"
-        train_sft(policy, problem.rows, problem.gold, output_dir=folder, seed=context.seed, **settings)
+        own: Settings = {"output_dir": context.folder / "sft", "seed": context.seed, "resume": True}
+        train_sft(policy, problem.rows, problem.gold, **own, **settings)
     return Trained(problem.posterior(context, policy))
 
 
@@ -138,5 +138,6 @@ def train_reinforced(
         trl("GRPOTrainer")  # a dry run, too, says that the extra is missing
     if not context.dry_run:
         train = train_ppo if method == "ppo" else train_grpo
-        train(policy, problem.rows, bounded, output_dir=context.folder, seed=context.seed, **settings)
+        own: Settings = {"output_dir": context.folder, "seed": context.seed, "resume": True}
+        train(policy, problem.rows, bounded, **own, **settings)
     return Trained(problem.posterior(context, policy), bounded.evaluations)

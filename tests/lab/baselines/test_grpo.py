@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,11 @@ class Recorder:
     def __call__(self, rollouts: Rollouts) -> Tensor:
         self.seen.append(rollouts)
         return (rollouts.tokens[:, 0] == self.token).float()
+
+
+def at_step(step: int) -> Any:
+    """As much of a trainer as a rollout reads."""
+    return SimpleNamespace(state=SimpleNamespace(global_step=step))
 
 
 def mean_reward(policy: Policy, reward: Recorder) -> float:
@@ -121,7 +127,7 @@ def test_nothing_bends_the_sampling(
 
     made: list[Any] = []
     trainer_class = trl.GRPOTrainer
-    monkeypatch.setattr(trainer_class, "train", lambda self: made.append(self))
+    monkeypatch.setattr(trainer_class, "train", lambda self, **_: made.append(self))
     policy = tiny_policy(one_lm, "{x}", SUPPORT)
     train_grpo(policy, ROWS, Recorder(policy), output_dir=tmp_path)
     (trainer,) = made
@@ -132,7 +138,9 @@ def test_nothing_bends_the_sampling(
 
 def test_rollouts_are_those_of_the_policy(one_lm: LanguageModel) -> None:
     policy = tiny_policy(one_lm, "{x}", SUPPORT)
-    out = rollout_function(policy, ROWS, BoundedReward(Recorder(policy)), seed=5)(["2"] * 4 + ["0"] * 4, None)
+    out = rollout_function(policy, ROWS, BoundedReward(Recorder(policy)), seed=5)(
+        ["2"] * 4 + ["0"] * 4, at_step(0)
+    )
     drawn, _ = policy.sample([ROWS[2], ROWS[0]], 4, seed=(5, "grpo", 0))
     assert out["completion_ids"] == [tokens_and_stop(policy, drawn, i) for i in range(8)]
     prompts = policy.encode_rows(ROWS)
@@ -157,7 +165,7 @@ def test_tokens_of_a_tool_leave_the_loss(one_lm: LanguageModel, monkeypatch: pyt
         return replace(drawn, action_mask=mask), log_probs
 
     monkeypatch.setattr(policy, "sample", with_tool)
-    out = rollout_function(policy, ROWS, BoundedReward(Recorder(policy)), seed=0)(["0"] * 6, None)
+    out = rollout_function(policy, ROWS, BoundedReward(Recorder(policy)), seed=0)(["0"] * 6, at_step(0))
     assert all(mask == [0] + [1] * (len(mask) - 1) for mask in out["env_mask"])
 
 
@@ -169,7 +177,7 @@ def test_the_log_probabilities_are_the_models(
 
     made: list[Any] = []
     trainer_class = trl.GRPOTrainer
-    monkeypatch.setattr(trainer_class, "train", lambda self: made.append(self))
+    monkeypatch.setattr(trainer_class, "train", lambda self, **_: made.append(self))
     policy = tiny_policy(family_lm, "{x}", SUPPORT)
     train_grpo(policy, ROWS, Recorder(policy), output_dir=tmp_path)
     prompt, ids = policy.encode_rows(ROWS)[1], policy.parse("ab.")[0]

@@ -16,13 +16,12 @@ from amortlm.engine import packs
 from amortlm.engine.adapter import default_lora
 from amortlm.errors import ConfigError, RewardError
 from amortlm.inference.exact import distance, policy_log_probs
-from amortlm.lab.baselines.finetune import BoundedReward, working_copy
+from amortlm.lab.baselines.finetune import BoundedReward, rows_of_step, working_copy
 from amortlm.lab.baselines.ppo import (
     LOG,
     Experience,
     PPOConfig,
     ValueHead,
-    _rows_of_step,
     actions,
     assess,
     evaluate_with_values,
@@ -222,13 +221,13 @@ def test_training_moves_only_the_policy(
 
 def test_every_row_comes_once_in_a_pass() -> None:
     rows = [{"i": i} for i in range(6)]
-    steps = [_rows_of_step(rows, 2, step, seed=0) for step in range(6)]
+    steps = [rows_of_step(rows, 2, step, seed=0) for step in range(6)]
     for start in (0, 3):
         seen = sorted(row["i"] for step in steps[start : start + 3] for row in step)
         assert seen == list(range(6))
     assert steps[:3] != steps[3:]
     with pytest.raises(ConfigError, match="at least so many rows"):
-        _rows_of_step(rows, 7, 0, seed=0)
+        rows_of_step(rows, 7, 0, seed=0)
 
 
 def test_rewards_are_bounded_counted_and_checked(one_lm: LanguageModel) -> None:

@@ -29,6 +29,7 @@ from amortlm.lab.baselines.finetune import (
     Reward,
     adopt_weights,
     quiet,
+    rows_of_step,
     run_trl,
     trl,
     trl_settings,
@@ -55,6 +56,7 @@ def train_grpo(
     beta: float = 0.01,
     seed: int = 0,
     floor: float = -100.0,
+    resume: bool = False,
     **settings: Any,
 ) -> Policy:
     """Train `policy` in place for expected reward minus beta * KL to the policy as given, and return it (Shao et al.
@@ -64,6 +66,7 @@ def train_grpo(
     beta        weight of the KL of each token, in a loss whose advantages are divided by the standard deviation of the
                 group's rewards (`scale_rewards="none"` leaves them)
     one step    rows_per_step rows with num_samples completions each, all judged once
+    resume      go on from what an interrupted run of the same settings left in output_dir
     settings    further fields of `trl.GRPOConfig`
 
     Writes grpo.jsonl into output_dir. Raises ConfigError for settings that TRL cannot honour,
@@ -72,7 +75,7 @@ def train_grpo(
     rows = as_rows(rows, "rows")
     _check(policy, rows, num_samples, rows_per_step, beta)
     trained, bounded = working_copy(policy), BoundedReward.of(reward, floor)
-    given = trl_settings(policy, output_dir, seed) | {
+    given = trl_settings(policy, output_dir, seed, resume) | {
         **NEUTRAL,
         "max_steps": max_steps,
         "learning_rate": learning_rate,
@@ -81,26 +84,38 @@ def train_grpo(
         "per_device_train_batch_size": num_samples * rows_per_step,
         "max_completion_length": policy.support.max_tokens,
         "logging_steps": 10,
+        "shuffle_dataset": False,
     }
     with quiet():
-        trainer = _trainer(trained, rows, bounded, seed, given | settings)
-        run_trl(trainer, Path(output_dir) / "grpo.jsonl")
+        trainer = _trainer(trained, rows, bounded, rows_per_step, seed, given | settings)
+        start = run_trl(trainer, Path(output_dir) / "grpo.jsonl", resume)
+    bounded.evaluations += start * num_samples * rows_per_step
     return adopt_weights(policy, trained)
 
 
 def _trainer(
-    policy: Policy, rows: Sequence[Row], reward: BoundedReward, seed: int, given: dict[str, Any]
+    policy: Policy,
+    rows: Sequence[Row],
+    reward: BoundedReward,
+    rows_per_step: int,
+    seed: int,
+    given: dict[str, Any],
 ) -> Any:
     """TRL's trainer of the policy. given: fields of its config."""
     config_class, trainer_class = trl("GRPOConfig", "GRPOTrainer")
     from datasets import Dataset
 
+    # TRL hands prompts back to our functions, which know the rows by number. All steps are a single pass over this
+    # data set: the order of a later pass would depend on whether the run was interrupted.
+    numbers = range(len(rows))
+    steps = (rows_of_step(numbers, rows_per_step, step, seed) for step in range(given["max_steps"]))
+    prompts = [str(number) for step in steps for number in step]
+
     return trainer_class(
         model=policy.model,
         reward_funcs=carried_reward,
         args=config_class(**given),
-        # TRL hands prompts back to our functions, which know the rows by number.
-        train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(len(rows))]}),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
         processing_class=padded_tokenizer(policy),
         rollout_func=rollout_function(policy, rows, reward, seed),
     )
@@ -136,15 +151,13 @@ def rollout_function(
     The reward judges the very rollouts that were drawn; TRL carries it to `carried_reward`.
     """
     prompt_ids = policy.encode_rows(rows)
-    step = 0
 
     def rollout(prompts: list[str], trainer: Any) -> dict[str, list[Any]]:
-        nonlocal step
         numbers = [int(p) for p in prompts]
         order = list(dict.fromkeys(numbers))
         counts = [numbers.count(n) for n in order]
+        step = trainer.state.global_step
         drawn, _ = policy.sample([rows[n] for n in order], counts, seed=(seed, "grpo", step))
-        step += 1
         actions = [tokens_and_stop(policy, drawn, i) for i in range(len(drawn))]
         chosen = torch.nn.functional.pad(drawn.action_mask, (0, 1), value=True).int()
         chosen = chosen.scatter(1, drawn.lengths[:, None], 1)  # the stop

@@ -9,7 +9,6 @@ Slots: tensors [B, T+1] with the token after state t in slot t, and the stop in 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,10 @@ from tqdm import tqdm
 from amortlm.data import as_rows
 from amortlm.engine.packs import length_groups
 from amortlm.errors import ConfigError, TrainingError
-from amortlm.lab.baselines.finetune import BoundedReward, Reward, working_copy, write_jsonl
+from amortlm.lab.baselines.finetune import BoundedReward, Reward, rows_of_step, working_copy, write_jsonl
+from amortlm.lab.baselines.resume import EVERY, LoopState
 from amortlm.policy import Policy
+from amortlm.seeds import seed_of
 from amortlm.types import PolicyLogProbs, Rollouts, Row
 
 LOG = "ppo.jsonl"
@@ -106,16 +107,17 @@ def train_ppo(
     output_dir: str | Path,
     seed: int = 0,
     floor: float = -100.0,
+    resume: bool = False,
 ) -> Policy:
     """Train `policy` in place for E[reward] - beta * KL(q || policy as given), both on the support; return it.
 
     Its optimum is q proportional to p_ref * exp(reward / beta). reward: [B] of finished completions, such as
     `target.score_final`; -inf counts as `floor`. Writes ppo.jsonl (a line per step) into output_dir.
+    resume: go on from what an interrupted run of the same settings left there.
     Raises RewardError for a reward that is NaN or +inf, TrainingError for a loss that is not finite.
     """
     config, rows = config or PPOConfig(), as_rows(rows, "rows")
     reference, bounded = working_copy(policy), BoundedReward.of(reward, floor)
-    generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     head = ValueHead(policy.passes.hidden_size).to(policy.device)
     weights = [p for p in policy.model.parameters() if p.requires_grad]
@@ -126,28 +128,22 @@ def train_ppo(
         ]
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.max_steps)
-    history = []
-    for step in tqdm(range(config.max_steps), disable=None, desc="ppo"):
-        chosen = _rows_of_step(rows, config.rows_per_step, step, seed)
+    state = LoopState(output_dir, optimizer, schedule)
+    done, history = state.restore() if resume else (0, None)
+    history = history or []
+    bounded.evaluations += done * config.rows_per_step * config.num_samples
+    for step in tqdm(range(done, config.max_steps), disable=None, desc="ppo"):
+        chosen = rows_of_step(rows, config.rows_per_step, step, seed)
         rollouts, log_probs = policy.sample(chosen, config.num_samples, seed=(seed, "ppo", step))
         values_of = bounded(rollouts).to(policy.device)
         experience, metrics = assess(policy, reference, head, rollouts, log_probs, values_of, config)
-        metrics |= _update(policy, head, optimizer, experience, config, generator)
+        metrics |= _update(policy, head, optimizer, experience, config, seed_of((seed, "ppo", step)))
         schedule.step()
         history.append({"step": step, **metrics, "reward_evaluations": bounded.evaluations})
+        if resume and (step + 1) % EVERY == 0:
+            state.save(step + 1, history)
     write_jsonl(Path(output_dir) / LOG, history)
     return policy
-
-
-def _rows_of_step(rows: Sequence[Row], n: int, step: int, seed: int) -> list[Row]:
-    """n rows of an endless shuffled sequence: every row once in each pass over the data."""
-    if n > len(rows):
-        raise ConfigError(f"rows_per_step={n} needs at least so many rows, got {len(rows)}")
-    per_pass = len(rows) // n
-    order = list(range(len(rows)))
-    random.Random(f"{seed} {step // per_pass}").shuffle(order)
-    start = step % per_pass * n
-    return [rows[i] for i in order[start : start + n]]
 
 
 def actions(rollouts: Rollouts, max_tokens: int) -> Tensor:
@@ -251,11 +247,12 @@ def _update(
     optimizer: torch.optim.Optimizer,
     experience: Experience,
     config: PPOConfig,
-    generator: torch.Generator,
+    seed: int,
 ) -> dict[str, float]:
     """Several epochs over one step's trajectories. Returns the means of losses and clip fraction over the updates.
 
     Raises TrainingError."""
+    generator = torch.Generator().manual_seed(seed)
     groups = [group["params"] for group in optimizer.param_groups]
     seen: list[Tensor] = []
     for _ in range(config.epochs):

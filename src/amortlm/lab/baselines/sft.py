@@ -26,6 +26,7 @@ def train_sft(
     learning_rate: float = 1e-3,
     batch_size: int = 32,
     seed: int = 0,
+    resume: bool = False,
     **settings: Any,
 ) -> Policy:
     """Train `policy` in place on gold completions of its support (a list for each row), and return it.
@@ -33,14 +34,15 @@ def train_sft(
     TRL's `SFTTrainer` minimises the mean over tokens of -log p(token), for the tokens of a completion and the stop
     symbol that ends it, under the policy's prompt. p is the softmax over the whole vocabulary, not renormalised on
     the support: its minimum over q is the same, since gold completions lie inside. `output_dir` receives
-    `sft.jsonl` (loss by step); settings: further fields of `trl.SFTConfig`.
+    `sft.jsonl` (loss by step); resume: go on from what an interrupted run of the same settings left there; settings:
+    further fields of `trl.SFTConfig`.
     Raises DataError for a completion outside the support, or for none at all.
     """
     config_class, trainer_class = trl("SFTConfig", "SFTTrainer")
     from datasets import Dataset
 
     trained = working_copy(policy)
-    given = trl_settings(policy, output_dir, seed) | {
+    given = trl_settings(policy, output_dir, seed, resume) | {
         "max_steps": max_steps,
         "learning_rate": learning_rate,
         "per_device_train_batch_size": batch_size,
@@ -56,7 +58,7 @@ def train_sft(
             train_dataset=Dataset.from_list(examples(policy, rows, completions)),
             processing_class=padded_tokenizer(policy),
         )
-        run_trl(trainer, Path(output_dir) / LOG)
+        run_trl(trainer, Path(output_dir) / LOG, resume)
     return adopt_weights(policy, trained)
 
 

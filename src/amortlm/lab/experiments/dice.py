@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from amortlm.errors import TrainingError
 from amortlm.lab.baselines.ppo import PPOConfig
+from amortlm.lab.baselines.resume import EVERY, LoopState
 from amortlm.lab.compare import paired_digest, paired_table
 from amortlm.lab.experiment import Context, Experiment, Metric, Outcome, Results, Runs, Settings, Trained
 from amortlm.lab.metrics.goodness import chi_square_pass_rate, ks_pass_rate
@@ -73,12 +74,13 @@ def sft(context: Context) -> Trained:
     problem: Problem = context.data[0]
     policy = problem.policy(context)
     if not context.dry_run:
-        fit_samples(policy, problem.rows, context.settings, context.seed)
+        fit_samples(policy, problem.rows, context.settings, context.seed, context.folder)
     return Trained(problem.posterior(context, policy))
 
 
-def fit_samples(policy: Policy, rows: Sequence[Row], settings: Settings, seed: int) -> None:
-    """Train `policy` in place with fresh samples in each step; schedule and clipping as for the GFlowNet.
+def fit_samples(policy: Policy, rows: Sequence[Row], settings: Settings, seed: int, folder: Path) -> None:
+    """Train `policy` in place with fresh samples in each step; schedule and clipping as for the GFlowNet. An
+    interrupted run goes on from what it has left in `folder`.
 
     Raises TrainingError for a loss that is not finite."""
     from transformers import get_cosine_schedule_with_warmup
@@ -87,7 +89,9 @@ def fit_samples(policy: Policy, rows: Sequence[Row], settings: Settings, seed: i
     steps, defaults = settings["steps"], GFNConfig
     optimizer = torch.optim.AdamW(weights, lr=settings["sft"]["learning_rate"], weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(defaults.warmup_steps), steps)
-    for step in tqdm(range(steps), disable=None, desc="sft"):
+    state = LoopState(folder, optimizer, schedule)
+    done, _ = state.restore()
+    for step in tqdm(range(done, steps), disable=None, desc="sft"):
         rng = random.Random(repr(("dice", "sft", seed, step)))
         batch = rng.sample(list(rows), settings["rows_per_step"])
         rollouts = policy.rollouts(
@@ -101,6 +105,8 @@ def fit_samples(policy: Policy, rows: Sequence[Row], settings: Settings, seed: i
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         schedule.step()
+        if (step + 1) % EVERY == 0:
+            state.save(step + 1)
 
 
 def stated_samples(row: Row, count: int, rng: random.Random) -> list[str]:
