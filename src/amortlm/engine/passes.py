@@ -9,8 +9,9 @@ padded on the right, with tokens as the only input. This is exact for every caus
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +29,19 @@ from amortlm import versions
 from amortlm.engine.packs import Packs
 from amortlm.engine.prefix import Prefix, left_aligned, map_cache, pad_left, pad_right, select_cache
 from amortlm.support.log_probs import at_once
+
+_pause: ContextVar[Callable[[], None] | None] = ContextVar("pause", default=None)
+
+
+@contextmanager
+def pausing(action: Callable[[], None] | None) -> Iterator[None]:
+    """Calls `action` before every pass that this thread makes in the block, of any model. It may use models itself, or
+    raise, to end what the thread does."""
+    token = _pause.set(action)
+    try:
+        yield
+    finally:
+        _pause.reset(token)
 
 
 class Passes(Packs):
@@ -243,6 +257,10 @@ class Passes(Packs):
         return {} if count is None or "logits_to_keep" not in self._accepts else {"logits_to_keep": count}
 
     def _call(self, **arguments: Any) -> Tensor:
+        if (action := _pause.get()) is not None:
+            # What it does has nothing to do with this pass: not its gradients, nor its precision.
+            with pausing(None), torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
+                action()
         return self.model(**arguments).logits
 
 

@@ -27,7 +27,7 @@ from amortlm.serve.refusals import RequestError, request_error
 from amortlm.serve.setups import LONGEST, Setup
 from amortlm.serve.training import Post, Training
 from amortlm.serve.wire import EventStream, json_response
-from amortlm.serve.worker import Call
+from amortlm.serve.worker import Background, Work
 from amortlm.types import Row, finite
 
 PAGE = Path(__file__).parent / "static" / "play.html"
@@ -200,7 +200,7 @@ class Workshop(Playground):
         body, row = await self._asked(TrainBody, request)
         self._refuse_while_training()
         post, training = Post(), Training(self.lm, row, body.updates, body.seed or 0)
-        work = Call(lambda: self._trained(training, work, post))
+        work = Background(lambda: self._trained(training, work, post))
         self.training = training
         work.future.add_done_callback(lambda _: self._end(training))
         try:
@@ -217,7 +217,7 @@ class Workshop(Playground):
             self.training.stop = True
         return {"training": self.training is not None}
 
-    def _trained(self, training: Training, work: Call, post: Post) -> dict[str, Any]:
+    def _trained(self, training: Training, work: Work, post: Post) -> dict[str, Any]:
         def tell(event: dict[str, Any]) -> None:
             training.stop |= work.gone or self.service.ending
             post.put(event)

@@ -1,7 +1,8 @@
 """The one thread that owns the model: it does what others hand in, in turn, and draws together what waits to be drawn.
 
 An event loop hands in a `Work` and waits for its future. It drops a work that nobody waits for any more: one that has
-not begun is then left out, of one that has begun nobody hears.
+not begun is then left out, and one that has begun ends before its next pass through a model. A long call does not hold
+up others: between its passes, what waits to be drawn is drawn.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+
+from amortlm.engine.passes import pausing
 
 BATCH = 256  # completions drawn together
 
@@ -30,7 +33,14 @@ class Work:
 
 @dataclass(eq=False)
 class Call(Work):
-    """Any function, run alone."""
+    """Any function. Between its passes, draws go first."""
+
+    function: Callable[[], Any]
+
+
+@dataclass(eq=False)
+class Background(Work):
+    """A function that takes minutes. Between its passes, draws and calls go first. It ends itself once it is gone."""
 
     function: Callable[[], Any]
 
@@ -48,6 +58,10 @@ class QueueFullError(Exception):
 
 class ClosedError(Exception):
     """The service ends."""
+
+
+class DroppedError(Exception):
+    """Nobody waits for the call any more."""
 
 
 class Worker:
@@ -91,34 +105,52 @@ class Worker:
 
     def _run(self) -> None:
         while works := self._next():
-            begun = [work for work in works if work.future.set_running_or_notify_cancel()]
-            if begun:
-                self._do(begun)
+            self._begin(works)
 
     def _next(self) -> list[Work]:
-        """The first of what waits and, if it is to be drawn, the draws behind it that fit; nothing once closed."""
+        """What is to be done at once; nothing once closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
-            if self._closed:
-                return []
-            taken, left = [self._waiting.popleft()], deque[Work]()
-            room = BATCH - taken[0].size if isinstance(taken[0], Draw) else 0
-            for work in self._waiting:
-                if isinstance(work, Draw) and not work.gone and work.size <= room:
-                    room -= work.size
-                    taken.append(work)
-                else:
-                    left.append(work)
-            self._waiting = left
-            return taken
+            return [] if self._closed else self._taken(Work)
+
+    def _taken(self, *kinds: type[Work]) -> list[Work]:
+        """The first of these kinds that waits and, if it is to be drawn, the draws behind it that fit. Under the
+        lock."""
+        taken, left, room = list[Work](), deque[Work](), BATCH
+        for work in self._waiting:
+            is_first = not taken and isinstance(work, kinds)
+            fits = taken and isinstance(taken[0], Draw) and isinstance(work, Draw) and work.size <= room
+            if is_first or (fits and not work.gone):
+                taken.append(work)
+                room -= work.size if isinstance(work, Draw) else 0
+            else:
+                left.append(work)
+        self._waiting = left
+        return taken
+
+    def _begin(self, works: list[Work]) -> None:
+        begun = [work for work in works if work.future.set_running_or_notify_cancel()]
+        if begun:
+            self._do(begun)
 
     def _do(self, works: list[Work]) -> None:
         try:
-            if isinstance(works[0], Call):
-                works[0].future.set_result(works[0].function())
+            first = works[0]
+            if isinstance(first, Call | Background):
+                with pausing(lambda: self._pause(first)):
+                    result = first.function()
+                first.future.set_result(result)
             else:
                 self._draw(works)
         except BaseException as e:  # whatever it is: the thread goes on with the next
             for work in works:
                 if not work.future.done():
                     work.future.set_exception(e)
+
+    def _pause(self, work: Call | Background) -> None:
+        """Between two passes of a function: others have their turn."""
+        if isinstance(work, Call) and work.gone:
+            raise DroppedError
+        with self._changed:
+            works = self._taken(Draw) if isinstance(work, Call) else self._taken(Draw, Call)
+        self._begin(works)
