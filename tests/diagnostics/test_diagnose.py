@@ -22,6 +22,7 @@ from amortlm.inference import truth
 
 T = TypeVar("T")
 SLOW = pytest.mark.slow
+LONG = [pytest.mark.slow, pytest.mark.long]
 
 ENDS = ("log_z", "kl_qp", "kl_pq")
 
@@ -42,7 +43,7 @@ def misses(posterior: Posterior, runs: int, n: int, limit: int, shift: float = 0
 
 
 @pytest.mark.parametrize(
-    "source", ["enumeration", pytest.param("sir", marks=SLOW), pytest.param("mcmc", marks=SLOW)]
+    "source", ["enumeration", pytest.param("sir", marks=SLOW), pytest.param("mcmc", marks=LONG)]
 )
 def test_intervals_hold_at_their_level(
     one_lm: LanguageModel, source: str, monkeypatch: pytest.MonkeyPatch

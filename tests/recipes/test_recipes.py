@@ -30,7 +30,14 @@ RUNS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "constrained",
+        "universal",
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("contrastive", "ablations")),
+    ],
+)
 def test_a_recipe_writes_its_results(name, embedded, tmp_path, capfd, monkeypatch):
     recipe = importlib.import_module(name)
     if hasattr(recipe, "SHORT"):
