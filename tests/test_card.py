@@ -13,7 +13,8 @@ from reference import tiny_lm, tiny_policy, tiny_tokenizer
 from trainers import make_trainer
 
 from amortlm import LanguageModel, Posterior, Support, card, constraint
-from amortlm.card import cell, fenced
+from amortlm.card.figures import percent
+from amortlm.card.markdown import cell, fenced
 from amortlm.diagnostics import certificate
 from amortlm.errors import DataError
 
@@ -129,7 +130,7 @@ def test_samples_are_those_of_the_sampler(named: LanguageModel, tmp_path: Path) 
     lines = re.findall(r"^\| (.+) \| (-?[\d.]+) \| ([\d.]+) \|$", load(tmp_path).text, re.MULTILINE)
     expected = [(cell(s.text), f"{s.log_q:.2f}", f"{s.weight * 64:.2f}") for s in samples[:4]]
     assert lines == expected
-    assert f"| 0 | {card._percent(samples.ess / 64)} | {samples.log_z:.3g} |" in load(tmp_path).text
+    assert f"| 0 | {percent(samples.ess / 64)} | {samples.log_z:.3g} |" in load(tmp_path).text
 
 
 def test_at_most_four_rows(named: LanguageModel, tmp_path: Path) -> None:

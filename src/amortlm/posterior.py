@@ -457,7 +457,7 @@ class Posterior:
             spec=self._spec(),
             base=card.base_of(self.lm),
             columns=sorted(self.columns),
-            stated=repr(self.target),
+            target=repr(self.target),
             rows=checked,
             drawn=[self._drawn(row) for row in checked],
             reports=reports,
