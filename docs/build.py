@@ -1,8 +1,8 @@
 """Build the documentation: `make docs`, or `python docs/build.py` (extra `[docs]`), into site/.
 
-The pages are README.md, those of docs/, and every page and picture of the repository that these link to. They are
-copied to build/pages at the paths that they have in the repository, so that a link that works on a page in the
-repository works on the site, too. Settings and navigation: zensical.toml.
+The pages are README.md, those of docs/, and every page and picture of the repository that these link to. With the style
+sheet docs/site.css they are copied to build/pages at the paths that they have in the repository, so that a link that
+works on a page in the repository works on the site, too. Settings and navigation: zensical.toml.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def links(page: Path) -> list[tuple[str, str]]:
 
 
 def sources() -> list[Path]:
-    """The pages, and what they link to."""
+    """The pages, what they link to, and the style sheet."""
     waiting = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    found: dict[Path, None] = {}
+    found: dict[Path, None] = {ROOT / "docs" / "site.css": None}
     while waiting:
         page = waiting.pop()
         found[page] = None

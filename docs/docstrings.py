@@ -5,8 +5,9 @@ Docstrings are written for the terminal: names in one column, their meaning in t
 
 from __future__ import annotations
 
-import ast
 import re
+from dataclasses import MISSING, fields
+from importlib import import_module
 from typing import Any
 
 from griffe import Attribute, Docstring, Extension, Object
@@ -49,25 +50,24 @@ def _escaped(text: str) -> str:
     )
 
 
-def _help(value: str) -> str | None:
-    """The explanation of a setting: `field(metadata={"help": ...})`."""
-    for node in ast.walk(ast.parse(value, mode="eval")):
-        if isinstance(node, ast.Dict):
-            for key, text in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "help":
-                    parts = text.values if isinstance(text, ast.JoinedStr) else [text]
-                    return "".join(
-                        str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts
-                    )
-    return None
+def _field(attribute: Attribute) -> tuple[str, str]:
+    """Default and explanation of a setting, `field(default=..., metadata={"help": ...})`."""
+    assert attribute.parent is not None
+    owner = getattr(import_module(attribute.module.path), attribute.parent.name)
+    setting = next(one for one in fields(owner) if one.name == attribute.name)
+    default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+    return repr(default), setting.metadata.get("help", "")
 
 
 class Terminal(Extension):
-    """Rewrites every docstring, and takes the explanations of settings for docstrings."""
+    """Rewrites every docstring; settings get their default, and their explanation as docstring."""
+
+    def on_attribute_instance(self, *, attr: Attribute, **_: Any) -> None:
+        if attr.docstring is None and "metadata=" in str(attr.value):
+            attr.value, text = _field(attr)  # before griffe makes a signature of it
+            if text:
+                attr.docstring = Docstring(text, parent=attr)
 
     def on_object(self, *, obj: Object, **_: Any) -> None:
-        if isinstance(obj, Attribute) and obj.docstring is None and str(obj.value).startswith("field("):
-            if text := _help(str(obj.value)):
-                obj.docstring = Docstring(_escaped(text), parent=obj)
-        elif obj.docstring is not None:
+        if obj.docstring is not None:
             obj.docstring.value = to_markdown(obj.docstring.value)

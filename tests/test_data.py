@@ -98,7 +98,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "one row": (lambda: ROWS[0], r"t is one mapping; give a list of rows"),
     "one Series": (lambda: pd.Series(ROWS[0]), "t is one mapping; give a list of rows"),
     "columns": (lambda: {"x": ["a", "b"]}, r"datasets\.Dataset\.from_dict\(...\) of a mapping of columns"),
-    "a path": (lambda: "rows.jsonl", r"load_rows\('rows.jsonl'\) reads a file"),
+    "a path": (
+        lambda: "rows.jsonl",
+        r"give rows, \[\{column: value, .*load_rows\('rows.jsonl'\) reads a file",
+    ),
     "a Path": (lambda: Path("rows.jsonl"), r"load_rows\('rows.jsonl'\) reads a file"),
     "None": (lambda: None, "t has no rows; .*not None"),
     "a number": (lambda: 3, "t has no rows"),
@@ -141,7 +144,7 @@ def test_one_row() -> None:
 
 def test_check_rows() -> None:
     check_rows([{"x": 1, "y": 2}], {"x"}, "train_dataset")
-    with pytest.raises(DataError, match=r"row 1 has no column 'text'.*did you mean 'texts'.*Valid: texts"):
+    with pytest.raises(DataError, match=r"row 1 has no column 'text'.*did you mean 'texts'.*It has: texts"):
         check_rows([{"text": "a"}, {"texts": "b"}], {"text"}, "train_dataset")
 
 

@@ -24,7 +24,8 @@ def as_rows(data: Any, what: str = "data") -> list[dict[str, Any]]:
     """
     if isinstance(data, str | bytes | Path):
         raise DataError(
-            f"{what} is a path or text; give rows: amortlm.data.load_rows({str(data)!r}) reads a file"
+            f"{what} is a text or a path; give rows, [{{column: value, ...}}, ...]: "
+            f"amortlm.data.load_rows({str(data)!r}) reads a file"
         )
     if is_row(data):
         as_row(data, what)  # splits raise their own error
@@ -110,7 +111,9 @@ def check_rows(
         missing = columns - set(row)
         if missing:
             name = min(missing)
-            raise DataError(f"{what}: row {i} has no column {name!r}{why}; " + nearest(name, map(str, row)))
+            raise DataError(
+                f"{what}: row {i} has no column {name!r}{why}; " + nearest(name, map(str, row), "It has")
+            )
 
 
 # Files

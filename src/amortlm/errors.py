@@ -67,11 +67,11 @@ class MissingExtraError(AmortLMError, ImportError):
     pass
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """A phrase that names the closest valid choice, for the end of an error message."""
+def nearest(name: str, valid: Iterable[str], label: str = "Valid") -> str:
+    """A phrase that names the closest valid choice, for the end of an error message. label: what the choices are."""
     from difflib import get_close_matches
 
     valid = sorted(valid)
     close = get_close_matches(name, valid, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}Valid: {', '.join(valid)}."
+    return f"{hint}{label}: {', '.join(valid)}."

@@ -305,7 +305,8 @@ def test_a_task_that_does_not_exist(cli: Cli) -> None:
 
 
 def test_a_yaml_file_that_does_not_exist(cli: Cli, tmp_path: Path) -> None:
-    assert "cannot read" in failure(cli("train", tmp_path / "none.yaml"))
+    missing = tmp_path / "none.yaml"
+    assert f"; amortlm new {missing} writes a file" in failure(cli("train", missing))
 
 
 def test_errors_of_several_lines_become_one(cli: Cli, tmp_path: Path, model: Path) -> None:
@@ -464,6 +465,20 @@ def test_wrong_usage_is_explained_by_argparse(argv: list[str], capfd: pytest.Cap
     assert "usage: amortlm" in capfd.readouterr().err
 
 
+def test_a_misspelled_option_is_answered_with_those_of_its_command(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "runs/mine", "--columns", "x=a"])
+    err = capfd.readouterr().err
+    assert "usage: amortlm sample" in err
+    assert "unrecognized arguments: --columns x=a; did you mean '--column'?" in err
+
+
+def test_without_a_command_all_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([])
+    assert "draw from a saved posterior" in capfd.readouterr().err
+
+
 # Help
 
 HELP = """
@@ -478,9 +493,9 @@ print("heavy:", sorted(heavy))
 """
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["--version"]])
-def test_help_imports_nothing_heavy(argv: list[str]) -> None:
-    code = HELP.format(argv=argv)
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["--version"], ["new", "mine.yaml"]])
+def test_what_needs_no_model_imports_nothing_heavy(argv: list[str], tmp_path: Path) -> None:
+    code = HELP.format(argv=[str(tmp_path / arg) if arg == "mine.yaml" else arg for arg in argv])
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.splitlines()[-1] == "heavy: []"
     assert out.stderr == ""
@@ -488,6 +503,7 @@ def test_help_imports_nothing_heavy(argv: list[str]) -> None:
         "--help": ["train", "sample", "evaluate"],
         "train": ["numbers", "--resume", "--set"],
         "--version": ["amortlm 0"],
+        "new": ["wrote", "mine.yaml"],
     }
     assert all(word in out.stdout for word in words[argv[0]])
 

@@ -103,6 +103,8 @@ def test_verdicts_on_known_samplers(one_lm: LanguageModel, limit: int) -> None:
     posterior, missed = blind(one_lm)
     bad = posterior.diagnose(ROW, limit=limit, gold=[[missed]])
     assert (bad.verdict, bad.correct) == (AVOID, None)
+    assert "Train for longer" in str(bad)
+    assert "Train for longer" not in str(fair)
     assert bad.importance.ess > 0.99, "the control: nothing in q's own weights tells"
     assert good.truth.source == ("enumeration" if limit else "sir")
 

@@ -53,7 +53,7 @@ WRONG: dict[str, tuple[Callable[[int], Any], str]] = {
     "too few": (lambda n: [0.0] * (n - 1), "7 scores for 8 texts"),
     "text": (lambda n: ["1"] * n, "in a list or a flat array"),
     "one text": (lambda n: "11111111", "in a list or a flat array"),
-    "truth values": (lambda n: [True] * n, "in a list or a flat array"),
+    "truth values": (lambda n: [True] * n, "constraint.predicate takes a function"),
     "None among numbers": (lambda n: [None, *[0.0] * (n - 1)], "in a list or a flat array"),
     "ragged": (lambda n: [[0.0], *[[0.0, 1.0]] * (n - 1)], "in a list or a flat array"),
     "complex": (lambda n: [1j] * n, "in a list or a flat array"),

@@ -243,6 +243,8 @@ ARGUMENT_ERRORS: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: constraints.matches("[a"), ConfigError, r"regular expression '\[a': unterminated"),
     (lambda: constraints.contains(), ConfigError, "needs at least one word"),
     (lambda: constraints.contains("dog", ""), ConfigError, "needs at least one word"),
+    (lambda: constraints.contains(["dog", "park"]), ConfigError, "at least one word, each as a text"),  # type: ignore[arg-type]
+    (lambda: constraints.length(1) + len, RewardError, r"verifier\(fn\) is the term of a function"),  # type: ignore[operator]
     (lambda: constraints.length(3, 2), ConfigError, r"length\(3, 2\) allows nothing"),
     (lambda: constraints.length(-1), ConfigError, "allows nothing"),
     (lambda: constraints.length(1, penalty=0.0), RewardError, "positive number of nats, or None for a hard"),

@@ -23,7 +23,7 @@ import torch
 from trainers import ROWS, losses, make_trainer, weights
 from transformers import TrainingArguments
 
-from amortlm import GFNConfig, LanguageModel, Policy, Support
+from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Support
 from amortlm.engine.adapter import default_lora
 from amortlm.errors import CheckpointError, ConfigError, DataError
 from amortlm.train.config import REFUSED
@@ -83,6 +83,23 @@ def test_arguments_of_the_trainer(one_lm: LanguageModel, tmp_path: Path) -> None
         make_trainer(lm, tmp_path, extra={"eval_dataset": [{"x": "a"}]})
     with pytest.raises(ConfigError, match="drops all 5 rows"):
         make_trainer(lm, tmp_path, dataloader_drop_last=True, per_device_train_batch_size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lm", "gpt2", r"lm is a str, not a LanguageModel: give LanguageModel.from_pretrained"),
+        ("target", len, r"target is a builtin_function_or_method, not a Target: .*verifier\(fn\)"),
+        ("support", ".", r"support is a str, not a Support: give Support\("),
+        ("args", TrainingArguments("runs/x"), r"args is a TrainingArguments, not a GFNConfig"),
+    ],
+)
+def test_what_is_no_part_of_a_trainer_says_what_to_give(
+    one_lm: LanguageModel, name: str, value: Any, message: str
+) -> None:
+    parts = {"lm": one_lm, "target": one_lm.log_prob("{z}"), "support": Support("."), "args": GFNConfig()}
+    with pytest.raises(ConfigError, match=message):
+        GFNTrainer(**{**parts, name: value}, prompt="{x}", train_dataset=ROWS)
 
 
 def test_several_gpus_in_one_process_are_one() -> None:

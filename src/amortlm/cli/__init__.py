@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from amortlm import __version__
+from amortlm.cli.quick import QUICK
 from amortlm.cli.status import ending_on_signals, exit_status
+from amortlm.errors import nearest
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -16,26 +18,37 @@ SHELLS = ("bash", "zsh", "fish")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0; 1 if `evaluate --check` finds that a certificate no longer holds; 2
     after an error, which is printed as one line; or 128 + n if signal n ended the command."""
-    args = _parser().parse_args(argv)
+    parser, commands = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
+    if unknown:
+        command = commands[args.command]
+        hint = f"; {nearest(unknown[0], command._option_string_actions)}" if unknown[0][0] == "-" else ""
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     args.command_line = shlex.join(["amortlm", *(sys.argv[1:] if argv is None else argv)])
     with ending_on_signals():
         return exit_status(lambda: _run(args), args)
 
 
 def _run(args: argparse.Namespace) -> int | None:
+    if args.command in QUICK:
+        return QUICK[args.command](args)
     from amortlm.cli import commands  # takes seconds; a signal during the import also ends the command
 
     status: int | None = getattr(commands, args.command)(args)
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser, and that of each command."""
     parser = argparse.ArgumentParser(
         prog="amortlm",
         description="Make a language model sample from posteriors that it defines but cannot sample.",
     )
     parser.add_argument("--version", action="version", version=f"amortlm {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", metavar="command")
 
     _add_train(commands.add_parser("train", help="train a sampler for a task or a YAML file"))
     _add_sample(commands.add_parser("sample", help="draw from a saved posterior"))
@@ -67,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", help="print a script that completes commands in a shell")
     completion.add_argument("shell", choices=SHELLS)
     completion.set_defaults(parser=parser)
-    return parser
+    return parser, commands.choices
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import textwrap
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,12 +22,13 @@ from tabulate import tabulate
 from transformers.utils import logging as hf_logging
 
 from amortlm import card, hub
+from amortlm.cli.quick import check_file
 from amortlm.cli.status import exit_status, run_folder
 from amortlm.data import check_rows, load_rows
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Gold
 from amortlm.environment import environment
-from amortlm.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
+from amortlm.errors import CheckpointError, ConfigError, DataError, TrainingError
 from amortlm.inference.correct import check_method
 from amortlm.language_model import LanguageModel
 from amortlm.policy.laws import examine_policy, examine_sampling
@@ -107,7 +108,7 @@ def evaluate(args: Namespace) -> int:
     if not 0 < level < 1:
         raise ConfigError(f"--level must lie between 0 and 1, got {level:g}")
     if args.output:
-        _check_file(args.output)
+        check_file(args.output)
     if args.card and not Path(args.folder).is_dir():
         raise ConfigError(
             f"--card writes into a folder, and {args.folder} is none here: evaluate the folder, then push"
@@ -153,7 +154,7 @@ def _check(args: Namespace) -> int:
 def report(args: Namespace) -> None:
     _check_counts(("-n", args.n))
     if args.output:
-        _check_file(args.output)
+        check_file(args.output)
     for folder in () if args.quick else args.folders:
         if (Path(folder) / "posterior.json").exists() and not is_measured(folder, args.n, args.seed):
             posterior = Posterior.from_pretrained(folder, lm=args.model, trust=args.trust)
@@ -245,39 +246,6 @@ def doctor(args: Namespace) -> int:
         )
         print(f"{args.model}: {place['device']}, {place['dtype']}\n\n{found}\n{law}")
     return 0 if law.holds else 1
-
-
-def new(args: Namespace) -> None:
-    path = Path(args.file)
-    if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(
-            f"{path}: amortlm train takes files that end in .yaml: write {path.with_suffix('.yaml')}"
-        )
-    _check_file(args.file)
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write((Path(__file__).parent / "new.yaml").read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise ConfigError(f"{path} exists, and is not written over: give another name") from None
-    print(f"wrote {path}\ntry:  {shlex.join(['amortlm', 'train', str(path)])}")
-
-
-def completion(args: Namespace) -> None:
-    try:
-        import shtab
-    except ImportError as e:
-        raise MissingExtraError("completion needs shtab: pip install 'amortlm[completion]'") from e
-    _name_files(args.parser, shtab.FILE)
-    print(shtab.complete(args.parser, args.shell))
-
-
-def _name_files(parser: ArgumentParser, kind: object) -> None:
-    """Mark the arguments that are files or folders, for their completion."""
-    for action in parser._actions:
-        for part in action.choices.values() if isinstance(action.choices, dict) else ():
-            _name_files(part, kind)
-        if action.dest in ("spec", "folder", "data", "output", "file"):
-            vars(action)["complete"] = kind
 
 
 def _gold(rows: Sequence[Row], column: str | None) -> Gold | None:
@@ -384,16 +352,6 @@ def _check_folder(name: str | Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         why = "may not be written" if folder.is_dir() else "is a file"
         raise ConfigError(f"cannot write to the folder {name}: {folder} {why}; give another --output")
-
-
-def _check_file(name: str) -> None:
-    """Raise ConfigError for an output file that cannot be written; its folder must exist."""
-    path = Path(name)
-    if path.is_dir() or not path.parent.is_dir():
-        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise ConfigError(f"cannot write the file {name}: {why}")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ConfigError(f"cannot write the file {name}: permission denied")
 
 
 def _wrap(text: str) -> str:

@@ -264,4 +264,9 @@ def _legend(rows: Sequence[RowDiagnosis]) -> str:
             "Truth from sir and mcmc starts from q: it cannot show a mode that q never visits, unless a gold completion"
         )
         lines.append("lies in that mode.")
+    if any(row.verdict == AVOID for row in rows):
+        lines.append(
+            f"{AVOID}: not even corrected samples were shown to be right. Train for longer (max_steps), draw more"
+        )
+        lines.append("(n, or -n of amortlm evaluate), or give completions that are known to be good (gold).")
     return "\n".join(lines)

@@ -120,6 +120,10 @@ class Target(ABC):
         return self.score(rollouts.final_only()).gather(1, rollouts.lengths[:, None]).squeeze(1)
 
     def __add__(self, other: Target) -> Target:
+        if not isinstance(other, Target):
+            raise RewardError(
+                f"{self!r} + {other!r}: terms of a target are added to terms; verifier(fn) is the term of a function"
+            )
         return LinearCombination([*self.terms, *other.terms])
 
     def __mul__(self, scale: float) -> Target:

@@ -134,8 +134,8 @@ class Contains(_TextConstraint):
 
     def __init__(self, words: Sequence[str], penalty: float | None = None):
         super().__init__(penalty)
-        if not words or not all(words):
-            raise ConfigError("contains() needs at least one word")
+        if not words or not all(isinstance(word, str) and word for word in words):
+            raise ConfigError('contains() needs at least one word, each as a text: contains("dog", "park")')
         self.words = list(words)
         self._patterns = [re.compile(rf"(?<!\w){re.escape(w)}(?!\w)", re.IGNORECASE) for w in words]
 
@@ -329,7 +329,8 @@ class Verifier(_TextTerm):
             flat = scores is not None and scores.ndim == 1
             found = f"{len(scores)} scores for {len(texts)} texts" if flat else _shown(got)  # type: ignore[arg-type]
             raise RewardError(
-                f"{what} returned {found}; return one number per text, in a list or a flat array"
+                f"{what} returned {found}; return one number per text, in a list or a flat array "
+                "(constraint.predicate takes a function of one text that says True or False)"
             )
         bad = torch.isnan(scores.float()) | (torch.isinf(scores.float()) & (scores != -math.inf))
         if bad.any():

@@ -47,7 +47,8 @@ class RunSpec:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except OSError as e:
-            raise ConfigError(f"cannot read {path}: {e.strerror}") from None
+            hint = f"; amortlm new {path} writes a file to start from" if not path.exists() else ""
+            raise ConfigError(f"cannot read {path}: {e.strerror}{hint}") from None
         except UnicodeDecodeError as e:
             raise ConfigError(f"{path} is not UTF-8 text: {e}; save it as UTF-8") from None
         raw = load_yaml(text, str(path))

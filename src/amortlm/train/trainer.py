@@ -88,6 +88,7 @@ class GFNTrainer(ResumableTrainer):
         **kwargs: Any,
     ):
         args = args or GFNConfig()
+        _check_kinds(lm, target, support, args)
         _check_arguments(args, kwargs, eval_dataset)
         self.target = target.bind(lm)
         set_seed(args.seed)
@@ -295,6 +296,23 @@ class GFNTrainer(ResumableTrainer):
 def _collate(rows: list[Row]) -> dict[str, UserList[Row]]:
     # accelerate would copy the rows of a plain list, to move their contents to the device.
     return {"rows": UserList(rows)}
+
+
+def _check_kinds(lm: object, target: object, support: object, args: object) -> None:
+    """Raise ConfigError for a name of a model, a function or a dict where another object is needed."""
+    for name, value, kind, remedy in (
+        ("lm", lm, LanguageModel, "LanguageModel.from_pretrained(...)"),
+        (
+            "target",
+            target,
+            Target,
+            'terms such as lm.log_prob("{z}", given="{x}"); verifier(fn) for a function',
+        ),
+        ("support", support, Support, 'Support(stop=".", max_tokens=20)'),
+        ("args", args, GFNConfig, "GFNConfig(...), which also has the fields of TrainingArguments"),
+    ):
+        if not isinstance(value, kind):
+            raise ConfigError(f"{name} is a {type(value).__name__}, not a {kind.__name__}: give {remedy}")
 
 
 def _check_arguments(args: GFNConfig, kwargs: Mapping[str, Any], eval_dataset: Any) -> None:
