@@ -87,7 +87,12 @@ def test_the_wheel_has_every_file_of_the_package(built: tuple[Path, Path]) -> No
     with zipfile.ZipFile(built[1]) as wheel:
         found = {name for name in wheel.namelist() if name.startswith("amortlm/")}
     assert found == expected
-    needed = ["py.typed", "models/embedded/model.safetensors", "cli/new.yaml", "report/templates/report.html"]
+    needed = [
+        "py.typed",
+        "models/embedded/model.safetensors",
+        "cli/commands/new.yaml",
+        "report/templates/report.html",
+    ]
     assert {f"amortlm/{name}" for name in needed} <= found
 
 

@@ -111,7 +111,7 @@ def test_the_law_is_found_broken(one_lm: LanguageModel, monkeypatch: pytest.Monk
 
 def test_doctor_fails_where_the_law_does(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Sampling((laws.Finding("log q", 0.5, False),), 4, 8)
-    monkeypatch.setattr("amortlm.cli.commands.examine_sampling", lambda lm: bad)
+    monkeypatch.setattr("amortlm.cli.commands.doctor.examine_sampling", lambda lm: bad)
     status, out, _ = cli("doctor")
     assert status == 1
     assert (

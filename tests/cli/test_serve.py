@@ -16,7 +16,8 @@ import pytest
 from reference import tiny_policy
 
 from amortlm import LanguageModel, Posterior, Support
-from amortlm.cli import _parser, main
+from amortlm.cli import main
+from amortlm.cli.options import make_parser
 from amortlm.errors import MissingExtraError
 from amortlm.serve import Limits
 from amortlm.serve.app import KEY
@@ -65,13 +66,13 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_defaults_are_those_of_the_library() -> None:
-    args = _parser().parse_args(["serve", "folder"])
+    args = make_parser().parse_args(["serve", "folder"])
     assert args.host == "127.0.0.1"
     assert Limits(args.max_n, args.max_draws, args.max_body, args.max_queue, args.timeout) == Limits()
 
 
 def test_the_playground_has_the_same_limits_and_needs_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
-    parse = _parser().parse_args
+    parse = make_parser().parse_args
     assert parse(["play"]).folder is None
     serve, play = (vars(parse([command, "folder"])) for command in ("serve", "play"))
     assert {**play, "command": "serve"} == serve

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from amortlm import GFNConfig, LanguageModel
-from amortlm.cli import _parser
+from amortlm.cli.options import make_parser
 from amortlm.em import MStep
 from amortlm.targets.functions import Trust
 from amortlm.targets.spec import target_from_spec
@@ -127,6 +127,6 @@ def test_commands_parse(page: Path) -> None:
             command = shlex.split(line, comments=True)
             if command[:1] == ["amortlm"]:
                 try:
-                    _parser().parse_args(command[1:])
+                    make_parser().parse_args(command[1:])
                 except SystemExit:
                     pytest.fail(f"{page.name}: amortlm does not take: {line}")

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from amortlm.cli import commands, main
+from amortlm.cli import main
+from amortlm.cli.commands import reproduce
 from amortlm.environment import environment
 from amortlm.errors import ConfigError, MissingExtraError
 from amortlm.lab import command, experiments, report, runner, store
@@ -305,7 +306,7 @@ def failing(args: Namespace, threads: int) -> None:
 def test_a_helper_that_fails_is_told(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commands, "_help", failing)
+    monkeypatch.setattr(reproduce, "_help", failing)
     monkeypatch.setattr(runner, "execute", lambda plan, processes: None)
     assert main([*ARGV, "--jobs", "2", "--output", str(tmp_path)]) == 2
     out, err = capfd.readouterr()

@@ -1,4 +1,4 @@
-"""The end of a command: its exit status, and the line that states the reason."""
+"""Around a command: what it prints besides its own lines, and its end: the exit status and the line that says why."""
 
 from __future__ import annotations
 
@@ -68,6 +68,14 @@ def _what_remains(args: Namespace) -> str:
     if run.can_resume(folder):
         return f"; the same command with --resume continues from the last checkpoint in {folder}"
     return "; nothing was saved yet: the same command starts again"
+
+
+def without_bars() -> None:
+    """Libraries draw no bars of their own while they load."""
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
 
 
 def run_folder(args: Namespace) -> Path:

@@ -1,0 +1,1 @@
+"""A module for each command of `amortlm`, with its function `run`."""

@@ -1,0 +1,36 @@
+"""amortlm train: train a sampler."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from argparse import Namespace
+
+from amortlm.cli.checks import check_folder
+from amortlm.cli.status import run_folder
+from amortlm.settings import named_texts
+from amortlm.train.run import refuse_used
+from amortlm.train.spec import RunSpec, settings_from_text
+
+
+def run(args: Namespace) -> None:
+    from amortlm.lab.tasks import load_task
+
+    output = run_folder(args)
+    check_folder(output)
+    is_file = args.spec.endswith((".yaml", ".yml"))
+    spec: RunSpec = RunSpec.from_yaml(args.spec) if is_file else load_task(args.spec).SPEC
+    config = settings_from_text(named_texts(args.set, "--set"))
+    spec = spec.with_overrides(model=args.model, data=args.data, config=config, trust=args.trust)
+    if not (args.resume or args.overwrite):
+        refuse_used(output)  # before a model is loaded
+    trainer = spec.trainer(str(output))
+    if sys.stderr.isatty():
+        print(*(f"chosen: {sentence}" for sentence in trainer.chosen), sep="\n", file=sys.stderr)
+    trainer.train(resume_from_checkpoint=args.resume, overwrite_output_dir=args.overwrite)
+    if trainer.is_world_process_zero():
+        rows = output / "rows.jsonl"
+        rows.write_text("".join(json.dumps(row, default=str) + "\n" for row in spec.rows()), encoding="utf-8")
+        print(f"saved {output}")
+        print(f"try:  {shlex.join(['amortlm', 'sample', str(output), *spec.trust_options()])}")
