@@ -1,0 +1,100 @@
+"""python -m amortlm_vllm MODEL: vLLM as a server of completions, for amortlm's HTTPSampler (docs/scale.md)."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ipaddress
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import uvicorn
+import vllm
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from amortlm_vllm import server
+from amortlm_vllm.processor import FOLDER, SupportProcessor
+
+
+def main() -> None:
+    given = _parser().parse_args()
+    key = os.environ.get(server.KEY)
+    if not key and not _is_loopback(given.host):
+        sys.exit(f"whoever reaches {given.host} could use the server: set a key in {server.KEY}, or leave out --host")
+    with tempfile.TemporaryDirectory(prefix="amortlm_vllm-") as folder:
+        os.environ[FOLDER] = folder
+        asyncio.run(_serve(given, Path(folder), key))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m amortlm_vllm", description=__doc__)
+    parser.add_argument("model", help="a hub name or a folder: the frozen model that the policy was made of")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--dtype", default="auto", help="float32: the same draws whatever else is in the batch")
+    parser.add_argument("--max-model-len", type=int, help="tokens of a prompt with its completion and stop")
+    parser.add_argument("--max-lora-rank", type=int, default=64)
+    parser.add_argument("--keep", type=int, default=2, help="adapters that are loaded at a time")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--enforce-eager", action="store_true", help="no compilation: starts faster")
+    return parser
+
+
+def _arguments(given: argparse.Namespace) -> AsyncEngineArgs:
+    passed = ("model", "dtype", "max_model_len", "max_lora_rank", "tensor_parallel_size", "gpu_memory_utilization")
+    return AsyncEngineArgs(
+        **{name: getattr(given, name) for name in passed},
+        enforce_eager=given.enforce_eager,
+        enable_lora=True,
+        max_loras=given.keep,
+        max_cpu_loras=given.keep,
+        logits_processors=[SupportProcessor],
+        logprobs_mode="processed_logits",  # `law.as_logits`
+        max_logprobs=2,
+        generation_config="vllm",  # not the model's own top_p
+        async_scheduling=False,  # the law needs the tokens written so far
+        skip_tokenizer_init=True,
+        enable_log_requests=False,
+    )
+
+
+async def _serve(given: argparse.Namespace, folder: Path, key: str | None) -> None:
+    engine = AsyncLLM.from_engine_args(_arguments(given))
+    try:
+        app = server.create_app(server.Service(engine, folder, given.keep), _about(engine), key)
+        if not key:  # a foreign page must not reach the server under a name of its own
+            app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", given.host])
+        config = uvicorn.Config(app, given.host, given.port, log_level="warning", server_header=False)
+        print(f"serving {given.model} at http://{given.host}:{given.port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+        await uvicorn.Server(config).serve()
+    finally:
+        engine.shutdown()
+
+
+def _about(engine: AsyncLLM) -> dict[str, Any]:
+    config = engine.model_config
+    return {
+        "model": Path(config.model).name,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "vocab_size": config.get_vocab_size(),
+        "max_model_len": config.max_model_len,
+        "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
+    }
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    main()
