@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import ipaddress
 import os
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -27,9 +28,11 @@ def main() -> None:
     key = os.environ.get(server.KEY)
     if not key and not _is_loopback(given.host):
         sys.exit(f"whoever reaches {given.host} could use the server: set a key in {server.KEY}, or leave out --host")
-    with tempfile.TemporaryDirectory(prefix="amortlm_vllm-") as folder:
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors are of another kind
+    # The address is taken before the model is loaded, which may take minutes.
+    with _listening(given) as taken, tempfile.TemporaryDirectory(prefix="amortlm_vllm-") as folder:
         os.environ[FOLDER] = folder
-        asyncio.run(_serve(given, Path(folder), key))
+        asyncio.run(_serve(given, taken, Path(folder), key))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,15 +68,24 @@ def _arguments(given: argparse.Namespace) -> AsyncEngineArgs:
     )
 
 
-async def _serve(given: argparse.Namespace, folder: Path, key: str | None) -> None:
+def _listening(given: argparse.Namespace) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in given.host else socket.AF_INET
+        return socket.create_server((given.host, given.port), family=family, backlog=2048)
+    except (OSError, OverflowError) as e:
+        sys.exit(f"cannot listen on {given.host}, port {given.port} ({e}): give another --host or --port")
+
+
+async def _serve(given: argparse.Namespace, taken: socket.socket, folder: Path, key: str | None) -> None:
     engine = AsyncLLM.from_engine_args(_arguments(given))
     try:
         app = server.create_app(server.Service(engine, folder, given.keep), _about(engine), key)
         if not key:  # a foreign page must not reach the server under a name of its own
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", given.host])
-        config = uvicorn.Config(app, given.host, given.port, log_level="warning", server_header=False)
-        print(f"serving {given.model} at http://{given.host}:{given.port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
-        await uvicorn.Server(config).serve()
+        where = f"[{given.host}]" if ":" in given.host else given.host
+        print(f"serving {given.model} at http://{where}:{taken.getsockname()[1]} (Ctrl-C ends it)", file=sys.stderr)
+        config = uvicorn.Config(app, log_level="warning", server_header=False)
+        await uvicorn.Server(config).serve(sockets=[taken])
     finally:
         engine.shutdown()
 
