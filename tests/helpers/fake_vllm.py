@@ -79,11 +79,15 @@ class Engine:
         self._waiting.append(request)
         if self._runner is None or self._runner.done():
             self._runner = asyncio.ensure_future(self._run())
-        await asyncio.wait([asyncio.ensure_future(request.done.wait()), self._runner], return_when="FIRST_COMPLETED")
+        await asyncio.wait(
+            [asyncio.ensure_future(request.done.wait()), self._runner], return_when="FIRST_COMPLETED"
+        )
         if not request.done.is_set():
             await self._runner  # raises what ended it
         yield SimpleNamespace(
-            outputs=[SimpleNamespace(token_ids=request.output, logprobs=request.logprobs, finish_reason="stop")]
+            outputs=[
+                SimpleNamespace(token_ids=request.output, logprobs=request.logprobs, finish_reason="stop")
+            ]
         )
 
     async def _run(self) -> None:
@@ -136,9 +140,7 @@ class Engine:
 
     def _step(self) -> None:
         requests = list(self._batch)
-        rows = [
-            torch.randn(self.policy.lm.vocab_size) if r.unread else self._next(r) for r in requests
-        ]
+        rows = [torch.randn(self.policy.lm.vocab_size) if r.unread else self._next(r) for r in requests]
         logits = self.processor.apply(torch.stack(rows))
         for i, (r, row) in enumerate(zip(requests, logits, strict=True)):
             if r.unread:

@@ -37,7 +37,7 @@ SUPPORTS = {
     "pattern": Support(stop=[".", "!"], min_tokens=0, max_tokens=4, pattern="(a|b|cat)*( ?t(t|a)?)?"),
     "too large to list": Support(stop=".", min_tokens=3, max_tokens=4),
 }
-QUICK = Patience(request=20, outage=0.3, pause=0.05)
+QUICK = Patience(request=60, outage=0.3, pause=0.05)
 
 
 @contextmanager
@@ -46,12 +46,11 @@ def serving(policy: Policy, folder: Path, key: str | None = None, **settings):
     fake_vllm.install()
     from amortlm_vllm import processor, server
 
-    patch = pytest.MonkeyPatch()
-    patch.setenv(processor.FOLDER, str(folder))
     engine = fake_vllm.Engine(policy, **settings)
     about = {"model": "tiny", "dtype": "float32", "vocab_size": policy.lm.vocab_size}
     app = server.create_app(server.Service(engine, folder, keep=2), about, key)
-    with patch.context(), running(app) as port:
+    with pytest.MonkeyPatch.context() as patch, running(app) as port:
+        patch.setenv(processor.FOLDER, str(folder))
         yield f"http://127.0.0.1:{port}", engine
 
 
@@ -225,9 +224,9 @@ def test_a_prompt_that_does_not_fit_is_refused(pair, tmp_path):
 def test_a_model_of_other_tokens_is_refused(one_lm, pair, tmp_path):
     policy, theirs = pair
     theirs.lm = SimpleNamespace(vocab_size=50)
-    with serving(theirs, tmp_path) as (url, _):
-        with pytest.raises(ConfigError, match="the server's model, tiny, has 50 tokens, that of the policy 48"):
-            HTTPSampler(url, policy, patience=QUICK)
+    message = "the server's model, tiny, has 50 tokens, that of the policy 48"
+    with serving(theirs, tmp_path) as (url, _), pytest.raises(ConfigError, match=message):
+        HTTPSampler(url, policy, patience=QUICK)
 
 
 @contextmanager

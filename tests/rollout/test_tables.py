@@ -21,9 +21,15 @@ SUPPORTS = {
     "may be empty": Support(stop=[".", "!"], min_tokens=0, max_tokens=2, banned_tokens=["b"]),
     "of one length": Support(stop=".", min_tokens=3, max_tokens=3),
     **structured_cases.SUPPORTS,
-    "pattern": Support(stop=(".", "!"), min_tokens=2, max_tokens=4, allowed_tokens=FEW, pattern="(a|cat)( cat)*"),
-    "pattern, may be empty": Support(stop=".", min_tokens=0, max_tokens=3, allowed_tokens=FEW, pattern="a?t*"),
-    "pattern of one length": Support(stop=".", min_tokens=4, max_tokens=4, allowed_tokens=FEW, pattern="[act]+|a"),
+    "pattern": Support(
+        stop=(".", "!"), min_tokens=2, max_tokens=4, allowed_tokens=FEW, pattern="(a|cat)( cat)*"
+    ),
+    "pattern, may be empty": Support(
+        stop=".", min_tokens=0, max_tokens=3, allowed_tokens=FEW, pattern="a?t*"
+    ),
+    "pattern of one length": Support(
+        stop=".", min_tokens=4, max_tokens=4, allowed_tokens=FEW, pattern="[act]+|a"
+    ),
     "pattern of all tokens": Support(stop=".", max_tokens=3, pattern="(a|the) (cat|dog)"),
 }
 
@@ -84,9 +90,7 @@ def test_without_exploration_as_the_policy_itself(laws):
     u = torch.rand(len(t), generator=torch.Generator().manual_seed(4))
     step, everyone = law.step(logits, t, node), torch.arange(len(t))
     drawn = draw(theirs, logits, t, node, u, torch.ones_like(u), torch.zeros_like(u))
-    assert torch.equal(
-        drawn.token, _inverse_cdf(Exploration().probabilities(step, everyone, everyone), u)
-    )
+    assert torch.equal(drawn.token, _inverse_cdf(Exploration().probabilities(step, everyone, everyone), u))
 
 
 def test_what_logits_carry(laws):
@@ -112,7 +116,7 @@ def test_many_rows_are_worked_on_in_parts(one_lm, monkeypatch):
     logits, u = torch.randn(len(t), len(law.allowed)), torch.rand(len(t))
     more = (logits, t, node, u, torch.ones_like(u), torch.zeros_like(u))
     at_once = draw(theirs, *more)
-    assert AT_ONCE > logits.numel()
+    assert logits.numel() < AT_ONCE
     monkeypatch.setattr("amortlm_vllm.law.AT_ONCE", 7 * logits.shape[1])
     assert all(torch.equal(a, b) for a, b in zip(at_once, draw(theirs, *more), strict=True))
 

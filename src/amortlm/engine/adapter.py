@@ -53,7 +53,14 @@ KINDS = (
 INEXACT = ("alora_invocation_tokens", "arrow_config", "monteclora_config")
 MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # peft refuses their out_proj
 # Settings of LoRA that others than peft do not know, or understand otherwise.
-NOT_PLAIN = ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
+NOT_PLAIN = (
+    "rank_pattern",
+    "alpha_pattern",
+    "use_dora",
+    "modules_to_save",
+    "trainable_token_indices",
+    "lora_bias",
+)
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")  # do not change the frozen weights
 
 
@@ -178,7 +185,9 @@ def plain_lora(model: Any, weights: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     config: Any = model.peft_config["default"] if hasattr(model, "peft_config") else None
     if config is None or config.peft_type.value != "LORA":
         kind = "a full copy" if config is None else f"a {config.peft_type.value} adapter"
-        raise ConfigError(f"a server of completions loads LoRA alone, not {kind}: train LoRA, or draw locally")
+        raise ConfigError(
+            f"a server of completions loads LoRA alone, not {kind}: train LoRA, or draw locally"
+        )
     others = [name for name in NOT_PLAIN if getattr(config, name, None)]
     if others or getattr(model, "initial", None):
         what = others[0] if others else f"init_lora_weights={config.init_lora_weights!r}"
@@ -187,7 +196,9 @@ def plain_lora(model: Any, weights: Mapping[str, Tensor]) -> tuple[dict[str, Ten
         )
     tensors = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
     head = next(name for name, m in model.named_modules() if m is model.get_output_embeddings())
-    odd = [k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight")) or k.startswith(f"{head}.")]
+    odd = [
+        k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight")) or k.startswith(f"{head}.")
+    ]
     if odd:
         raise ConfigError(
             f"a server of completions loads LoRA of linear layers inside the model alone, not {odd[0]}: give a "

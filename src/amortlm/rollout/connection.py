@@ -93,7 +93,9 @@ class Connection:
         if status == 410:
             raise UnknownError(said)
         if status == 401:
-            raise ConfigError(f"{self.url} wants a key: set the environment variable {KEY} to that of the server")
+            raise ConfigError(
+                f"{self.url} wants a key: set the environment variable {KEY} to that of the server"
+            )
         if status in (400, 413, 422):
             raise ConfigError(f"{self.url} refuses {method} {path}: {said}")
         raise RolloutError(f"{self.url} answers {method} {path} with status {status}: {said}")

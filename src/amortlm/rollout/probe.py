@@ -39,7 +39,11 @@ def check_delivery(
     # A server that lost the weights is as near to p as rounding allows; where they matter, q is then further away.
     lost = base < error and moved > 4 * base
     if lost or not error <= tolerance:
-        what = "draws from its model without the weights" if lost else "draws from other weights or another model"
+        what = (
+            "draws from its model without the weights"
+            if lost
+            else "draws from other weights or another model"
+        )
         raise RolloutError(
             f"the server {what}: its log q of a token differs by {error:.2g} nats from the policy's ({tolerance:g} are "
             f"allowed), and by {base:.2g} from the frozen model's; start it with the model that the policy was made of"

@@ -40,7 +40,9 @@ class HTTPSampler:
         self._connection, self._policy = Connection(url, patience or Patience()), policy
         info = self._info()
         self.reproducible = info["dtype"] == "float32"
-        self._tolerance = TOLERANCE.get(info["dtype"], max(TOLERANCE.values())) if tolerance is None else tolerance
+        self._tolerance = (
+            TOLERANCE.get(info["dtype"], max(TOLERANCE.values())) if tolerance is None else tolerance
+        )
         self._supports: set[str] = set()  # that the server has
         self.load(policy.weights(), 0)
 
@@ -65,7 +67,9 @@ class HTTPSampler:
         a kind that the server cannot load, RolloutError if it fails or draws from others."""
         own = {name: p.shape for name, p in self._policy.model.named_parameters() if p.requires_grad}
         if own != {name: w.shape for name, w in weights.items()}:
-            raise ConfigError("the weights belong to another policy: give those of the policy of this sampler")
+            raise ConfigError(
+                "the weights belong to another policy: give those of the policy of this sampler"
+            )
         data = wire.weights(*plain_lora(self._policy.model, weights))
         adapter = wire.name_of(data)
         self._connection.call("PUT", f"/adapters/{adapter}", data)
@@ -83,6 +87,6 @@ class HTTPSampler:
             ) from e
         if vocab != size:
             raise ConfigError(
-                f"the server's model, {name}, has {vocab} tokens, that of the policy {size}: start it with the same model"
+                f"the server's model, {name}, has {vocab} tokens, that of the policy {size}: start it with the same"
             )
         return {"model": name, "dtype": dtype}

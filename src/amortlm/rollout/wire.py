@@ -79,7 +79,9 @@ def draws(data: bytes, request: Request, version: int) -> Draws:
         found = load(data)
         out = Draws(**found, version=version)
     except (SafetensorError, TypeError) as e:
-        raise RolloutError(f"the server's answer does not hold draws ({e}): see docs/scale.md for its version") from e
+        raise RolloutError(
+            f"the server's answer does not hold draws ({e}): see docs/scale.md for its version"
+        ) from e
     count, width = sum(request.counts), out.tokens.shape[-1]
     shapes = {
         "tokens": (count, width),
@@ -102,5 +104,7 @@ def _legal(draws: Draws, request: Request) -> bool:
         return False
     if not set(draws.stops.tolist()) <= set(law.stop_ids):
         return False
-    known = all(law.contains(z[:n]) for z, n in zip(draws.tokens.tolist(), draws.lengths.tolist(), strict=True))
+    known = all(
+        law.contains(z[:n]) for z, n in zip(draws.tokens.tolist(), draws.lengths.tolist(), strict=True)
+    )
     return known and bool(torch.isfinite(draws.log_q).all())

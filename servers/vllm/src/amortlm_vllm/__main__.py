@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ipaddress
+import json
 import os
 import socket
 import sys
@@ -22,12 +23,25 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from amortlm_vllm import server
 from amortlm_vllm.processor import FOLDER, SupportProcessor
 
+# What the law of a support needs.
+OURS = {
+    "logits_processors": [SupportProcessor],
+    "logprobs_mode": "processed_logits",  # `law.as_logits`
+    "max_logprobs": 2,
+    "async_scheduling": False,  # the processor needs the tokens written so far
+    "enable_lora": True,
+    "skip_tokenizer_init": True,
+    "generation_config": "vllm",  # nothing of the model's own
+}
+
 
 def main() -> None:
     given = _parser().parse_args()
     key = os.environ.get(server.KEY)
     if not key and not _is_loopback(given.host):
-        sys.exit(f"whoever reaches {given.host} could use the server: set a key in {server.KEY}, or leave out --host")
+        sys.exit(
+            f"whoever reaches {given.host} could use the server: set a key in {server.KEY}, or leave out --host"
+        )
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors are of another kind
     # The address is taken before the model is loaded, which may take minutes.
     with _listening(given) as taken, tempfile.TemporaryDirectory(prefix="amortlm_vllm-") as folder:
@@ -40,32 +54,46 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", help="a hub name or a folder: the frozen model that the policy was made of")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--dtype", default="auto", help="float32: the same draws whatever else is in the batch")
+    parser.add_argument(
+        "--dtype", default="auto", help="float32: the same draws whatever else is in the batch"
+    )
     parser.add_argument("--max-model-len", type=int, help="tokens of a prompt with its completion and stop")
     parser.add_argument("--max-lora-rank", type=int, default=64)
     parser.add_argument("--keep", type=int, default=2, help="adapters that are loaded at a time")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--enforce-eager", action="store_true", help="no compilation: starts faster")
+    parser.add_argument(
+        "--engine",
+        type=_mapping,
+        default={},
+        metavar="JSON",
+        help="other arguments of vLLM's AsyncEngineArgs",
+    )
     return parser
 
 
+def _mapping(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mapping")
+    if taken := sorted(found.keys() & OURS.keys()):
+        raise argparse.ArgumentTypeError(f"{taken[0]} is set by the server")
+    return found
+
+
 def _arguments(given: argparse.Namespace) -> AsyncEngineArgs:
-    passed = ("model", "dtype", "max_model_len", "max_lora_rank", "tensor_parallel_size", "gpu_memory_utilization")
-    return AsyncEngineArgs(
-        **{name: getattr(given, name) for name in passed},
-        enforce_eager=given.enforce_eager,
-        enable_lora=True,
-        max_loras=given.keep,
-        max_cpu_loras=given.keep,
-        logits_processors=[SupportProcessor],
-        logprobs_mode="processed_logits",  # `law.as_logits`
-        max_logprobs=2,
-        generation_config="vllm",  # not the model's own top_p
-        async_scheduling=False,  # the law needs the tokens written so far
-        skip_tokenizer_init=True,
-        enable_log_requests=False,
+    passed = (
+        "model",
+        "dtype",
+        "max_model_len",
+        "max_lora_rank",
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
     )
+    settings = {name: getattr(given, name) for name in (*passed, "enforce_eager")}
+    settings |= {"max_loras": given.keep, "max_cpu_loras": given.keep}
+    return AsyncEngineArgs(**settings | given.engine, **OURS)
 
 
 def _listening(given: argparse.Namespace) -> socket.socket:
@@ -83,7 +111,10 @@ async def _serve(given: argparse.Namespace, taken: socket.socket, folder: Path, 
         if not key:  # a foreign page must not reach the server under a name of its own
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", given.host])
         where = f"[{given.host}]" if ":" in given.host else given.host
-        print(f"serving {given.model} at http://{where}:{taken.getsockname()[1]} (Ctrl-C ends it)", file=sys.stderr)
+        print(
+            f"serving {given.model} at http://{where}:{taken.getsockname()[1]} (Ctrl-C ends it)",
+            file=sys.stderr,
+        )
         config = uvicorn.Config(app, log_level="warning", server_header=False)
         await uvicorn.Server(config).serve(sockets=[taken])
     finally:

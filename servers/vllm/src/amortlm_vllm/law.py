@@ -83,7 +83,9 @@ class Law:
 
     def to(self, device: torch.device | str) -> Law:
         """The same with its tables on the device."""
-        moved: dict[str, Any] = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in vars(self).items()}
+        moved: dict[str, Any] = {
+            k: x.to(device) if isinstance(x, Tensor) else x for k, x in vars(self).items()
+        }
         return Law(**moved)
 
     def after(self, node: int, tokens: Sequence[int]) -> int:
@@ -106,7 +108,9 @@ class Law:
         return legal
 
 
-def draw(law: Law, logits: Tensor, t: Tensor, node: Tensor, u: Tensor, heat: Tensor, epsilon: Tensor) -> Drawn:
+def draw(
+    law: Law, logits: Tensor, t: Tensor, node: Tensor, u: Tensor, heat: Tensor, epsilon: Tensor
+) -> Drawn:
     """The next token or stop symbol of b texts, after t [b] tokens at nodes [b].
 
     logits [b, V]; u [b] uniform numbers in [0, 1); heat [b] temperatures (0: greedy), epsilon [b] shares of uniform
@@ -118,7 +122,9 @@ def draw(law: Law, logits: Tensor, t: Tensor, node: Tensor, u: Tensor, heat: Ten
     return Drawn(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _draw(law: Law, logits: Tensor, t: Tensor, node: Tensor, u: Tensor, heat: Tensor, epsilon: Tensor) -> Drawn:
+def _draw(
+    law: Law, logits: Tensor, t: Tensor, node: Tensor, u: Tensor, heat: Tensor, epsilon: Tensor
+) -> Drawn:
     legal = law.legal(t, node)
     logits = logits.float().masked_fill(~legal, -torch.inf)
     log_q = logits.log_softmax(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +32,28 @@ class _Text:
     node: int = 0
 
     def state(self, law: Law) -> tuple[int, int]:
-        """(tokens written, node), from the tokens themselves: they are what an interrupted request begins again with."""
-        count = len(self.kept) + len(self.written)
-        new = (self.kept + self.written)[self.seen :] if self.seen <= count else self.kept + self.written
-        if self.seen > count:
-            self.node = 0
-        if any(token < 0 for token in new):
+        """(tokens written, node), from the tokens: an interrupted request begins again with them."""
+        if self.written and self.written[-1] < 0:
             raise RuntimeError("vLLM gives tokens that are not known yet: start it without async scheduling")
-        self.seen, self.node = count, law.after(self.node, new)
+        count = len(self.kept) + len(self.written)
+        if law.step is not None:
+            self.node = law.after(self.node, [*self.kept, *self.written][self.seen :])
+        self.seen = count
         return count, self.node
+
+
+@lru_cache(maxsize=64)
+def _tables(name: str, device: torch.device) -> tuple[Law, Law]:
+    """A support in the memory of the host, where nodes are followed, and of the device, where tokens are drawn."""
+    law = Law.from_bytes((Path(os.environ[FOLDER]) / f"{name}.safetensors").read_bytes())
+    return law, law.to(device)
 
 
 class SupportProcessor(LogitsProcessor):
     """Draws the next tokens of the requests that name a support, and leaves the others alone."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool):
-        self._device, self._texts = device, dict[int, _Text]()
-        self._laws: dict[str, Law] = {}
+        self._device, self._texts = device, dict[int, _Text]()  # by their place in the batch
 
     def is_argmax_invariant(self) -> bool:
         return False
@@ -76,18 +82,11 @@ class SupportProcessor(LogitsProcessor):
         for index, text in self._texts.items():
             groups.setdefault(text.support, []).append(index)
         for support, indices in groups.items():
-            law, rows = self._law(support), torch.tensor(indices, device=self._device)
+            here, law = _tables(support, self._device)
             texts = [self._texts[i] for i in indices]
-            t, node = zip(*(text.state(law) for text in texts), strict=True)
+            t, node = zip(*(text.state(here) for text in texts), strict=True)
             numbers = [(x.uniforms[k], x.heat, x.epsilon) for x, k in zip(texts, t, strict=True)]
-            u, heat, epsilon = torch.tensor(numbers, device=self._device).unbind(1)
-            places = torch.tensor([t, node], device=self._device).unbind(0)
-            drawn = draw(law, logits[rows], *places, u, heat, epsilon)
-            logits[rows] = as_logits(drawn, law.stop_ids, logits.shape[1]).to(logits.dtype)
+            rows, t, node = torch.tensor([indices, t, node], device=self._device)
+            drawn = draw(law, logits[rows], t, node, *torch.tensor(numbers, device=self._device).unbind(1))
+            logits[rows] = as_logits(drawn, law.stop_ids, logits.shape[1])
         return logits
-
-    def _law(self, name: str) -> Law:
-        if name not in self._laws:
-            path = Path(os.environ[FOLDER]) / f"{name}.safetensors"
-            self._laws[name] = Law.from_bytes(path.read_bytes()).to(self._device)
-        return self._laws[name]

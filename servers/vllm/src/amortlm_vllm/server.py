@@ -6,9 +6,9 @@ import asyncio
 import hashlib
 import hmac
 import json
-import os
+import shutil
 import uuid
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,7 @@ class Service:
         self.engine, self.folder, self.keep = engine, folder, keep
         self.laws: OrderedDict[str, Law] = OrderedDict()
         self.adapters: OrderedDict[str, LoRARequest] = OrderedDict()
+        self.drawing: Counter[str] = Counter()  # requests that use each adapter
         self.loaded, self.loading = 0, asyncio.Lock()
 
     def put_support(self, name: str, data: bytes) -> None:
@@ -69,26 +70,38 @@ class Service:
         async with self.loading:
             if name in self.adapters:
                 return
-            self.loaded += 1
-            path = self.folder / "adapters" / name
-            _write_adapter(path, data)
-            request = LoRARequest(f"{name}-{self.loaded}", self.loaded, str(path))
             while len(self.adapters) >= self.keep:
-                _, old = self.adapters.popitem(last=False)
-                await self.engine.remove_lora(old.lora_int_id)
+                await self._make_room()
+            self.loaded += 1
+            path = self.folder / f"adapter-{self.loaded}"
+            request = LoRARequest(f"{name}-{self.loaded}", self.loaded, str(path))
             try:
+                _write_adapter(path, data)
                 done = await self.engine.add_lora(request)
             except Exception as e:  # of many types: a rank, a module or a model that vLLM has no LoRA for
+                shutil.rmtree(path, ignore_errors=True)
                 raise RefusalError(400, f"vLLM cannot load these weights: {e}") from e
             if not done:
                 raise RefusalError(400, "vLLM has not loaded these weights: see the server's terminal")
             self.adapters[name] = request
 
+    async def _make_room(self) -> None:
+        """Unload the adapter that was not used for longest, once one is not in use."""
+        idle = next((name for name in self.adapters if not self.drawing[name]), None)
+        if idle is None:
+            await asyncio.sleep(0.05)
+            return
+        old = self.adapters.pop(idle)
+        await self.engine.remove_lora(old.lora_int_id)
+        shutil.rmtree(old.lora_path, ignore_errors=True)
+
     async def draw(self, body: dict[str, Any]) -> bytes:
         """The completions that a request asks for, as safetensors."""
         law, adapter = self.laws.get(body["support"]), self.adapters.get(body["adapter"])
         if law is None or adapter is None:
-            raise RefusalError(410, f"the server does not know this {'support' if law is None else 'adapter'}")
+            raise RefusalError(
+                410, f"the server does not know this {'support' if law is None else 'adapter'}"
+            )
         self.laws.move_to_end(body["support"])
         self.adapters.move_to_end(body["adapter"])
         counts, length = body["counts"], law.max_tokens + 1
@@ -99,16 +112,20 @@ class Service:
         room = self.engine.model_config.max_model_len
         if (longest := max(map(len, prompts), default=0) + length) > room:
             raise RefusalError(
-                400, f"a prompt with its completion has {longest} tokens, and the server room for {room}: start it "
-                "with a higher --max-model-len"
+                400,
+                f"a prompt with its completion has {longest} tokens, and the server room for {room}: start it with a "
+                "higher --max-model-len",
             )
+        every = {"support": body["support"], "epsilon": body["epsilon"]}
         jobs = [
-            self._complete(law, adapter, prompt, {
-                "support": body["support"], "kept": z, "uniforms": u, "heat": heat, "epsilon": body["epsilon"]
-            })
+            self._complete(law, adapter, prompt, {**every, "kept": z, "uniforms": u, "heat": heat})
             for prompt, z, u, heat in zip(prompts, kept, streams.tolist(), heats, strict=True)
-        ]  # fmt: skip
-        return save(_gathered(law, await _all(jobs)))
+        ]
+        self.drawing[body["adapter"]] += 1
+        try:
+            return save(_gathered(law, await _all(jobs)))
+        finally:
+            self.drawing[body["adapter"]] -= 1
 
     async def _complete(
         self, law: Law, adapter: LoRARequest, prompt: Sequence[int], own: dict[str, Any]
@@ -169,6 +186,8 @@ def create_app(service: Service, about: dict[str, Any], key: str | None) -> Fast
         while not (await asyncio.wait([drawing], timeout=1))[0]:
             if await request.is_disconnected():
                 drawing.cancel()
+        if drawing.cancelled():
+            return Response(status_code=499)
         return Response(await drawing, media_type="application/octet-stream")
 
     return app
@@ -190,8 +209,12 @@ def _body(data: bytes) -> dict[str, Any]:
         body = json.loads(data)
         counts, total = [int(n) for n in body["counts"]], sum(body["counts"])
         lists = [body[name] for name in ("temperature", "kept") if body[name] is not None]
-        fits = len(body["prompts"]) == len(counts) == len(body["seeds"]) and all(len(x) == total for x in lists)
-        fits &= all(body["prompts"]) and isinstance(body["epsilon"], float | int) and min(counts, default=0) >= 0
+        fits = len(body["prompts"]) == len(counts) == len(body["seeds"]) and all(
+            len(x) == total for x in lists
+        )
+        fits &= (
+            all(body["prompts"]) and isinstance(body["epsilon"], float | int) and min(counts) >= 0 and total > 0
+        )
     except (ValueError, KeyError, TypeError) as e:
         raise RefusalError(400, f"not a request for completions ({type(e).__name__}: {e})") from e
     if not fits:
@@ -201,8 +224,8 @@ def _body(data: bytes) -> dict[str, Any]:
 
 def _streams(seeds: Sequence[int], counts: Sequence[int], length: int) -> Tensor:
     """[sum of counts, length] uniform numbers in [0, 1), from one generator per seed: those of amortlm."""
-    draws = [torch.rand(n, length, generator=torch.Generator().manual_seed(s)) for s, n in zip(seeds, counts, strict=True)]
-    return torch.cat(draws)
+    streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.cat([torch.rand(n, length, generator=s) for s, n in zip(streams, counts, strict=True)])
 
 
 async def _all(jobs: Sequence[Awaitable[Any]]) -> list[Any]:
@@ -215,7 +238,9 @@ async def _all(jobs: Sequence[Awaitable[Any]]) -> list[Any]:
             task.cancel()
 
 
-def _gathered(law: Law, found: Sequence[tuple[list[int], int, list[tuple[float, float]]]]) -> dict[str, Tensor]:
+def _gathered(
+    law: Law, found: Sequence[tuple[list[int], int, list[tuple[float, float]]]]
+) -> dict[str, Tensor]:
     """The tensors of `amortlm.engine.decoding.Draws`."""
     lengths = torch.tensor([len(tokens) - 1 for tokens, _, _ in found])
     count, width = len(found), max(int(lengths.max()), 1)
@@ -245,17 +270,13 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _write_adapter(folder: Path, data: bytes) -> None:
-    """A PEFT folder, whole or not at all; its config travels as metadata of its weights."""
-    if folder.exists():
-        return
-    part = folder.with_suffix(".part")
-    part.mkdir(parents=True, exist_ok=True)
-    weights = part / "adapter_model.safetensors"
+    """A PEFT folder; its config travels as metadata of its weights. Raises ValueError if it is none."""
+    folder.mkdir()
+    weights = folder / "adapter_model.safetensors"
     weights.write_bytes(data)
     try:
         with safe_open(str(weights), framework="pt") as file:
             config = json.loads((file.metadata() or {})["adapter_config"])
-    except (SafetensorError, KeyError, ValueError) as e:
-        raise RefusalError(400, f"these are not the weights of an adapter ({type(e).__name__}: {e})") from e
-    (part / "adapter_config.json").write_text(json.dumps(config))
-    part.replace(folder)
+    except (SafetensorError, KeyError) as e:
+        raise ValueError(f"not the weights of an adapter ({type(e).__name__}: {e})") from e
+    (folder / "adapter_config.json").write_text(json.dumps(config))
