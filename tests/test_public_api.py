@@ -114,7 +114,7 @@ def test_every_error_is_caught_by_the_base_class() -> None:
     kinds = {v for v in vars(errors).values() if isinstance(v, type) and issubclass(v, Exception)}
     assert {k.__name__ for k in kinds} == {
         "AmortLMError", "CheckpointError", "ConfigError", "DataError", "HubError", "MissingExtraError", "ModelError", "PromptTooLongError",
-        "RewardError", "SupportError", "TemplateError", "TrainingError",
+        "RewardError", "RolloutError", "SupportError", "TemplateError", "TrainingError",
     }  # fmt: skip
     assert all(issubclass(k, amortlm.AmortLMError) for k in kinds)
     assert all(k.__name__ in (errors.__doc__ or "") for k in kinds)

@@ -10,6 +10,7 @@ AmortLMError
 ├── ConfigError          unknown task, YAML key or objective (with the nearest valid name), wrong settings
 ├── TrainingError        a loss is not finite, a process of the run has stopped
 ├── CheckpointError      a saved run or posterior is incomplete, damaged, of another format or of another run
+├── RolloutError         a server that draws completions fails, or draws from other weights
 ├── HubError             the hub cannot be reached, refuses access, or has no such repository
 └── MissingExtraError    an optional dependency is not installed
 """
@@ -56,6 +57,10 @@ class TrainingError(AmortLMError, RuntimeError):
 
 
 class CheckpointError(AmortLMError, RuntimeError):
+    pass
+
+
+class RolloutError(AmortLMError, RuntimeError):
     pass
 
 

@@ -28,9 +28,11 @@ def running(app: FastAPI, send_buffer: int | None = None) -> Iterator[int]:
     thread = threading.Thread(target=server.run, args=([taken],), daemon=True)
     thread.start()
     until(lambda: server.started)
-    yield taken.getsockname()[1]
-    server.should_exit = True
-    thread.join(60)
+    try:
+        yield taken.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(60)
     assert not thread.is_alive()
 
 

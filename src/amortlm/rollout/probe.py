@@ -1,0 +1,64 @@
+"""The check, at each load, that a server draws from the weights that it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from amortlm.engine.adapter import holding
+from amortlm.engine.decoding import Draws
+from amortlm.engine.passes import Passes
+from amortlm.engine.sampler import Request
+from amortlm.errors import RolloutError
+from amortlm.policy.policy import Policy
+from amortlm.support.law import SupportLaw
+
+PROMPT, TOKENS, COMPLETIONS, SEED = 6, 8, 4, 0
+
+
+@torch.no_grad()
+def check_delivery(
+    policy: Policy, weights: Mapping[str, Tensor], sample: Callable[[Request], Draws], tolerance: float
+) -> None:
+    """Compare a server's log q of a few fixed completions with that of the policy, and with that of the frozen model.
+
+    tolerance: nats per token, root mean square. Raises RolloutError if the server is further from the policy, or nearer
+    to the frozen model than to the policy where rounding cannot explain it.
+    """
+    size, stop = policy.lm.vocab_size, policy.support.stop_ids[0]
+    allowed = torch.arange(size) != stop
+    prompt = torch.linspace(0, size - 1, PROMPT).long().tolist()
+    law = SupportLaw((stop,), TOKENS, TOKENS, allowed)
+    drawn = sample(Request([prompt], [COMPLETIONS], [SEED], law))
+    with holding(policy.model, weights):
+        q = _log_q(policy.passes, law, prompt, drawn.tokens)
+    p = _log_q(policy.lm.passes, law, prompt, drawn.tokens)
+    error, base, moved = (_distance(*pair) for pair in ((drawn.log_pf, q), (drawn.log_pf, p), (p, q)))
+    # A server that lost the weights is as near to p as rounding allows; where they matter, q is then further away.
+    lost = base < error and moved > 4 * base
+    if lost or not error <= tolerance:
+        what = (
+            "draws from its model without the weights"
+            if lost
+            else "draws from other weights or another model"
+        )
+        raise RolloutError(
+            f"the server {what}: its log q of a token differs by {error:.2g} nats from the policy's ({tolerance:g} are "
+            f"allowed), and by {base:.2g} from the frozen model's; start it with the model that the policy was made of"
+        )
+
+
+def _log_q(passes: Passes, law: SupportLaw, prompt: Sequence[int], tokens: Tensor) -> Tensor:
+    """[B, T] log q of the tokens after the prompt, nats."""
+    device = passes.model.device
+    tokens = tokens.to(device)
+    prefix = passes.encode([prompt])
+    index = torch.zeros(len(tokens), dtype=torch.long, device=device)
+    return law.log_probs(passes.state_logits(prefix, index, tokens[:, :-1]), tokens)[0].cpu()
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """Root mean square."""
+    return (a.cpu() - b.cpu()).square().mean().sqrt().item()

@@ -1,0 +1,110 @@
+"""What goes to a server of completions, and comes back: bytes of safetensors and JSON (docs/scale.md).
+
+    GET  /info                  the model, and what the server can load
+    PUT  /supports/{name}       the tables of a support; its name is the hash of the bytes
+    PUT  /adapters/{name}       weights of a policy; likewise
+    POST /draw                  completions; answered by `Draws`
+
+Errors are `{"error": "..."}`: 400 for what cannot be done, 410 for a support or adapter that the server does not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from amortlm.engine.decoding import Draws
+from amortlm.engine.sampler import Request
+from amortlm.errors import ConfigError, RolloutError
+from amortlm.support.law import SupportLaw
+
+
+def tables(law: SupportLaw) -> tuple[str, bytes]:
+    """(name, bytes) of a support's tables. Raises ConfigError for a support with a tool."""
+    if law.tool is not None:
+        raise ConfigError(
+            "a server cannot draw on a support with a tool, whose code is here: leave the tool out, or draw locally"
+        )
+    tensors = {
+        "stop_ids": torch.tensor(law.stop_ids),
+        "lengths": torch.tensor([law.min_tokens, law.max_tokens]),
+        "allowed": law.allowed.cpu(),
+    }
+    if law.automaton is not None:
+        automaton = law.automaton.to(torch.device("cpu"))
+        own = ("step", "token_class", "can", "ends")
+        tensors |= {name: getattr(automaton, name) for name in own}
+    data = save({name: x.contiguous() for name, x in tensors.items()})
+    return name_of(data), data
+
+
+def name_of(data: bytes) -> str:
+    """The name under which a server keeps these bytes: so a request is the same however often it is sent, and nothing
+    is loaded over what draws or caches may still use."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bytes:
+    """An adapter in the form of PEFT: tensors by the names in its file, with adapter_config.json as metadata."""
+    on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    return save(on_cpu, {"adapter_config": json.dumps(config)})
+
+
+def request_body(request: Request, support: str, adapter: str) -> bytes:
+    """The JSON of a request."""
+    heat = None if request.exploration is None else request.exploration.temperature
+    body = {
+        "support": support,
+        "adapter": adapter,
+        "prompts": [list(prompt) for prompt in request.prompts],
+        "counts": list(request.counts),
+        "seeds": list(request.seeds),
+        "temperature": None if heat is None else heat.tolist(),
+        "epsilon": 0.0 if request.exploration is None else request.exploration.epsilon,
+        "kept": None if request.kept is None else [list(z) for z in request.kept],
+    }
+    return json.dumps(body).encode()
+
+
+def draws(data: bytes, request: Request, version: int) -> Draws:
+    """The draws in an answer. Raises RolloutError if it holds none, or other than were asked for."""
+    try:
+        found = load(data)
+        out = Draws(**found, version=version)
+    except (SafetensorError, TypeError) as e:
+        raise RolloutError(
+            f"the server's answer does not hold draws ({e}): see docs/scale.md for its version"
+        ) from e
+    count, width = sum(request.counts), out.tokens.shape[-1]
+    shapes = {
+        "tokens": (count, width),
+        "lengths": (count,),
+        "stops": (count,),
+        "log_pf": (count, width),
+        "log_pterm": (count, width + 1),
+    }
+    odd = [name for name, shape in shapes.items() if tuple(found[name].shape) != shape]
+    if odd or not _legal(out, request):
+        what = f"{odd[0]} of shape {tuple(found[odd[0]].shape)}" if odd else "tokens outside the support"
+        raise RolloutError(f"the server's answer holds {what}: see docs/scale.md for its version")
+    return out
+
+
+def _legal(draws: Draws, request: Request) -> bool:
+    """Are the draws in the support, and their log q numbers? What is not would spoil a training silently."""
+    law = request.law
+    if not bool(((draws.lengths >= 0) & (draws.lengths <= draws.tokens.shape[1])).all()):
+        return False
+    if not set(draws.stops.tolist()) <= set(law.stop_ids):
+        return False
+    known = all(
+        law.contains(z[:n]) for z, n in zip(draws.tokens.tolist(), draws.lengths.tolist(), strict=True)
+    )
+    return known and bool(torch.isfinite(draws.log_q).all())

@@ -1,0 +1,188 @@
+"""A stand-in for vLLM: the names that servers/vllm imports, and an engine that treats requests as vLLM's does.
+
+They enter and leave a small batch, change places in it, are interrupted and begin again with what they have written,
+and get logits of no meaning while their prompt is not read to its end. The model is the policy's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import sys
+from collections.abc import AsyncIterator
+from enum import Enum
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from amortlm.engine.adapter import holding
+from amortlm.policy import Policy
+
+PLACES, MAX_RANK = 7, 16
+MoveDirectionality = Enum("MoveDirectionality", ["UNIDIRECTIONAL", "SWAP"])
+
+
+class LoRARequest(SimpleNamespace):
+    def __init__(self, lora_name: str, lora_int_id: int, lora_path: str):
+        super().__init__(lora_name=lora_name, lora_int_id=lora_int_id, lora_path=lora_path)
+
+
+class Engine:
+    """The part of vLLM's AsyncLLM that the server uses."""
+
+    def __init__(self, policy: Policy, max_model_len: int = 64):
+        self.policy, self.processor = policy, None
+        size = policy.lm.vocab_size
+        self.model_config = SimpleNamespace(max_model_len=max_model_len, get_vocab_size=lambda: size)
+        self.adapters: dict[int, dict[str, torch.Tensor]] = {}
+        self.used: set[int] = set()
+        self.lost = False  # a fault: adapters are taken and not used
+        self._logits: dict[tuple[int, ...], torch.Tensor] = {}
+        self._waiting: list[SimpleNamespace] = []
+        self._batch: list[SimpleNamespace | None] = []
+        self._random, self._runner = random.Random(0), None
+        self.interruptions = 0
+
+    async def check_health(self) -> None:
+        pass
+
+    async def add_lora(self, request: LoRARequest) -> bool:
+        assert request.lora_int_id not in self.used, "vLLM caches by number: none may be used again"
+        self.used.add(request.lora_int_id)
+        config = json.loads((Path(request.lora_path) / "adapter_config.json").read_text("utf-8"))
+        if config["r"] > MAX_RANK:
+            raise ValueError(f"LoRA rank {config['r']} is greater than max_lora_rank {MAX_RANK}.")
+        saved = load_file(str(Path(request.lora_path) / "adapter_model.safetensors"))
+        own = {name.replace(".default.", "."): name for name, _ in self.policy.model.named_parameters()}
+        weights = {own[name]: x for name, x in saved.items()}
+        if self.lost:
+            weights = {name: torch.zeros_like(x) for name, x in weights.items()}
+        self.adapters[request.lora_int_id] = weights
+        return True
+
+    async def remove_lora(self, number: int) -> bool:
+        return self.adapters.pop(number, None) is not None
+
+    async def generate(
+        self, prompt: dict[str, Any], params: SimpleNamespace, request_id: str, lora_request: LoRARequest
+    ) -> AsyncIterator[SimpleNamespace]:
+        assert lora_request.lora_int_id in self.adapters, "a request for an adapter that was removed"
+        request = SimpleNamespace(
+            prompt=prompt["prompt_token_ids"], params=params, adapter=lora_request.lora_int_id
+        )
+        request.output, request.logprobs, request.done = [], [], asyncio.Event()
+        request.unread = 0
+        self._waiting.append(request)
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.ensure_future(self._run())
+        await asyncio.wait(
+            [asyncio.ensure_future(request.done.wait()), self._runner], return_when="FIRST_COMPLETED"
+        )
+        if not request.done.is_set():
+            await self._runner  # raises what ended it
+        yield SimpleNamespace(
+            outputs=[
+                SimpleNamespace(token_ids=request.output, logprobs=request.logprobs, finish_reason="stop")
+            ]
+        )
+
+    async def _run(self) -> None:
+        if self.processor is None:
+            from amortlm_vllm.processor import SupportProcessor
+
+            self.processor = SupportProcessor(None, torch.device("cpu"), False)
+        while self._waiting or any(self._batch):
+            update = self._rearranged()
+            self.processor.update_state(update)
+            self._step()
+            await asyncio.sleep(0)
+
+    def _rearranged(self) -> SimpleNamespace | None:
+        """Finished and interrupted requests leave, others take their places, the last move into the holes."""
+        batch, moved, added = self._batch, [], []
+        removed = [i for i, r in enumerate(batch) if r is None]
+        for i, r in enumerate(batch):
+            if r is not None and self._waiting and self._random.random() < 0.05:
+                r.unread = self._random.randint(0, 2)
+                self._waiting.append(r)
+                batch[i] = None
+                removed.append(i)
+                self.interruptions += 1
+        while self._waiting and (removed or len(batch) < PLACES):
+            r = self._waiting.pop(0)
+            if removed:
+                i = removed.pop()
+                batch[i] = r
+            else:
+                i = len(batch)
+                batch.append(r)
+            added.append((i, r.params, r.prompt, r.output))
+        left = sorted(removed)
+        while left and batch:
+            if batch[-1] is None:
+                batch.pop()
+                left = [i for i in left if i < len(batch)]
+            else:
+                i = left.pop(0)
+                moved.append((len(batch) - 1, i, MoveDirectionality.UNIDIRECTIONAL))
+                batch[i] = batch.pop()
+        if len(batch) > 1 and self._random.random() < 0.2:
+            a, b = self._random.sample(range(len(batch)), 2)
+            batch[a], batch[b] = batch[b], batch[a]
+            moved.append((a, b, MoveDirectionality.SWAP))
+        if not (removed or added or moved):
+            return None
+        return SimpleNamespace(batch_size=len(batch), removed=removed, added=added, moved=moved)
+
+    def _step(self) -> None:
+        requests = list(self._batch)
+        rows = [torch.randn(self.policy.lm.vocab_size) if r.unread else self._next(r) for r in requests]
+        logits = self.processor.apply(torch.stack(rows))
+        for i, (r, row) in enumerate(zip(requests, logits, strict=True)):
+            if r.unread:
+                r.unread -= 1
+                continue
+            token = int(row.argmax())
+            values, ids = row.topk(r.params.logprobs)
+            near = zip(ids.tolist(), values.tolist(), strict=True)
+            r.output.append(token)
+            r.logprobs.append({k: SimpleNamespace(logprob=x) for k, x in near})
+            if token in r.params.stop_token_ids or len(r.output) == r.params.max_tokens:
+                r.done.set()
+                self._batch[i] = None
+
+    @torch.no_grad()
+    def _next(self, r: SimpleNamespace) -> torch.Tensor:
+        key = (r.adapter, *r.prompt, *r.output)
+        if key not in self._logits:
+            with holding(self.policy.model, self.adapters[r.adapter]):
+                ids = torch.tensor([[*r.prompt, *r.output]])
+                self._logits[key] = self.policy.model(input_ids=ids).logits[0, -1].float()
+        return self._logits[key]
+
+
+def install() -> None:
+    """Make `import vllm` find the names above."""
+    names = {
+        "vllm": {"SamplingParams": SimpleNamespace, "__version__": "0"},
+        "vllm.lora": {},
+        "vllm.lora.request": {"LoRARequest": LoRARequest},
+        "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(FINAL_ONLY=2)},
+        "vllm.v1": {},
+        "vllm.v1.engine": {},
+        "vllm.v1.engine.async_llm": {"AsyncLLM": Engine},
+        "vllm.v1.sample": {},
+        "vllm.v1.sample.logits_processor": {
+            "BatchUpdate": SimpleNamespace,
+            "LogitsProcessor": object,
+            "MoveDirectionality": MoveDirectionality,
+        },
+    }
+    for name, content in names.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        sys.modules[name] = module
