@@ -218,7 +218,7 @@ class Objective:
     """The record of an objective: its name, loss and requirements. Each is a frozen dataclass; its fields are settings.
 
     every_prefix    does it compare rewards of prefixes? Then the target must be able to score unfinished text
-    biased_by       behaviours (names of `GFNConfig.behaviour`, and "epsilon") that move its optimum
+    biased_by       behaviours (names of `GFNConfig.behaviour`), and fields of `GFNConfig`, that move its optimum
     posterior_only  does it treat corrected completions as draws of the posterior? Then all completions of a corrected
                     prompt are corrected; else half of them, which are compared with fresh ones
 
@@ -365,7 +365,7 @@ class VarGrad(_OfGroup):
 class ForwardKL(_OfGroup):
     name = "forward_kl"
     # The weights R / q are right only for samples of q.
-    biased_by = ("tempered", "replay", "prior", "epsilon")
+    biased_by = ("tempered", "replay", "prior", "epsilon", "max_staleness")
     posterior_only = True
 
     def loss(self, inputs: LossInputs) -> Loss:

@@ -10,14 +10,17 @@ import asyncio
 import json
 import random
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from serving import running
 
 from amortlm.engine.adapter import holding
 from amortlm.policy import Policy
@@ -186,3 +189,19 @@ def install() -> None:
         module = ModuleType(name)
         vars(module).update(content)
         sys.modules[name] = module
+
+
+@contextmanager
+def serving(
+    policy: Policy, folder: Path, key: str | None = None, **settings: Any
+) -> Iterator[tuple[str, Engine]]:
+    """(address, engine) of the server of servers/vllm on the stand-in; its model is that of a policy of its own."""
+    install()
+    from amortlm_vllm import processor, server
+
+    engine = Engine(policy, **settings)
+    about = {"model": "tiny", "dtype": "float32", "vocab_size": policy.lm.vocab_size}
+    app = server.create_app(server.Service(engine, folder, keep=2), about, key)
+    with pytest.MonkeyPatch.context() as patch, running(app) as port:
+        patch.setenv(processor.FOLDER, str(folder))
+        yield f"http://127.0.0.1:{port}", engine

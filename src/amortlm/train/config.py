@@ -17,6 +17,7 @@ from amortlm.train.behaviour import CORRECTED, DEFAULT, POLICY, full_mix
 from amortlm.train.renamed import refuse_renamed
 
 AUTO = "auto"
+LOCAL = "local"  # value of rollout
 UPDATES = 200  # if neither max_steps nor num_train_epochs is given
 
 # Fields of TrainingArguments that have no effect here, or a wrong one, and what to do instead.
@@ -154,6 +155,19 @@ class GFNConfig(TrainingArguments):
             "help": "Number of updates between diagnoses of a few prompts (ESS, ELBO, samples); 0: never."
         },
     )
+    rollout: str = field(
+        default=LOCAL,
+        metadata={
+            "help": "Where the policy's completions are drawn: local, or the address of a server, as in "
+            "http://127.0.0.1:8000 (docs/scale.md)."
+        },
+    )
+    max_staleness: int = field(
+        default=0,
+        metadata={
+            "help": "By how many updates the weights of that server may lag behind. 0: it gets them at each update."
+        },
+    )
     stop_at_gap: float = field(
         default=0.0,
         metadata={
@@ -255,6 +269,10 @@ class GFNConfig(TrainingArguments):
 
     def _check(self) -> None:
         self.check_objective()
+        if self.max_staleness < 0 or (self.max_staleness and self.rollout == LOCAL):
+            raise ConfigError(
+                f"max_staleness={self.max_staleness}: a number of updates, 0 or more, for a server (rollout=...)"
+            )
         if not 0 <= self.epsilon <= 1:
             raise ConfigError(f"epsilon must lie in [0, 1], got {self.epsilon}")
         if self.corrected_method not in ("sir", "smc"):
@@ -291,13 +309,13 @@ class GFNConfig(TrainingArguments):
                 f"objective {objective.name!r} compares samples of one prompt: num_samples must be at least "
                 f"{objective.min_samples}{learned if hasattr(objective, 'log_z') else ''}"
             )
-        used = {**mix, "epsilon": self.epsilon}
+        used = {**mix, "epsilon": self.epsilon, "max_staleness": self.max_staleness}
         if off := [name for name in objective.biased_by if used[name] > 0]:
             fit = {k: v for k, v in mix.items() if v and k not in (*off, POLICY)} or {POLICY: 1.0}
             raise ConfigError(
                 f"objective {objective.name!r} is biased by samples that are not drawn from the policy itself "
-                f"({', '.join(off)}): write behaviour={fit!r} and epsilon=0 (corrected prompts use the buffer with the "
-                "right weights)"
+                f"({', '.join(off)}): write behaviour={fit!r}, epsilon=0 and max_staleness=0 (corrected prompts "
+                "use the buffer with the right weights)"
             )
 
     def reward_temperature_at(self, step: int) -> float:

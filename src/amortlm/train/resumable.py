@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from amortlm.diagnostics import certificate
+from amortlm.errors import RolloutError
 from amortlm.files import replacing
 from amortlm.policy.policy import Policy
 from amortlm.posterior import Posterior
@@ -102,8 +103,18 @@ class ResumableTrainer(Trainer):
         self.add_callback(stop)
         try:
             return super().train(resume_from_checkpoint=found, **kwargs)
+        except RolloutError as e:
+            raise RolloutError(f"{e}. {self._saved_for_later()}") from e
         finally:
             self.remove_callback(stop)
+
+    def _saved_for_later(self) -> str:
+        """Save the state after the last whole update, and say where."""
+        step = self.state.global_step
+        if self.processes.count > 1 or step == 0:
+            return "Checkpoints already saved are intact"
+        self._save_checkpoint(self.model, None)
+        return f"Saved checkpoint-{step}: resume_from_checkpoint=True (--resume) continues from there"
 
     def _finish(self, stated: dict[str, Any], about: dict[str, Any]) -> None:
         """Save the posterior in its best state, with a report; warn if training failed."""

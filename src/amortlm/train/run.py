@@ -63,7 +63,15 @@ FREE = (
         "skip_memory_metrics",
         "debug",
     ),
-    *("use_cpu", "local_rank", "ddp_", "torch_", "activation_checkpointing", "gradient_checkpointing"),
+    *(
+        "rollout",
+        "use_cpu",
+        "local_rank",
+        "ddp_",
+        "torch_",
+        "activation_checkpointing",
+        "gradient_checkpointing",
+    ),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
 )

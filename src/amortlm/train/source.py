@@ -17,6 +17,7 @@ from amortlm.errors import ConfigError
 from amortlm.inference.smc import smc
 from amortlm.objectives import Objective
 from amortlm.policy.policy import Policy
+from amortlm.rollout import HTTPSampler
 from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.train.behaviour import chances
@@ -25,6 +26,7 @@ from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
 from amortlm.weights import systematic
 
 Step = tuple[int, int]  # update, micro-batch
+FAR = 0.1  # nats per token
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Experience:
     rollouts        with the stopping states that the objective uses
     log_reward      [B, T+1]  log R at these states, nats, before the reward temperature
     log_q           [B]       the sampler's log q of the whole trajectory, nats; NaN if it was not drawn in this step
-    version         version of the weights that drew: the number of the update
+    version         version of the weights that drew: the number of the update that began with them
     from_posterior  [N] bool  prompts whose completions include corrected samples
     """
 
@@ -46,14 +48,18 @@ class Experience:
 
     def mismatch(self, log_probs: PolicyLogProbs) -> dict[str, float]:
         """The mean and maximum difference between the sampler's and the trainer's log q of the completions drawn in
-        this step, in nats per token (the stop counts as one); {} if none was drawn. If it is far from 0, sampler and
-        trainer have different distributions. log_probs: the trainer's."""
+        this step, in nats per token (the stop counts as one), and the share of differences above FAR; {} if none was
+        drawn. If it is far from 0, sampler and trainer have different distributions. log_probs: the trainer's."""
         lengths = self.rollouts.lengths
         off = (log_probs.final(lengths) - self.log_q).abs() / (lengths + 1)
         drawn = off[~self.log_q.isnan()]
         if len(drawn) == 0:
             return {}
-        return {"sampler_mismatch": drawn.mean().item(), "sampler_mismatch_max": drawn.max().item()}
+        return {
+            "sampler_mismatch": drawn.mean().item(),
+            "sampler_mismatch_share": (drawn > FAR).float().mean().item(),
+            "sampler_mismatch_max": drawn.max().item(),
+        }
 
 
 class ExperienceSource:
@@ -73,13 +79,21 @@ class ExperienceSource:
     """
 
     def __init__(
-        self, policy: Policy, target: Target, buffer: ReplayBuffer, objective: Objective, config: GFNConfig
+        self,
+        policy: Policy,
+        target: Target,
+        buffer: ReplayBuffer,
+        objective: Objective,
+        config: GFNConfig,
+        server: HTTPSampler | None = None,
     ):
-        """target: the rewards used in training, finite everywhere (`Softened`)."""
+        """target: the rewards used in training, finite everywhere (`Softened`). server: what draws in place of the
+        policy's own sampler."""
         self.policy, self.target, self.buffer = policy, target, buffer
         self.objective, self.config = objective, config
         found = chances(config.behaviour)
         self._corrected_chance, self._replay_chance, self._tempered_chance, self._prior_chance = found
+        self.server = server
         self._prior = LocalSampler(policy.lm.model, policy.lm.sharing, policy.lm.memory)
         if (
             self._corrected_chance > 0
@@ -93,13 +107,20 @@ class ExperienceSource:
     def collect(self, rows: Sequence[Row], step: Step) -> Experience:
         """The experience of one micro-batch: B = N * num_samples trajectories, those of a row next to each other. They
         are also added to the buffer."""
+        self._renew(step[0])
         from_posterior = self.corrected(rows, step)
         rollouts, log_q = self.draw(rows, step, from_posterior)
         rollouts = self.thin(rollouts, step)
         distinct, place = rollouts.distinct()  # samples of a policy with low entropy repeat
         log_reward = self.target.score(distinct)[place]
         self.buffer.add(rollouts, log_reward.gather(1, rollouts.lengths[:, None]).squeeze(1))
-        return Experience(rollouts, log_reward, log_q, step[0], from_posterior.to(log_q.device))
+        version = step[0] if self.server is None else self.server.version
+        return Experience(rollouts, log_reward, log_q, version, from_posterior.to(log_q.device))
+
+    def _renew(self, update: int) -> None:
+        """Give the server the policy's weights if those that it has lag behind by more than max_staleness updates."""
+        if self.server is not None and update - self.server.version > self.config.max_staleness:
+            self.server.load(self.policy.weights(), update)
 
     def draw(self, rows: Sequence[Row], step: Step, corrected: Tensor) -> tuple[Rollouts, Tensor]:
         """(trajectories, the sampler's log q [B], nats). corrected [N] bool: prompts that get corrected samples."""
@@ -116,7 +137,9 @@ class ExperienceSource:
         if any(own):
             each = [t for n, t in zip(own, heat, strict=True) for _ in range(n)]
             exploration = Exploration(torch.tensor(each, device=self.policy.device), self.config.epsilon)
-            rollouts, log_probs = self.policy.sample(rows, own, seed=seed, exploration=exploration)
+            rollouts, log_probs = self.policy.sample(
+                rows, own, seed=seed, exploration=exploration, sampler=self.server
+            )
             parts.append(rollouts)
             log_q.append(log_probs.final(rollouts.lengths))
         if any(prior):
@@ -180,7 +203,8 @@ class ExperienceSource:
         if self.config.corrected_method == "smc":
             particles = smc(self.policy, self.target / temperature, row, num_particles=m, seed=seed)
             return particles.rollouts, particles.log_weights, particles.log_reward * temperature
-        rollouts, log_probs = self.policy.sample([row], m, seed=seed)
+        # The log q of a server is that of its weights, and so the right denominator, also where they lag behind.
+        rollouts, log_probs = self.policy.sample([row], m, seed=seed, sampler=self.server)
         log_reward = self.target.score_final(rollouts)
         return rollouts, log_reward / temperature - log_probs.final(rollouts.lengths), log_reward
 

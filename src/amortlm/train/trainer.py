@@ -26,12 +26,13 @@ from amortlm.errors import ConfigError, DataError, RewardError, TrainingError
 from amortlm.language_model import LanguageModel
 from amortlm.policy.policy import Policy
 from amortlm.posterior import Posterior
+from amortlm.rollout import HTTPSampler
 from amortlm.support.spec import Support
 from amortlm.targets.base import Softened, Target
 from amortlm.text.template import Messages
 from amortlm.train import run, trackers
 from amortlm.train.callbacks import DiagnoseCallback, StopWhenRight, TrainingProgress
-from amortlm.train.config import METRICS, REFUSED, GFNConfig
+from amortlm.train.config import LOCAL, METRICS, REFUSED, GFNConfig
 from amortlm.train.defaults import settled
 from amortlm.train.floor import FloorCheck
 from amortlm.train.log_z import LearnedLogZ
@@ -128,7 +129,10 @@ class GFNTrainer(ResumableTrainer):
         self.posterior = Posterior(self.policy, self.target)
         self.buffer = ReplayBuffer(args.buffer_size, args.buffer_prioritized)
         self.stores = (self.buffer, self.training_target)
-        self.source = ExperienceSource(self.policy, self.training_target, self.buffer, self.objective, args)
+        server = None if args.rollout == LOCAL else HTTPSampler(args.rollout, self.policy)
+        self.source = ExperienceSource(
+            self.policy, self.training_target, self.buffer, self.objective, args, server
+        )
         self.floor = FloorCheck(self.policy.support)
         self._metrics = Metrics()
         self._micro_step = (-1, 0)
