@@ -163,7 +163,6 @@ LORA = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
         (LoraConfig(**LORA, alpha_pattern={"q_proj": 3}), "cannot load LoRA with alpha_pattern"),
         (LoraConfig(**LORA, modules_to_save=["lm_head"]), "cannot load LoRA with modules_to_save"),
         (LoraConfig(**LORA, init_lora_weights="pissa"), "cannot load LoRA with init_lora_weights='pissa'"),
-        (LoraConfig(**LORA, bias="lora_only"), "cannot load LoRA with bias='lora_only'"),
         (LoraConfig(**LORA | {"target_modules": ["lm_head"]}), "inside the model alone, not .*lm_head"),
         (LoraConfig(**LORA | {"target_modules": ["embed_tokens"]}), "inside the model alone, not .*embed"),
         (LoraConfig(**LORA | {"r": 17}), "vLLM cannot load these weights: LoRA rank 17 is greater than"),

@@ -35,8 +35,8 @@ SUPPORTS = {
     "pattern": Support(stop=[".", "!"], min_tokens=0, max_tokens=4, pattern="(a|b|cat)*( ?t(t|a)?)?"),
     "too large to list": Support(stop=".", max_tokens=6),
 }
-# Five blocks of 16 tokens for all requests: of the 32 that are drawn together, most are interrupted.
-TIGHT = '{"num_gpu_blocks_override": 12, "block_size": 16, "max_num_seqs": 32}'
+# Twenty blocks of 32 tokens: each request begins in one and needs a second one, so many are interrupted.
+TIGHT = '{"num_gpu_blocks_override": 20, "block_size": 32, "max_num_seqs": 32}'
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +52,8 @@ def lm(folder):
 
 
 @pytest.fixture(scope="module")
-def url(folder, request):
-    tight = ["--engine", TIGHT] if getattr(request, "param", None) else []
-    yield from served(folder, *tight)
+def url(folder):
+    yield from served(folder)
 
 
 def served(folder, *more):
@@ -104,7 +103,7 @@ def compared(lm, url, count):
     generator = torch.Generator().manual_seed(3)
     kept = [torch.randint(2, 28, (k % 5,), generator=generator).tolist() for k in range(2 * count)]
     heat = torch.linspace(0.3, 2, 2 * count)
-    prompts = policy.encode_rows([ROW, {"x": "a dog ran"}])
+    prompts = policy.encode_rows([{"x": "the cat" + " the dog" * n} for n in (8, 9)])
     asked = Request(prompts, [count, count], [1, 2], policy.support, Exploration(heat, 0.1), kept)
     return HTTPSampler(url, policy).sample(asked), LocalSampler(policy.model, policy.sharing).sample(asked)
 

@@ -38,11 +38,9 @@ class HTTPSampler:
         with another model and for weights that it cannot load, RolloutError for a server that fails.
         """
         self._connection, self._policy = Connection(url, patience or Patience()), policy
-        info = self._info()
-        self.reproducible = info["dtype"] == "float32"
-        self._tolerance = (
-            TOLERANCE.get(info["dtype"], max(TOLERANCE.values())) if tolerance is None else tolerance
-        )
+        dtype = self._precision()
+        self.reproducible = dtype == "float32"
+        self._tolerance = TOLERANCE.get(dtype, max(TOLERANCE.values())) if tolerance is None else tolerance
         self._supports: set[str] = set()  # that the server has
         self.load(policy.weights(), 0)
 
@@ -76,7 +74,8 @@ class HTTPSampler:
         self._adapter, self._weights, self.version = adapter, data, version
         check_delivery(self._policy, weights, self.sample, self._tolerance)
 
-    def _info(self) -> dict[str, object]:
+    def _precision(self) -> str:
+        """The dtype of the server's model, which has to have the policy's vocabulary."""
         answer, size = self._connection.call("GET", "/info"), self._policy.lm.vocab_size
         try:
             info = json.loads(answer)
@@ -89,4 +88,4 @@ class HTTPSampler:
             raise ConfigError(
                 f"the server's model, {name}, has {vocab} tokens, that of the policy {size}: start it with the same"
             )
-        return {"model": name, "dtype": dtype}
+        return dtype

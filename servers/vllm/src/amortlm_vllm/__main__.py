@@ -7,6 +7,7 @@ import asyncio
 import ipaddress
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -42,6 +43,8 @@ def main() -> None:
         sys.exit(
             f"whoever reaches {given.host} could use the server: set a key in {server.KEY}, or leave out --host"
         )
+    # uvicorn ends with the signal that ended it, which would leave vLLM's processes behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # its logits processors are of another kind
     # The address is taken before the model is loaded, which may take minutes.
     with _listening(given) as taken, tempfile.TemporaryDirectory(prefix="amortlm_vllm-") as folder:

@@ -213,7 +213,10 @@ def _body(data: bytes) -> dict[str, Any]:
             len(x) == total for x in lists
         )
         fits &= (
-            all(body["prompts"]) and isinstance(body["epsilon"], float | int) and min(counts) >= 0 and total > 0
+            all(body["prompts"])
+            and isinstance(body["epsilon"], float | int)
+            and min(counts) >= 0
+            and total > 0
         )
     except (ValueError, KeyError, TypeError) as e:
         raise RefusalError(400, f"not a request for completions ({type(e).__name__}: {e})") from e
