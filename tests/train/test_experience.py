@@ -145,7 +145,11 @@ def test_a_mismatch_is_that_of_fresh_draws(one_lm: LanguageModel, tmp_path: Path
     one.log_q[first] += 2.0
     count = int((~found.log_q.isnan()).sum())
     per_token = 2.0 / (int(found.rollouts.lengths[first]) + 1)
-    expected = {"sampler_mismatch": per_token / count, "sampler_mismatch_max": per_token}
+    expected = {
+        "sampler_mismatch": per_token / count,
+        "sampler_mismatch_share": 1 / count,
+        "sampler_mismatch_max": per_token,
+    }
     assert one.mismatch(log_probs) == pytest.approx(expected, abs=1e-5)
 
 

@@ -159,13 +159,14 @@ class GFNConfig(TrainingArguments):
         default=LOCAL,
         metadata={
             "help": "Where the policy's completions are drawn: local, or the address of a server, as in "
-            "http://127.0.0.1:8000 (docs/scale.md)."
+            "http://127.0.0.1:8000 (docs/scale.md). Paper: local."
         },
     )
     max_staleness: int = field(
         default=0,
         metadata={
-            "help": "By how many updates the weights of that server may lag behind. 0: it gets them at each update."
+            "help": "By how many updates the weights of that server may lag behind. 0: it gets them at each update. "
+            "Paper: not used."
         },
     )
     stop_at_gap: float = field(
