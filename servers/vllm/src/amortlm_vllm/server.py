@@ -111,7 +111,9 @@ class Service:
         kept = body["kept"] or [[]] * len(prompts)
         size, room = len(law.allowed), self.engine.model_config.max_model_len
         if not all(len(z) <= law.max_tokens and all(0 <= token < size for token in z) for z in kept):
-            raise RefusalError(400, "kept tokens that are not of the model, or more than a completion may have")
+            raise RefusalError(
+                400, "kept tokens that are not of the model, or more than a completion may have"
+            )
         if (longest := max(map(len, prompts), default=0) + length) > room:
             raise RefusalError(
                 400,
