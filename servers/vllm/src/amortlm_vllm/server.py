@@ -278,7 +278,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _write_adapter(folder: Path, data: bytes) -> None:
     """A PEFT folder; its config travels as metadata of its weights. Raises ValueError if it is none."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(data)
     try:
