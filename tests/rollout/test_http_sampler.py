@@ -220,6 +220,15 @@ def test_a_prompt_that_does_not_fit_is_refused(pair, tmp_path):
             sampler.sample(long)
 
 
+@pytest.mark.parametrize("kept", [[48], [-1], [2, 2, 2, 2]])
+def test_kept_tokens_that_cannot_be_are_refused(pair, tmp_path, kept):
+    policy, theirs = pair
+    with serving(theirs, tmp_path) as (url, _):
+        sampler = HTTPSampler(url, policy, patience=QUICK)
+        with pytest.raises(ConfigError, match="kept tokens that are not of the model, or more"):
+            sampler.sample(Asked([[5]], [1], [0], policy.support, kept=[kept]))
+
+
 def test_a_model_of_other_tokens_is_refused(one_lm, pair, tmp_path):
     policy, theirs = pair
     theirs.lm = SimpleNamespace(vocab_size=50)

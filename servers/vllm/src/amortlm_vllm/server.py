@@ -109,7 +109,11 @@ class Service:
         prompts = [p for p, n in zip(body["prompts"], counts, strict=True) for _ in range(n)]
         heats = body["temperature"] or [1.0] * len(prompts)
         kept = body["kept"] or [[]] * len(prompts)
-        room = self.engine.model_config.max_model_len
+        size, room = len(law.allowed), self.engine.model_config.max_model_len
+        if not all(len(z) <= law.max_tokens and all(0 <= token < size for token in z) for z in kept):
+            raise RefusalError(
+                400, "kept tokens that are not of the model, or more than a completion may have"
+            )
         if (longest := max(map(len, prompts), default=0) + length) > room:
             raise RefusalError(
                 400,
@@ -274,7 +278,7 @@ def _write(path: Path, data: bytes) -> None:
 
 def _write_adapter(folder: Path, data: bytes) -> None:
     """A PEFT folder; its config travels as metadata of its weights. Raises ValueError if it is none."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(data)
     try:
