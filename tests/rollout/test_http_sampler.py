@@ -7,16 +7,14 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 
-import fake_vllm
 import pytest
 import torch
+from fake_vllm import serving
 from peft import IA3Config, LoraConfig
 from reference import tiny_policy
 from safetensors.torch import load, save
-from serving import running
 
 from amortlm import Policy, Support
 from amortlm.engine.decoding import Exploration
@@ -38,20 +36,6 @@ SUPPORTS = {
     "too large to list": Support(stop=".", min_tokens=3, max_tokens=4),
 }
 QUICK = Patience(request=60, outage=0.3, pause=0.05)
-
-
-@contextmanager
-def serving(policy: Policy, folder: Path, key: str | None = None, **settings):
-    """(address, engine) of the server of servers/vllm on the stand-in; the policy that it draws from is a copy."""
-    fake_vllm.install()
-    from amortlm_vllm import processor, server
-
-    engine = fake_vllm.Engine(policy, **settings)
-    about = {"model": "tiny", "dtype": "float32", "vocab_size": policy.lm.vocab_size}
-    app = server.create_app(server.Service(engine, folder, keep=2), about, key)
-    with pytest.MonkeyPatch.context() as patch, running(app) as port:
-        patch.setenv(processor.FOLDER, str(folder))
-        yield f"http://127.0.0.1:{port}", engine
 
 
 @pytest.mark.slow

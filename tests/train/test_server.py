@@ -38,9 +38,7 @@ def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def serving(lm: LanguageModel, folder: Path) -> Iterator[tuple[str, fake_vllm.Engine]]:
     policy = Policy(lm, "{x}", Support(stop=".", max_tokens=3), default_lora(4))
-    folder = folder / "server"
-    folder.mkdir(parents=True)
-    with fake_vllm.serving(policy, folder) as found:
+    with fake_vllm.serving(policy, folder / "server") as found:
         yield found
 
 
