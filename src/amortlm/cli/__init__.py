@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from amortlm import __version__
 from amortlm.cli.quick import QUICK
@@ -18,15 +19,11 @@ SHELLS = ("bash", "zsh", "fish")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0; 1 if `evaluate --check` finds that a certificate no longer holds; 2
     after an error, which is printed as one line; or 128 + n if signal n ended the command."""
-    parser, commands = _parser()
-    args, unknown = parser.parse_known_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
     if args.command is None:
         parser.print_help(sys.stderr)
         parser.exit(2)
-    if unknown:
-        command = commands[args.command]
-        hint = f"; {nearest(unknown[0], command._option_string_actions)}" if unknown[0][0] == "-" else ""
-        command.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     args.command_line = shlex.join(["amortlm", *(sys.argv[1:] if argv is None else argv)])
     with ending_on_signals():
         return exit_status(lambda: _run(args), args)
@@ -41,9 +38,19 @@ def _run(args: argparse.Namespace) -> int | None:
     return status
 
 
-def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
-    """The parser, and that of each command."""
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Answers what it does not know with the usage and the nearest option of the command, not of `amortlm`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = f"; {nearest(unknown[0], self._option_string_actions)}" if unknown[0][0] == "-" else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
         prog="amortlm",
         description="Make a language model sample from posteriors that it defines but cannot sample.",
     )
@@ -80,7 +87,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentPa
     completion = commands.add_parser("completion", help="print a script that completes commands in a shell")
     completion.add_argument("shell", choices=SHELLS)
     completion.set_defaults(parser=parser)
-    return parser, commands.choices
+    return parser
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
