@@ -321,8 +321,8 @@ within 1e-4 nats (1e-5 of the gradient's norm) of plain passes of one text at a 
 says why. Written by
 `python -m benchmarks.architectures --markdown docs/models.md`.
 
-Of {kinds} architectures {counts}. The table has {cases} variants: windows narrower and wider than the texts, encoders
-as decoders, rotary embeddings that change with the length.
+Of {kinds} architectures {counts}, {left} not measured (at the end). The table has {cases} variants:
+windows narrower and wider than the texts, encoders as decoders, rotary embeddings that change with the length.
 
 Some models attend only to `index_topk` keys, those with the highest scores of an index (DeepSeek V3.2 and V4,
 GLM-MoE-DSA, dots3-note, Hy V4). Which of two equal scores is taken depends on padding, so a longer text can have two
@@ -352,6 +352,7 @@ def page(results: Sequence[Measured]) -> str:
         version=transformers.__version__,
         counts=", ".join(f"{n} {outcome}" for outcome, n in by_kind.most_common()),
         kinds=len(KINDS),
+        left=len(KINDS) - by_kind.total(),
         cases=len(results),
         table=_narrow(tabulate(rows, ["model", "result", "way through the model", "why"], tablefmt="github")),
         unbuilt="\n".join(f"- {kind}: {why}" for kind, why in UNBUILT.items()),

@@ -90,7 +90,7 @@ def sample_section(scorer: measure.Scorer) -> str:
     lines = []
     for place, (prompt, text) in enumerate(measure.samples(scorer), start=1):
         shown = f"**{prompt}**" if prompt else "(no prompt)"
-        lines.append(f"{place}. {shown}\n\n   ```text\n   {text.strip()}\n   ```")
+        lines.append(f"{place}. {shown}\n\n    ```text\n    {text.strip()}\n    ```")
     return "\n\n".join(lines)
 
 

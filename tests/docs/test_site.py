@@ -215,6 +215,11 @@ def test_the_reference_shows_docstrings_and_settings(site: Path) -> None:
     text = (site / "docs" / "reference.html").read_text(encoding="utf-8")
     assert 'id="amortlm.Posterior.sample"' in text
     assert "Share of uniformly random tokens" in text  # the help of GFNConfig.epsilon
+    assert (
+        "One of subtb, db, tb, vargrad, forward_kl" in text
+    )  # of GFNConfig.objective, whose help is computed
+    assert "metadata" not in text, "a setting shows its default, not the code that declares it"
+    assert 'id="amortlm.GFNTrainer.train"' in text
     assert ":::" not in text
 
 
@@ -247,6 +252,10 @@ def test_pages_open_without_complaints_and_search_finds(address: str) -> None:
                     assert page.evaluate("document.documentElement.scrollWidth") <= width, (name, width)
                     backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         assert len(backgrounds) == 2  # the scheme of the reader is followed
+        for name in ("index", "docs/yaml", "docs/reference"):
+            page, _ = open_page(found, f"{address}/{name}.html", 1280)
+            cut = "[...document.querySelectorAll('pre > code')].filter(c => c.scrollWidth > c.clientWidth).length"
+            assert page.evaluate(cut) == 0, f"{name}: code is cut off"
         page, complaints = open_page(found, f"{address}/docs/index.html", 1400)
         page.wait_for_load_state("networkidle")
         page.keyboard.press("Control+k")

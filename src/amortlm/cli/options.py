@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from amortlm import __version__
+from amortlm.errors import nearest
 
 SHELLS = ("bash", "zsh", "fish")
 
 
+class _Parser(argparse.ArgumentParser):
+    """Answers what it does not know with the usage and the nearest option of the command, not of `amortlm`."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            hint = f"; {nearest(unknown[0], self._option_string_actions)}" if unknown[0][0] == "-" else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands. In what it gives, `own_parser` is that of the command."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="amortlm",
         description="Make a language model sample from posteriors that it defines but cannot sample.",
     )
@@ -48,8 +60,6 @@ def make_parser() -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", help="print a script that completes commands in a shell")
     completion.add_argument("shell", choices=SHELLS)
     completion.set_defaults(parser=parser)
-    for own in commands.choices.values():
-        own.set_defaults(own_parser=own)
     return parser
 
 
