@@ -168,9 +168,9 @@ class Engine:
         return self._logits[key]
 
 
-def install() -> None:
-    """Make `import vllm` find the names above."""
-    names = {
+def modules() -> dict[str, ModuleType]:
+    """What `import vllm` is to find: the names above."""
+    names: dict[str, dict[str, Any]] = {
         "vllm": {"SamplingParams": SimpleNamespace, "__version__": "0"},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
@@ -185,10 +185,10 @@ def install() -> None:
             "MoveDirectionality": MoveDirectionality,
         },
     }
-    for name, content in names.items():
-        module = ModuleType(name)
-        vars(module).update(content)
-        sys.modules[name] = module
+    found = {name: ModuleType(name) for name in names}
+    for name, module in found.items():
+        vars(module).update(names[name])
+    return found
 
 
 @contextmanager
@@ -196,12 +196,14 @@ def serving(
     policy: Policy, folder: Path, key: str | None = None, **settings: Any
 ) -> Iterator[tuple[str, Engine]]:
     """(address, engine) of the server of servers/vllm on the stand-in; its model is that of a policy of its own."""
-    install()
-    from amortlm_vllm import processor, server
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules().items():
+            patch.setitem(sys.modules, name, module)  # not for longer: TRL asks whether there is vLLM
+        from amortlm_vllm import processor, server
 
-    engine = Engine(policy, **settings)
-    about = {"model": "tiny", "dtype": "float32", "vocab_size": policy.lm.vocab_size}
-    app = server.create_app(server.Service(engine, folder, keep=2), about, key)
-    with pytest.MonkeyPatch.context() as patch, running(app) as port:
         patch.setenv(processor.FOLDER, str(folder))
-        yield f"http://127.0.0.1:{port}", engine
+        engine = Engine(policy, **settings)
+        about = {"model": "tiny", "dtype": "float32", "vocab_size": policy.lm.vocab_size}
+        app = server.create_app(server.Service(engine, folder, keep=2), about, key)
+        with running(app) as port:
+            yield f"http://127.0.0.1:{port}", engine

@@ -490,6 +490,7 @@ class Snapshots:
         self.active = True
 
 
+@pytest.mark.slow
 def test_killed_at_any_write(one_lm: LanguageModel, tmp_path: Path) -> None:
     """From what is on the disk at random ones of these moments, half of them with the newest file cut short, a run
     ends where the uninterrupted one does, to the bit."""

@@ -51,6 +51,7 @@ def logged(trainer: GFNTrainer, name: str) -> list[float]:
     return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
+@pytest.mark.slow
 def test_training_is_that_of_local_draws(one_lm: LanguageModel, tmp_path: Path) -> None:
     local = make_trainer(one_lm, tmp_path / "local", **SETTINGS)
     start = make_trainer(one_lm, tmp_path / "start", **SETTINGS)
@@ -110,6 +111,7 @@ def test_old_weights_do_not_move_the_optimum(one_lm: LanguageModel, tmp_path: Pa
     assert trainer.posterior.diagnose(ROWS[:2], 32).mean("total_variation") < 0.1
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_costs_nothing(one_lm: LanguageModel, tmp_path: Path) -> None:
     local = make_trainer(one_lm, tmp_path / "local", **SETTINGS)
     local.train()

@@ -97,7 +97,9 @@ def weights(policy: Policy) -> dict[str, Tensor]:
     return {k: p.detach().clone() for k, p in policy.model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize(("run", "per_step"), [(sft, 1), (grpo, 1), (ppo, 4), (samples, 1)])
+@pytest.mark.parametrize(
+    ("run", "per_step"), [(sft, 1), (grpo, 1), pytest.param(ppo, 4, marks=pytest.mark.slow), (samples, 1)]
+)
 def test_an_interrupted_run_ends_as_if_it_had_not_been(
     run: Run, per_step: int, one_lm: LanguageModel, tmp_path: Path
 ) -> None:
@@ -114,7 +116,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     assert any(not torch.equal(value, start[name]) for name, value in weights(resumed).items())
 
 
-@pytest.mark.parametrize("run", [sft, grpo, ppo])
+@pytest.mark.parametrize("run", [sft, grpo, pytest.param(ppo, marks=pytest.mark.slow)])
 def test_who_does_not_ask_starts_anew(run: Run, one_lm: LanguageModel, tmp_path: Path) -> None:
     for _ in range(2):
         with counted() as updates:
