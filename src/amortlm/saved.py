@@ -25,12 +25,22 @@ REPOSITORY = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?", re.ASCII)  # of the h
 LARGEST = 64 * 2**20  # bytes
 
 
+def _remedy(folder: Path) -> str:
+    if (folder / "run.json").is_file() and not (
+        folder / FILE
+    ).exists():  # which training writes at its beginning
+        return "Its training has not ended: train with --resume (resume_from_checkpoint=True)"
+    return "Give a folder that `amortlm train` or save_pretrained wrote"
+
+
 def read(folder: Path) -> dict[str, Any]:
     """The content of `posterior.json`, with every value of the right type. Raises CheckpointError."""
     file = folder / FILE
     try:
-        if not file.is_file() or file.stat().st_size > LARGEST:
-            raise ValueError(f"there is no file, or it has more than {LARGEST} bytes")
+        if not file.is_file():
+            raise ValueError("there is no such file")
+        if file.stat().st_size > LARGEST:
+            raise ValueError(f"it has more than {LARGEST} bytes")
         spec = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(spec, dict):
             raise TypeError(f"it holds a {type(spec).__name__}, not a mapping")
@@ -40,7 +50,7 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         why = f"no {e}" if isinstance(e, KeyError) else e
         raise CheckpointError(
-            f"{folder}: {FILE} is missing or damaged ({why}); this is not a complete saved posterior"
+            f"{folder}: {FILE} is missing or damaged ({why}); this is not a complete saved posterior. {_remedy(folder)}"
         ) from e
     if found != FORMAT:
         raise CheckpointError(

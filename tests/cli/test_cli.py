@@ -434,6 +434,11 @@ def test_folders_that_are_no_posterior(cli: Cli, trained: Path, tmp_path: Path, 
         (tmp_path / "file").write_text("")
         line = failure(cli(command, folder, "--column", "x=a"))
         assert "posterior.json is missing or damaged" in line
+        assert "Give a folder that `amortlm train`" in line
+    (tmp_path / "run.json").write_text("{}")
+    assert "Its training has not ended: train with --resume" in failure(
+        cli(command, tmp_path, "--column", "x=a")
+    )
     cut = tmp_path / "cut"
     shutil.copytree(trained, cut, ignore=shutil.ignore_patterns("checkpoint-*"))
     weights = cut / "adapter_model.safetensors"

@@ -219,6 +219,14 @@ def test_a_run_of_an_earlier_version(run: Path) -> None:
     assert "{&#39;stop&#39;: &#39;.&#39;" in write_report([run]).read_text(encoding="utf-8")
 
 
+def test_what_was_chosen_is_said(run: Path) -> None:
+    stated = json.loads((run / "run.json").read_text())
+    stated["about"]["chosen"] = ["objective='subtb'", "num_samples=8"]
+    (run / "run.json").write_text(json.dumps(stated))
+    text = " ".join(Page(write_report([run]).read_text(encoding="utf-8")).texts)
+    assert "Rows of data: 2. Chosen: objective='subtb'. Chosen: num_samples=8." in text
+
+
 def test_folders_that_hold_no_run(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no run"):
         write_report([tmp_path])
