@@ -14,6 +14,7 @@ from typing import Any
 from amortlm.engine import gguf
 from amortlm.engine.adapter import FULL
 from amortlm.errors import CheckpointError, ConfigError
+from amortlm.files import RUN
 from amortlm.language_model import EMBEDDED, LanguageModel
 from amortlm.support.spec import Support
 from amortlm.support.tools import Tool
@@ -23,14 +24,6 @@ FILE = "posterior.json"
 FORMAT = 1
 REPOSITORY = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?", re.ASCII)  # of the hub
 LARGEST = 64 * 2**20  # bytes
-
-
-def _remedy(folder: Path) -> str:
-    if (folder / "run.json").is_file() and not (
-        folder / FILE
-    ).exists():  # which training writes at its beginning
-        return "Its training has not ended: train with --resume (resume_from_checkpoint=True)"
-    return "Give a folder that `amortlm train` or save_pretrained wrote"
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -171,3 +164,10 @@ def write_base_model(folder: Path, path: str, name: str | None) -> None:
     card = folder / "README.md"
     if path and path != name and card.is_file():
         card.write_text(card.read_text(encoding="utf-8").replace(path, name or "unknown"), encoding="utf-8")
+
+
+def _remedy(folder: Path) -> str:
+    begun = (folder / RUN).is_file()  # training writes it at its beginning
+    if begun and not (folder / FILE).exists():
+        return "Its training has not ended: train with --resume (resume_from_checkpoint=True)"
+    return "Give a folder that `amortlm train` or save_pretrained wrote"
