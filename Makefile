@@ -23,7 +23,7 @@ VERSION_TESTS := tests/policy tests/targets/test_target_laws.py tests/targets/te
 # A language model that others trained, for the presets `real`: in a package whose code is not needed.
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 
-.PHONY: help setup demo model smoke test test-slow test-long test-lowest test-newest test-vllm lint format types docs clean
+.PHONY: help setup demo model smoke test test-slow test-long test-lowest test-newest test-vllm lint format types docs notebooks clean
 
 help:
 	@echo "make demo    train, measure and plot two posteriors into runs/demo"
@@ -36,6 +36,8 @@ help:
 	@echo "             draws by a real vLLM on this CPU, in .venv-vllm (docs/scale.md); about five minutes"
 	@echo "make model   fetch SmolLM2-135M-Instruct (98 MB) into models/, for --preset real"
 	@echo "make smoke   every experiment for a few steps into runs/smoke"
+	@echo "make notebooks"
+	@echo "             run the notebooks anew, in place"
 	@echo "make docs    the documentation as a web site, site/index.html"
 	@echo "make lint    ruff check and format check        make format  apply both"
 	@echo "make types   mypy                               make clean   remove environments, caches"
@@ -110,6 +112,9 @@ test-lowest test-newest: test-%: .venv-%/.installed
 test-vllm: $(STAMP) .venv-vllm/.installed
 	HF_HUB_OFFLINE=1 AMORTLM_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest -n 0 $(PYTEST_ARGS) \
 	  tests/rollout/test_vllm.py
+
+notebooks: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/execute.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
