@@ -11,6 +11,8 @@ from importlib import import_module
 from amortlm.cli.options import make_parser
 from amortlm.cli.status import ending_on_signals, exit_status, without_bars
 
+QUICK = ("new", "completion")  # they need no model, and start at once
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Returns the exit status: 0; 1 if `evaluate --check` finds that a certificate no longer holds; 2
@@ -28,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: Namespace) -> int | None:
     # The import may take seconds; a signal during it also ends the command.
     command = import_module(f"amortlm.cli.commands.{args.command}")
-    without_bars()
+    if args.command not in QUICK:
+        without_bars()
     status: int | None = command.run(args)
     return status

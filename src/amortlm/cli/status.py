@@ -72,10 +72,9 @@ def _what_remains(args: Namespace) -> str:
 
 def without_bars() -> None:
     """Libraries draw no bars of their own while they load."""
-    if "transformers" in sys.modules:
-        from transformers.utils import logging
+    from transformers.utils import logging
 
-        logging.disable_progress_bar()
+    logging.disable_progress_bar()
 
 
 def run_folder(args: Namespace) -> Path:
