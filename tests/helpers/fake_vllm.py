@@ -22,10 +22,11 @@ import torch
 from safetensors.torch import load_file
 from serving import running
 
-from amortlm.engine.adapter import holding
-from amortlm.policy import Policy
+from amortlm import LanguageModel, Policy, Support
+from amortlm.engine.adapter import default_lora, holding
 
 PLACES, MAX_RANK = 7, 16
+RANK = 4  # of the server in a process of its own
 State = tuple[int, ...]  # number of an adapter, then the tokens of a text
 MoveDirectionality = Enum("MoveDirectionality", ["UNIDIRECTIONAL", "SWAP"])
 
@@ -50,6 +51,17 @@ class Engine:
         self._batch: list[SimpleNamespace | None] = []
         self._random, self._runner = random.Random(0), None
         self.interruptions = self.finished = 0
+
+    @classmethod
+    def from_engine_args(cls, args: SimpleNamespace) -> Engine:
+        """With a model as vLLM loads it, and the LoRA of `fake_server.py`."""
+        lm = LanguageModel.from_pretrained(args.model)
+        engine = cls(Policy(lm, "{x}", Support(stop=".", max_tokens=3), default_lora(RANK)))
+        vars(engine.model_config).update(model=args.model, dtype=torch.float32)
+        return engine
+
+    def shutdown(self) -> None:
+        pass
 
     async def check_health(self) -> None:
         pass
@@ -188,6 +200,8 @@ def modules() -> dict[str, ModuleType]:
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
         "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(FINAL_ONLY=2)},
+        "vllm.engine": {},
+        "vllm.engine.arg_utils": {"AsyncEngineArgs": SimpleNamespace},
         "vllm.v1": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.async_llm": {"AsyncLLM": Engine},

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: Namespace) -> int | None:
     # The import may take seconds; a signal during it also ends the command.
-    command = import_module(f"amortlm.cli.commands.{args.command}")
+    command = import_module(f"amortlm.cli.commands.{args.command.replace('-', '_')}")
     if args.command not in QUICK:
         without_bars()
     status: int | None = command.run(args)

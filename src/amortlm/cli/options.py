@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from amortlm import __version__
@@ -40,6 +41,14 @@ def make_parser() -> argparse.ArgumentParser:
     _add_serve(commands.add_parser("serve", help="serve a saved posterior over HTTP; see docs/serving.md"))
     _add_play(
         commands.add_parser("play", help="a page in the browser to try a posterior; see docs/serving.md")
+    )
+    _add_launch(
+        commands.add_parser(
+            "launch", help="servers of completions, and a training with them; see docs/scale.md"
+        )
+    )
+    _add_rollout_server(
+        commands.add_parser("rollout-server", help="a server of completions, with vLLM; see docs/scale.md")
     )
     doctor = commands.add_parser(
         "doctor",
@@ -80,6 +89,37 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="any GFNConfig field, e.g. max_steps=50",
+    )
+
+
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    _add_train(parser)
+    _add_python(parser)
+    parser.add_argument("--servers", type=int, default=1, help="how many (default 1)")
+    parser.add_argument(
+        "--server-options",
+        default="",
+        metavar="OPTIONS",
+        help="options of the servers as one text, as in '--dtype float32'",
+    )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="place the servers on a Ray cluster (auto, local, or an address)"
+    )
+
+
+def _add_rollout_server(parser: argparse.ArgumentParser) -> None:
+    _add_python(parser)
+    parser.add_argument("model", help="the frozen model: hub name, local folder or GGUF file")
+    parser.add_argument(
+        "options", nargs=argparse.REMAINDER, help="options of the server, such as --dtype float32 --port 8001"
+    )
+
+
+def _add_python(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        help="the interpreter of the environment that has vLLM and servers/vllm (default: this one)",
     )
 
 

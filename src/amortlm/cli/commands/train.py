@@ -15,14 +15,9 @@ from amortlm.train.spec import RunSpec, settings_from_text
 
 
 def run(args: Namespace) -> None:
-    from amortlm.lab.tasks import load_task
-
     output = run_folder(args)
     check_folder(output)
-    is_file = args.spec.endswith((".yaml", ".yml"))
-    spec: RunSpec = RunSpec.from_yaml(args.spec) if is_file else load_task(args.spec).SPEC
-    config = settings_from_text(named_texts(args.set, "--set"))
-    spec = spec.with_overrides(model=args.model, data=args.data, config=config, trust=args.trust)
+    spec = spec_of(args)
     if not (args.resume or args.overwrite):
         refuse_used(output)  # before a model is loaded
     trainer = spec.trainer(str(output))
@@ -34,3 +29,13 @@ def run(args: Namespace) -> None:
         rows.write_text("".join(json.dumps(row, default=str) + "\n" for row in spec.rows()), encoding="utf-8")
         print(f"saved {output}")
         print(f"try:  {shlex.join(['amortlm', 'sample', str(output), *spec.trust_options()])}")
+
+
+def spec_of(args: Namespace) -> RunSpec:
+    """The run that the options describe."""
+    from amortlm.lab.tasks import load_task
+
+    is_file = args.spec.endswith((".yaml", ".yml"))
+    spec: RunSpec = RunSpec.from_yaml(args.spec) if is_file else load_task(args.spec).SPEC
+    config = settings_from_text(named_texts(args.set, "--set"))
+    return spec.with_overrides(model=args.model, data=args.data, config=config, trust=args.trust)

@@ -1,0 +1,28 @@
+"""amortlm launch: servers of completions, and a training that draws from them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from argparse import Namespace
+
+from amortlm.cli.commands import train
+from amortlm.errors import ConfigError
+from amortlm.rollout.launch import Program, servable, servers, servers_on_ray
+
+
+def run(args: Namespace) -> None:
+    if args.servers < 1:
+        raise ConfigError(f"--servers {args.servers}: give at least one, or use amortlm train")
+    with servable(train.spec_of(args).model) as model:
+        program = Program(args.python, model, shlex.split(args.server_options))
+        started = (
+            servers(program, args.servers)
+            if args.ray is None
+            else servers_on_ray(program, args.servers, args.ray)
+        )
+        with started as urls:
+            print("completions from", *urls, file=sys.stderr)
+            args.set = [*args.set, f"rollout={json.dumps(urls)}"]
+            train.run(args)
