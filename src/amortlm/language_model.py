@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from amortlm import versions
 from amortlm.engine import gguf
@@ -76,6 +76,24 @@ class LanguageModel(CausalLM):
         latents in sequence, the statements of a list (`separator` of `Support`). Raises TemplateError.
         """
         return LogProb(self, of, given)
+
+
+def without_weights(name_or_path: str | Path, dtype: str | None = None) -> LanguageModel:
+    """The model of a name or path with tokenizer and shapes, on the meta device: nothing can be computed with it.
+    dtype: None for the one that `LanguageModel.from_pretrained` takes here. Raises ConfigError for what cannot be
+    read."""
+    path = EMBEDDED_PATH if str(name_or_path) == EMBEDDED else name_or_path
+    place, file = gguf.locate(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **file, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, **file, trust_remote_code=False)
+        own = config.dtype if torch.cuda.is_available() else torch.float32
+        taken = own if dtype is None else getattr(torch, dtype)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=taken or torch.float32)
+    except Exception as e:  # as in `_load`
+        raise ConfigError(f"cannot read the config and tokenizer of {str(name_or_path)!r}: {e}") from e
+    return LanguageModel(model, tokenizer, str(name_or_path), self_check=False)
 
 
 def _load(

@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(parser: argparse.ArgumentParser) -> None:
+def _add_train(parser: argparse.ArgumentParser, plan: bool = True) -> None:
     from amortlm.lab.tasks import TASKS
 
     parser.add_argument("spec", help=f"a task ({', '.join(TASKS)}) or a YAML file; see docs/yaml.md")
@@ -90,10 +90,19 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any GFNConfig field, e.g. max_steps=50",
     )
+    if plan:
+        parser.add_argument(
+            "--plan",
+            nargs="?",
+            const="here",
+            choices=("here", "float32", "bfloat16", "float16"),
+            metavar="DTYPE",
+            help="say what memory the run takes, with weights of this dtype, and load nothing; see docs/scale.md",
+        )
 
 
 def _add_launch(parser: argparse.ArgumentParser) -> None:
-    _add_train(parser)
+    _add_train(parser, plan=False)
     _add_python(parser)
     parser.add_argument("--servers", type=int, default=1, help="how many (default 1)")
     parser.add_argument(

@@ -10,14 +10,30 @@ from argparse import Namespace
 from amortlm.cli.checks import check_folder
 from amortlm.cli.status import run_folder
 from amortlm.settings import named_texts
+from amortlm.train.plan import DEVICES, Plan, plan
 from amortlm.train.run import refuse_used
 from amortlm.train.spec import RunSpec, settings_from_text
 
 
 def run(args: Namespace) -> None:
+    spec = spec_of(args)
+    if wanted := getattr(args, "plan", None):
+        _show(plan(spec, None if wanted == "here" else wanted))
+    else:
+        _train(args, spec)
+
+
+def _show(found: Plan) -> None:
+    from tabulate import tabulate
+
+    print(found)
+    headers = ["GiB on each device, with", *(f"{n} device{'s' * (n > 1)}" for n in DEVICES)]
+    print(tabulate(found.rows(), headers=headers, floatfmt=".3f"))
+
+
+def _train(args: Namespace, spec: RunSpec) -> None:
     output = run_folder(args)
     check_folder(output)
-    spec = spec_of(args)
     if not (args.resume or args.overwrite):
         refuse_used(output)  # before a model is loaded
     trainer = spec.trainer(str(output))
