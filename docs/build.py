@@ -77,13 +77,16 @@ def _converted(notebook: Path, folder: Path) -> Path:
 
     own = {"unique_key": notebook.stem, "output_files_dir": f"{notebook.stem}_files"}
     text, resources = MarkdownExporter().from_filename(str(notebook), own)
+    text = text.replace("![png](", "![What this code draws](")
     return Path(FilesWriter(build_directory=str(folder)).write(text, resources, notebook.stem))
 
 
 def main() -> int:
     """Returns the exit status of zensical. Links that lead nowhere, and warnings, are errors."""
     if not all(map(find_spec, ("zensical", "mkdocstrings_handlers", "nbconvert"))):
-        raise SystemExit("the documentation needs zensical, mkdocstrings, nbconvert: pip install -e '.[docs]'")
+        raise SystemExit(
+            "the documentation needs zensical, mkdocstrings, nbconvert: pip install -e '.[docs]'"
+        )
     shutil.rmtree(STAGED, ignore_errors=True)
     for file in sources():
         stage(file, STAGED / file.relative_to(ROOT))
