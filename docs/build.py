@@ -1,9 +1,9 @@
 """Build the documentation: `make docs`, or `python docs/build.py` (extra `[docs]`), into site/.
 
-The pages are README.md, those of docs/, and every page, notebook and picture of the repository that these link to. With
-the style sheet docs/site.css they are copied to build/pages at the paths that they have in the repository, so that a link
-that works on a page in the repository works on the site, too. A notebook becomes a Markdown page beside it, and links to
-it lead to that page. Settings and navigation: zensical.toml.
+The pages are README.md, those of docs/, and every page, notebook and picture of the repository that these link to.
+With the style sheet docs/site.css they are copied to build/pages at the paths that they have in the repository, so that
+a link that works on a page in the repository works on the site, too. A notebook becomes a Markdown page beside it, and
+links to it lead to that page. Settings and navigation: zensical.toml.
 """
 
 from __future__ import annotations
