@@ -27,8 +27,8 @@ from amortlm.inference.exact import LIMIT
 from amortlm.inference.table import TOP, Table, tabulated
 from amortlm.language_model import LanguageModel
 from amortlm.policy.policy import Policy
+from amortlm.posterior_file import FILE, FORMAT
 from amortlm.predictive import Prediction, Votes, predict, vote
-from amortlm.saved import FILE, FORMAT
 from amortlm.support.tools import Tool
 from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
