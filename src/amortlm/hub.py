@@ -34,6 +34,9 @@ FILES = (
 NAMES = ("base_model_name_or_path", "_name_or_path")  # of the base model, in CONFIGS
 
 
+LOCALLY = "; or share a folder: what save_pretrained or amortlm train wrote can be copied, and loads as it is"
+
+
 def locate(name: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The folder of a saved posterior: a local folder, else the downloaded files of the repository `user/name`.
 
@@ -78,7 +81,7 @@ def push(
     check_model(spec, allow_local_model)
     for sentence in not_saved(spec):
         logger.warning("%s: %s", repo_id, sentence)
-    with _explained(repo_id):
+    with _explained(repo_id, remedy=LOCALLY):
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         changed = _published(folder, spec, url.repo_id, api)
@@ -160,7 +163,9 @@ def _licensed(text: str, base: str | None, api: HfApi) -> str:
 
 
 @contextmanager
-def _explained(repo_id: str, prefix: str = "", revision: str | None = None) -> Iterator[None]:
+def _explained(
+    repo_id: str, prefix: str = "", revision: str | None = None, remedy: str = ""
+) -> Iterator[None]:
     """Errors of huggingface_hub as a HubError of one sentence."""
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import HFValidationError
@@ -170,7 +175,7 @@ def _explained(repo_id: str, prefix: str = "", revision: str | None = None) -> I
     except HFValidationError as e:
         raise ConfigError(f"{repo_id!r} is no name of a repository: write user/name") from e
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
-        raise HubError(prefix + _reason(e, repo_id, revision)) from e
+        raise HubError(prefix + _reason(e, repo_id, revision) + remedy) from e
 
 
 def _reason(error: Exception, repo_id: str, revision: str | None) -> str:
