@@ -118,8 +118,8 @@ def readme(experiment: Experiment, results: Results, figures: Sequence[str]) -> 
         "\n".join(columns(experiment)),
         "Made with:",
         "\n".join(f"- {line}" for line in environments(results)),
-        "Every figure, all settings and all seeds: [results.json](results.json). If the command is interrupted, give it "
-        "again: finished runs are not repeated.",
+        "Every figure, all settings and all seeds: [results.json](results.json). If the command is interrupted, give "
+        "it again: finished runs are not repeated.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
