@@ -18,7 +18,7 @@ import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -314,15 +314,24 @@ def table(results: Sequence[Measured]) -> str:
 
 PAGE = """# Models
 
-Accuracy of amortlm with the causal architectures of transformers {version}, measured on tiny random models of
-each, with dropout on. Measured are log q of given completions and of samples, targets `{{z}}`, `{{z}} {{y}}` and
-contrastive at every stopping state, log q in train mode, the gradient by all weights, and the default LoRA. Exact:
-within 1e-4 nats (1e-5 of the gradient's norm) of plain passes of one text at a time, in float32. Refused: an error that
-says why. Written by
+Is amortlm exact with your model? Look for the `model_type` of its config.json:
+
+{contents}
+
+A name may have variants: windows narrower and wider than the texts, encoders as decoders, rotary embeddings that change
+with the length. A model that is not here, or that transformers has changed since: `amortlm doctor MODEL` measures it.
+
+{tables}
+
+## What was measured
+
+The causal architectures of transformers {version}, tiny random models of each, with dropout on. Measured are log q of
+given completions and of samples, targets `{{z}}`, `{{z}} {{y}}` and contrastive at every stopping state, log q in train
+mode, the gradient by all weights, and the default LoRA. Exact: within 1e-4 nats (1e-5 of the gradient's norm) of plain
+passes of one text at a time, in float32. Refused: an error that says why. Written by
 `python -m benchmarks.architectures --markdown docs/models.md`.
 
-Of {kinds} architectures {counts}, {left} not measured (at the end). The table has {cases} variants:
-windows narrower and wider than the texts, encoders as decoders, rotary embeddings that change with the length.
+Of {kinds} architectures {counts}, {left} not measured. The tables have {cases} variants.
 
 Some models attend only to `index_topk` keys, those with the highest scores of an index (DeepSeek V3.2 and V4,
 GLM-MoE-DSA, dots3-note, Hy V4). Which of two equal scores is taken depends on padding, so a longer text can have two
@@ -331,12 +340,32 @@ log-probabilities, alone and in a batch. Such texts are refused.
 Known deviations: the gradients of Zamba and Zamba2 are up to 2e-5 off in float32 and 1.6e-7 in float64; Reformer gives
 gradients only in training mode, and training it is refused.
 
-{table}
-
-Not measured:
+## Not measured
 
 {unbuilt}
 """
+# Title, what it means for the reader, and the columns of its table.
+GROUPS = {
+    "fast": (
+        "Exact, with shared passes",
+        "A prompt is encoded once for its samples, and a prefix for what follows it; with packed suffixes, the texts "
+        "after `{z}` share a pass, too.",
+        ("model", "way through the model"),
+    ),
+    "whole": (
+        "Exact, with whole texts",
+        "Each text takes a pass of its own, at least for scoring: the same figures, slower.",
+        ("model", "way through the model"),
+    ),
+    "refused": ("Refused", "An error says why, before anything is computed.", ("model", "why")),
+    "other": (
+        "Not exact",
+        "What is not exact stands first under why; everything else is.",
+        ("model", "result", "way through the model", "why"),
+    ),
+}
+COLUMNS = ("model", "result", "way through the model", "why")
+Row = tuple[str, str, str, str]
 
 
 def _narrow(text: str) -> str:
@@ -346,7 +375,7 @@ def _narrow(text: str) -> str:
 
 def page(results: Sequence[Measured]) -> str:
     """docs/models.md: the outcome of every case, architectures counted as they are by default."""
-    rows = [[r.name, r.outcome, r.way, _reason(r)] for r in results]
+    groups = grouped([(r.name, r.outcome, r.way, _reason(r)) for r in results])
     by_kind = Counter(r.outcome for r in results if r.name == r.kind)
     return PAGE.format(
         version=transformers.__version__,
@@ -354,9 +383,39 @@ def page(results: Sequence[Measured]) -> str:
         kinds=len(KINDS),
         left=len(KINDS) - by_kind.total(),
         cases=len(results),
-        table=_narrow(tabulate(rows, ["model", "result", "way through the model", "why"], tablefmt="github")),
+        contents=contents(groups),
+        tables=tables(groups),
         unbuilt="\n".join(f"- {kind}: {why}" for kind, why in UNBUILT.items()),
     )
+
+
+def grouped(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of the page (COLUMNS) by group, in the order of GROUPS, without empty ones."""
+    found: dict[str, list[Row]] = {name: [] for name in GROUPS}
+    for row in rows:
+        _, outcome, way, _ = row
+        exact = "whole" if "whole texts" in way else "fast"
+        found[exact if outcome == "exact" else "refused" if outcome == "refused" else "other"].append(row)
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def contents(groups: Mapping[str, Sequence[Row]]) -> str:
+    """A line for each group, with a link to its table."""
+    lines = []
+    for name, rows in groups.items():
+        title = GROUPS[name][0]
+        link = re.sub(r"[^\w ]", "", title.lower()).replace(" ", "-")
+        lines.append(f"- [{title}](#{link}): {len(rows)} variants")
+    return "\n".join(lines)
+
+
+def tables(groups: Mapping[str, Sequence[Row]]) -> str:
+    parts = []
+    for name, rows in groups.items():
+        title, text, columns = GROUPS[name]
+        shown = [[row[COLUMNS.index(column)] for column in columns] for row in rows]
+        parts += [f"## {title}", text, _narrow(tabulate(shown, columns, tablefmt="github"))]
+    return "\n\n".join(parts)
 
 
 def _reason(result: Measured) -> str:

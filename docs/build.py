@@ -77,6 +77,7 @@ def _converted(notebook: Path, folder: Path) -> Path:
 
     own = {"unique_key": notebook.stem, "output_files_dir": f"{notebook.stem}_files"}
     text, resources = MarkdownExporter().from_filename(str(notebook), own)
+    text = text.replace("![png](", "![What this code draws](")
     return Path(FilesWriter(build_directory=str(folder)).write(text, resources, notebook.stem))
 
 

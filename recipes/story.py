@@ -49,7 +49,7 @@ def draw(table: Table, before: list[float], path: Path) -> None:
     gap = "…  what happened here?  …"
     text = "\n\n".join(textwrap.fill(part, 34) for part in (ROW["x"], gap, ROW["y"]))
     story.text(0, 0.95, text, va="top", fontsize=TITLE, color=INK, linespacing=1.4)
-    texts = [textwrap.fill(f"{line.text.strip()}.", 42) for line in table.lines] + ["anything else"]
+    texts = [textwrap.fill(line.text.strip(), 42) for line in table.lines] + ["anything else"]
     shares = {
         "before training": ([*before, 1 - sum(before)], BEFORE),
         "after training": ([*(line.q for line in table.lines), table.q_unlisted], AFTER),

@@ -267,6 +267,15 @@ def test_refusals(hub: FakeHub, posterior: Posterior) -> None:
         lambda: load("user/sampler", token="wrong"), HubError, "refuses this for user/sampler (401)"
     )
     assert_one_sentence(lambda: posterior.push_to_hub("user/mine"), HubError, "(401)")
+    for token in (None, "wrong"):
+        assert_one_sentence(
+            lambda token=token: posterior.push_to_hub("user/mine", token=token),
+            HubError,
+            "; or share a folder: what",
+        )
+    with pytest.raises(HubError) as caught:
+        load("user/none")
+    assert "share a folder" not in str(caught.value)
     assert_one_sentence(lambda: posterior.push_to_hub("a name", token=TOKEN), ConfigError, "write user/name")
 
 

@@ -8,10 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amortlm.errors import DataError, nearest
-from amortlm.types import Row
+
+if TYPE_CHECKING:
+    from amortlm.types import Row
 
 FIELD_LIMIT = 2**31 - 1  # characters of a CSV field; long documents exceed Python's default of 131,072
 

@@ -8,14 +8,25 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors.torch import save_file
-from torch import Tensor
+from amortlm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Files in the folder of a run that training writes and a report reads, or the reverse.
 RUN, STATE, LOOKS = "run.json", "trainer_state.json", "looks.jsonl"
 CERTIFICATE, DIAGNOSIS, REPORT = "certificate.json", "diagnosis.json", "report.html"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def check_run(folder: Path) -> None:
+    """Raise CheckpointError for a folder without a run."""
+    if not (folder / RUN).exists():
+        raise CheckpointError(
+            f"{folder} holds no run ({RUN}): give a folder that `amortlm train` or GFNTrainer wrote"
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -32,6 +43,8 @@ def write_text(path: Path, text: str) -> None:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """A safetensors file."""
+    from safetensors.torch import save_file  # not needed by those who only look for files
+
     save_file(tensors, str(path))
     follow_umask(path)
 

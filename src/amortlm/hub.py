@@ -16,6 +16,7 @@ from amortlm.diagnostics import certificate
 from amortlm.engine.adapter import INITIAL
 from amortlm.errors import CheckpointError, ConfigError, HubError
 from amortlm.language_model import EMBEDDED
+from amortlm.posterior_file import FILE, is_repository
 from amortlm.targets.functions import references
 
 if TYPE_CHECKING:
@@ -25,12 +26,15 @@ logger = logging.getLogger(__name__)
 # No other file goes up or comes down: no code, no pickle, no rows, nothing about the machine.
 CONFIGS = ("adapter_config.json", "config.json")
 FILES = (
-    *(saved.FILE, card.FILE, certificate.FILE, *CONFIGS, "generation_config.json", INITIAL),
+    *(FILE, card.FILE, certificate.FILE, *CONFIGS, "generation_config.json", INITIAL),
     *("adapter_model*.safetensors", "model*.safetensors", "model.safetensors.index.json"),
     *("tokenizer*.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "*.jinja"),
 )
 NAMES = ("base_model_name_or_path", "_name_or_path")  # of the base model, in CONFIGS
+
+
+LOCALLY = "; or share a folder: what save_pretrained or amortlm train wrote can be copied, and loads as it is"
 
 
 def locate(name: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -44,8 +48,7 @@ def locate(name: str | Path, revision: str | None = None, token: str | bool | No
                 f"{name} is a folder here, and has no revision {revision!r}: leave out the revision"
             )
         return folder
-    is_repository = str(name).count("/") == 1 and saved.REPOSITORY.fullmatch(str(name))
-    return pull(str(name), revision, token) if is_repository else folder
+    return pull(str(name), revision, token) if is_repository(str(name)) else folder
 
 
 def pull(repo_id: str, revision: str | None = None, token: str | bool | None = None) -> Path:
@@ -54,9 +57,9 @@ def pull(repo_id: str, revision: str | None = None, token: str | bool | None = N
 
     with _explained(repo_id, f"{repo_id} is no folder here, and ", revision):
         folder = snapshot_download(repo_id, revision=revision, token=token, allow_patterns=list(FILES))
-    if not (Path(folder) / saved.FILE).is_file():
+    if not (Path(folder) / FILE).is_file():
         raise CheckpointError(
-            f"{repo_id} on the hub has no {saved.FILE}: it is not a posterior that amortlm has saved"
+            f"{repo_id} on the hub has no {FILE}: it is not a posterior that amortlm has saved"
         )
     return Path(folder)
 
@@ -78,7 +81,7 @@ def push(
     check_model(spec, allow_local_model)
     for sentence in not_saved(spec):
         logger.warning("%s: %s", repo_id, sentence)
-    with _explained(repo_id):
+    with _explained(repo_id, remedy=LOCALLY):
         api = HfApi(token=token)
         url = api.create_repo(repo_id, private=private, exist_ok=True)
         changed = _published(folder, spec, url.repo_id, api)
@@ -124,7 +127,7 @@ def _published(folder: Path, spec: dict[str, Any], repo_id: str, api: HfApi) -> 
     gets the name of the repository and the licence of the base model."""
     out = {}
     if _is_local(spec):
-        out[saved.FILE] = _json({**spec, "model": None})
+        out[FILE] = _json({**spec, "model": None})
         for name in CONFIGS:
             if (folder / name).is_file():
                 config = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -160,7 +163,9 @@ def _licensed(text: str, base: str | None, api: HfApi) -> str:
 
 
 @contextmanager
-def _explained(repo_id: str, prefix: str = "", revision: str | None = None) -> Iterator[None]:
+def _explained(
+    repo_id: str, prefix: str = "", revision: str | None = None, remedy: str = ""
+) -> Iterator[None]:
     """Errors of huggingface_hub as a HubError of one sentence."""
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
     from huggingface_hub.utils import HFValidationError
@@ -170,7 +175,7 @@ def _explained(repo_id: str, prefix: str = "", revision: str | None = None) -> I
     except HFValidationError as e:
         raise ConfigError(f"{repo_id!r} is no name of a repository: write user/name") from e
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as e:
-        raise HubError(prefix + _reason(e, repo_id, revision)) from e
+        raise HubError(prefix + _reason(e, repo_id, revision) + remedy) from e
 
 
 def _reason(error: Exception, repo_id: str, revision: str | None) -> str:

@@ -27,8 +27,8 @@ from amortlm.inference.exact import LIMIT
 from amortlm.inference.table import TOP, Table, tabulated
 from amortlm.language_model import LanguageModel
 from amortlm.policy.policy import Policy
+from amortlm.posterior_file import FILE, FORMAT
 from amortlm.predictive import Prediction, Votes, predict, vote
-from amortlm.saved import FILE, FORMAT
 from amortlm.support.tools import Tool
 from amortlm.targets.base import Target
 from amortlm.targets.lists import check_statements
@@ -283,6 +283,7 @@ class Posterior:
         limit: int = ...,
         level: float = ...,
         gold: Gold | None = ...,
+        chains: bool = ...,
     ) -> RowDiagnosis: ...
     @overload
     def diagnose(
@@ -294,6 +295,7 @@ class Posterior:
         limit: int = ...,
         level: float = ...,
         gold: Gold | None = ...,
+        chains: bool = ...,
     ) -> Diagnosis: ...
     def diagnose(
         self,
@@ -304,6 +306,7 @@ class Posterior:
         limit: int = LIMIT,
         level: float = LEVEL,
         gold: Gold | None = None,
+        chains: bool = True,
     ) -> RowDiagnosis | Diagnosis:
         """How far the sampler is from the posterior, row by row, with a verdict (`amortlm.diagnostics.diagnose`).
 
@@ -313,11 +316,19 @@ class Posterior:
         times `estimate`, and more if q is so far from the posterior that Markov chains must run.
 
         gold: for each row (also for a single one) a list of completions known to be good, texts or tokens; they can
-        show a mode that q misses. Raises ConfigError without a target, DataError for a missing column or a gold
-        completion outside the support.
+        show a mode that q misses. chains: False runs no Markov chains; a row that needs them has the verdict "not
+        decided", and the other verdicts are the same. Raises ConfigError without a target, DataError for a missing
+        column or a gold completion outside the support.
         """
         target, checked = require_target(self.target), self._checked(rows)
-        found = diagnose(self.policy, target, checked, n, seed=seed, limit=limit, level=level, gold=gold)
+        options: dict[str, Any] = {
+            "seed": seed,
+            "limit": limit,
+            "level": level,
+            "gold": gold,
+            "chains": chains,
+        }
+        found = diagnose(self.policy, target, checked, n, **options)
         return found.rows[0] if is_row(rows) else found
 
     def table(self, row: Row, n: int = N, *, limit: int = LIMIT, top: int = TOP, seed: object = 0) -> Table:

@@ -6,50 +6,28 @@ import hashlib
 import json
 import logging
 import os
-import re
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from amortlm.engine import gguf
 from amortlm.engine.adapter import FULL
-from amortlm.errors import CheckpointError, ConfigError
-from amortlm.files import RUN
+from amortlm.errors import ConfigError
 from amortlm.language_model import EMBEDDED, LanguageModel
+from amortlm.posterior_file import REPOSITORY, damaged, parsed
 from amortlm.support.spec import Support
 from amortlm.support.tools import Tool
 
 logger = logging.getLogger(__name__)
-FILE = "posterior.json"
-FORMAT = 1
-REPOSITORY = re.compile(r"(?!\.)[\w.-]+(/(?!\.)[\w.-]+)?", re.ASCII)  # of the hub
-LARGEST = 64 * 2**20  # bytes
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The content of `posterior.json`, with every value of the right type. Raises CheckpointError."""
-    file = folder / FILE
+    spec = parsed(folder)
     try:
-        if not file.is_file():
-            raise ValueError("there is no such file")
-        if file.stat().st_size > LARGEST:
-            raise ValueError(f"it has more than {LARGEST} bytes")
-        spec = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(spec, dict):
-            raise TypeError(f"it holds a {type(spec).__name__}, not a mapping")
-        found = spec["format"]
-        if type(found) is not int or found == FORMAT:
-            _check(spec)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        why = f"no {e}" if isinstance(e, KeyError) else e
-        raise CheckpointError(
-            f"{folder}: {FILE} is missing or damaged ({why}); this is not a complete saved posterior. {_remedy(folder)}"
-        ) from e
-    if found != FORMAT:
-        raise CheckpointError(
-            f"{folder}: {FILE} has format {found}, this version reads format {FORMAT}; load it with the version "
-            "of amortlm that saved it"
-        )
+        _check(spec)
+    except (KeyError, TypeError) as e:
+        raise damaged(folder, e) from e
     return spec
 
 
@@ -164,10 +142,3 @@ def write_base_model(folder: Path, path: str, name: str | None) -> None:
     card = folder / "README.md"
     if path and path != name and card.is_file():
         card.write_text(card.read_text(encoding="utf-8").replace(path, name or "unknown"), encoding="utf-8")
-
-
-def _remedy(folder: Path) -> str:
-    begun = (folder / RUN).is_file()  # training writes it at its beginning
-    if begun and not (folder / FILE).exists():
-        return "Its training has not ended: train with --resume (resume_from_checkpoint=True)"
-    return "Give a folder that `amortlm train` or save_pretrained wrote"

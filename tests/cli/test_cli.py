@@ -513,6 +513,49 @@ def test_what_needs_no_model_imports_nothing_heavy(argv: list[str], tmp_path: Pa
     assert all(word in out.stdout for word in words[argv[0]])
 
 
+WRONG = """
+import sys
+from amortlm.cli import main
+status = main({argv})
+heavy = {{"torch", "transformers", "peft", "datasets", "numpy"}} & set(sys.modules)
+print("heavy:", sorted(heavy), "status:", status)
+"""
+
+
+def test_wrong_files_are_answered_before_libraries_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("prompt: [unclosed\n")
+    spec = {"prompt": "{x}", "target": [], "support": {"stop": "."}, "data": "none.csv"}
+    (tmp_path / "no_rows.yaml").write_text(yaml.safe_dump(spec))
+    (tmp_path / "rows.jsonl").write_text('{"x": 1\n')
+    (tmp_path / "posterior.json").write_text("{")
+    expected = {
+        ("train", "numbres"): "did you mean 'numbers'?",
+        ("train", "none.yaml"): "amortlm new none.yaml writes a file to start from",
+        ("train", "bad.yaml"): "is not valid YAML",
+        ("train", "no_rows.yaml"): "cannot read data file none.csv",
+        ("train", "no_rows.yaml", "--data", "rows.jsonl"): "data file rows.jsonl, line 1",
+        ("sample", "user/name", "--data", "none.csv"): "cannot read data file none.csv",
+        ("evaluate", "."): "posterior.json is missing or damaged",
+        ("table", "none"): "posterior.json is missing or damaged (there is no such file)",
+        ("push", "no/folder", "user/name"): "posterior.json is missing or damaged (there is no such file)",
+        ("serve", "none"): "posterior.json is missing or damaged (there is no such file)",
+        ("report", "."): "holds no run (run.json)",
+    }
+    runs = [
+        f"print({' '.join(argv)!r}, end=': ', file=sys.stderr, flush=True); main({list(argv)!r})"
+        for argv in expected
+    ]
+    code = WRONG.format(argv=["evaluate", "none"]).replace("status =", "; ".join(runs) + "\nstatus =")
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert out.stdout.splitlines()[-1] == "heavy: [] status: 2"
+    for argv, message in expected.items():
+        line = next(line for line in out.stderr.splitlines() if line.startswith(f"{' '.join(argv)}: "))
+        assert line.startswith(f"{' '.join(argv)}: amortlm: "), line
+        assert message in line, line
+
+
 def test_a_pipe_sees_no_progress_bar(model: Path, tmp_path: Path) -> None:
     """The command as a process of its own, with stdout and stderr in pipes."""
     spec = write_spec(tmp_path, model)

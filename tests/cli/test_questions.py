@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import torch
 from reference import tiny_policy
 
 from amortlm import LanguageModel, Posterior, Support, __version__
+from amortlm.inference import truth
 from amortlm.policy import laws
 from amortlm.policy.laws import Sampling, affordable, examine_sampling
 from amortlm.policy.policy import Policy
@@ -49,6 +53,44 @@ def test_table(cli: Cli, saved: Path) -> None:
     status, out, _ = cli("table", saved, "--limit", 1, "-n", 20, "--column", "x=Two")
     assert "20 draws of q found" in out
     assert cli("table", saved, "--top", 0)[2] == "amortlm: --top must be at least 1, got 0\n"
+
+
+# Chains
+
+
+@pytest.fixture
+def wide(embedded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A posterior whose support is not enumerated, and whose weights may not be used: chains must run."""
+    monkeypatch.setattr(truth, "KHAT", -math.inf)
+    monkeypatch.setattr(truth, "REPEATS", math.inf)
+    policy = tiny_policy(embedded, "{x}", Support(stop=".", max_tokens=12, allowed_tokens=(" 1", " 2", " 3")))
+    Posterior(policy, embedded.log_prob("{z}", given="{x}")).save_pretrained(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"x": "One"}\n{"x": "Two"}\n')
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_evaluate_announces_chains_on_a_terminal(
+    cli: Cli, wide: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(truth, "THIN", 1)
+    assert cli("evaluate", wide, "-n", 16)[2] == "", "quiet in a pipe"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    status, _, err = cli("evaluate", wide, "-n", 16)
+    assert status == 0
+    assert err.count("Markov chains start, which take most of the time; --quick leaves them out\n") == 1
+    assert logging.getLogger("amortlm.inference.truth").handlers == []
+
+
+def test_evaluate_quickly(cli: Cli, wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(truth, "_chains", None)
+    status, out, _ = cli("evaluate", wide, "-n", 16, "--quick")
+    assert status == 0
+    assert out.count("chains left out") == 2
+    assert "by amortlm evaluate without --quick" in out
+    for option in ("--card", "--check"):
+        status, _, err = cli("evaluate", wide, "--quick", option)
+        assert (status, err) == (2, f"amortlm: {option} needs the whole diagnosis: leave out --quick\n")
 
 
 # The card

@@ -16,7 +16,7 @@ from tilted import ROW, blind, off, perfect
 from amortlm import LanguageModel, Posterior
 from amortlm.diagnostics.bounds import Interval
 from amortlm.diagnostics.certificate import finite
-from amortlm.diagnostics.diagnose import AVOID, CORRECT, LEVEL, TRUST, Diagnosis
+from amortlm.diagnostics.diagnose import AVOID, CORRECT, LEVEL, TRUST, UNDECIDED, Diagnosis
 from amortlm.errors import ConfigError, DataError
 from amortlm.inference import truth
 
@@ -107,6 +107,20 @@ def test_verdicts_on_known_samplers(one_lm: LanguageModel, limit: int) -> None:
     assert "Train for longer" not in str(fair)
     assert bad.importance.ess > 0.99, "the control: nothing in q's own weights tells"
     assert good.truth.source == ("enumeration" if limit else "sir")
+
+
+def test_chains_left_out(one_lm: LanguageModel) -> None:
+    """A verdict that needs no chains is the same without; one that does is left open, in every form of the figures."""
+    for posterior in (perfect(one_lm), off(one_lm, 1.2)):
+        quick, whole = (posterior.diagnose(ROW, limit=0, chains=chains) for chains in (False, True))
+        assert quick.to_dict() == whole.to_dict()
+    posterior, missed = blind(one_lm)
+    found = posterior.diagnose(ROW, limit=0, gold=[[missed]], chains=False)
+    assert (found.verdict, found.correct, found.truth.source) == (UNDECIDED, None, truth.LEFT_OUT)
+    assert found.gap == math.inf
+    assert "chains left out" in str(found)
+    assert "not decided: weights do not suffice" in str(found)
+    assert "Train for longer" not in str(found)
 
 
 def test_an_unfounded_upper_end_is_not_reported(one_lm: LanguageModel) -> None:

@@ -96,7 +96,8 @@ def navigation(entries: Any) -> Iterator[str]:
 
 def test_every_page_is_in_the_navigation_once() -> None:
     listed = list(navigation(tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]))
-    pages = [file.relative_to(ROOT).as_posix() for file in build.sources() if file.suffix == ".md"]
+    found = [file.relative_to(ROOT) for file in build.sources() if file.suffix in (".md", build.NOTEBOOK)]
+    pages = [file.with_suffix(".md").as_posix() for file in found]
     assert sorted(listed) == sorted(pages)
 
 
@@ -263,3 +264,25 @@ def test_pages_open_without_complaints_and_search_finds(address: str) -> None:
         page.get_by_text(re.compile(r"^\d+ results$")).wait_for()
         page.locator("a[href*='concepts.html'][href$='#certificate']").first.wait_for()
         assert complaints == []
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_notebooks_show_pictures_and_tell_code_from_what_it_prints(address: str) -> None:
+    pytest.importorskip("playwright")
+    grounds = """[...document.querySelectorAll('.highlight code')].map(code =>
+        [code.querySelector('span[class]') !== null, getComputedStyle(code).backgroundColor])"""
+    with browser() as found:
+        for file in (ROOT / "notebooks").glob("*.ipynb"):
+            for width, scheme in ((1400, "light"), (390, "dark")):
+                page, complaints = open_page(found, f"{address}/notebooks/{file.stem}.html", width, scheme)
+                page.wait_for_load_state("networkidle")
+                assert complaints == []
+                assert page.evaluate("document.documentElement.scrollWidth") <= width, (file, width)
+                blocks = page.evaluate(grounds)
+                assert "rgba(0, 0, 0, 0)" in {ground for is_code, ground in blocks if not is_code}
+                assert "rgba(0, 0, 0, 0)" not in {ground for is_code, ground in blocks if is_code}
+                drawn = page.evaluate(
+                    "[...document.images].map(image => [image.alt, image.naturalWidth > 0])"
+                )
+                assert drawn == [["What this code draws", True]] * file.read_text().count('"image/png"')

@@ -49,6 +49,21 @@ def test_an_exact_table(posterior: Posterior) -> None:
             assert x.log_r == pytest.approx(samples[tuple(x.tokens)], abs=1e-4)
 
 
+def test_texts_are_those_of_samples(posterior: Posterior, one_lm: LanguageModel) -> None:
+    """With the stop symbol, unless it is special; without, where p sums over several."""
+    special = one_lm.tokenizer.eos_token
+    for stop, end in ((".", "."), (special, "")):
+        support = Support(stop=stop, min_tokens=1, max_tokens=2, allowed_tokens=(" a", " cat"))
+        single = Posterior(tiny_policy(one_lm, "{x}", support), one_lm.log_prob("{z}", given="{x}"))
+        drawn = {tuple(s.tokens): s.text for s in single.sample(ROW, 60)}
+        assert len(drawn) > 2
+        for limit in (1000, 0):
+            lines = single.table(ROW, 60, limit=limit).lines
+            assert all(x.text.endswith(end or ("a", "cat")) for x in lines)
+            assert drawn.items() <= {tuple(x.tokens): x.text for x in lines}.items()
+    assert not any(x.text.endswith((".", "!")) for x in posterior.table(ROW).lines)
+
+
 def test_a_table_of_everything_leaves_nothing_out(posterior: Posterior) -> None:
     table = posterior.table(ROW, top=100)
     assert len(table.lines) == 84

@@ -71,7 +71,7 @@ class Toy:
                 "odd": Metric("odd", ".1%", "lower"),
             },
             figures=self.figures,
-            paper={"theirs": {"score": 7.0}},
+            paper={"theirs": {"score": "7.0"}},
             paper_setting="a large model",
         )
 
@@ -435,7 +435,7 @@ def test_results(toy: Toy, tmp_path: Path) -> None:
     assert set(first["seconds"]) == {"training", "evaluation"}
     assert {"torch", "transformers", "numpy"} <= set(environment["packages"])
     assert environment["cores"] >= 1
-    assert results["paper"]["figures"] == {"theirs": {"score": 7.0}}
+    assert results["paper"]["figures"] == {"theirs": {"score": "7.0"}}
     assert said[1].startswith("two, seed 0: score 2.00, odd –  (0 s training")
     names = {f"runs/{m}-seed{k}.json" for m in ("one", "two") for k in range(3)}
     assert tree(tmp_path) == {"results.json", "README.md", "settings.json", "plot.png", *names}
@@ -447,7 +447,8 @@ def test_readme(toy: Toy, tmp_path: Path) -> None:
     cells = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
     assert cells[0][:3] == ["method", "score ↑", "odd ↓"]
     assert ["two", "3.00 ± 1.00", "–"] in [row[:3] for row in cells]
-    assert ["theirs", "7.00", "–"] in cells
+    assert ["theirs", "7.0", "–"] in cells, "as the paper prints it"
+    assert "goes on" not in text, "a finished run does not go on"
     for part in ("Which is larger?", "amortlm reproduce toy", "![plot.png](plot.png)", "what it scores"):
         assert part in text
     assert "a large model" in text

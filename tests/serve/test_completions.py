@@ -318,7 +318,16 @@ def test_routes_can_be_added(posterior: Posterior) -> None:
     app.add_api_route("/more", lambda: {"more": True})
     with TestClient(app) as client:
         assert client.get("/more").json() == {"more": True}
-        assert client.get("/nothing").json()["error"]["message"] == "Not Found"
+        unknown, wrong = client.post("/v1/chat/completions", json={}), client.get("/v1/completions")
+        assert (unknown.status_code, error(unknown)["code"]) == (404, "unknown_route")
+        assert error(unknown)["message"] == (
+            "this server has no such route; there are: GET /health, GET /more, GET /posterior, GET /v1/models, "
+            "POST /posterior/diagnose, POST /posterior/estimate, POST /v1/completions"
+        )
+        assert (error(unknown)["type"], error(unknown)["param"]) == ("invalid_request_error", None)
+        assert (wrong.status_code, error(wrong)["code"]) == (405, "wrong_method")
+        assert error(wrong)["message"].startswith("this route does not take GET; there are: GET /health, ")
+        assert wrong.headers["allow"] == "POST"
 
 
 def test_a_saved_posterior_runs_no_code(tmp_path: Path, embedded: LanguageModel) -> None:

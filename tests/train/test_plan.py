@@ -23,7 +23,7 @@ from amortlm.train.plan import MOMENTS, plan
 from amortlm.train.spec import RunSpec
 from amortlm.types import Rollouts
 
-MARGIN = 0.15
+MARGIN = 0.2
 SHAPES = {"short": Shape(2, 5, 8, 4), "long": Shape(3, 33, 6, 20)}
 ADAPTERS = {
     "lora": default_lora(4),

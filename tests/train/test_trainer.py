@@ -336,6 +336,23 @@ def test_a_floor_that_outweighs_what_is_accepted(
     assert caplog.text.count("outweigh") <= 1
 
 
+def test_rows_that_the_sampler_cannot_tell_apart(
+    one_lm: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = one_lm.log_prob("{z}{y}", given="{x}")
+    rows = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(zip("abab", "cdee", strict=True))]
+    make_trainer(one_lm, tmp_path / "mixed", rows, target=target, prompt="{x}")
+    warning = (
+        "rows 0 and 2 of train_dataset have the same prompt and differ in 'y', which only the target uses"
+    )
+    assert caplog.text.count("differ in") == caplog.text.count(warning) == 1
+    assert "show {y} in the prompt" in caplog.text
+    caplog.clear()
+    for prompt, asked in (("{y} {x}", rows), ("{x}", rows[:2]), ("{x}", [rows[0], {**rows[0], "id": 7}])):
+        make_trainer(one_lm, tmp_path / "told", asked, target=target, prompt=prompt)
+    assert caplog.text == ""
+
+
 def test_no_floor_where_rewards_differ(
     one_lm: LanguageModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from importlib import import_module
 
+from amortlm.cli.checks import check_inputs
 from amortlm.cli.options import make_parser
 from amortlm.cli.status import ending_on_signals, exit_status, without_bars
 
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: Namespace) -> int | None:
+    if args.command not in QUICK:
+        check_inputs(args)
     # The import may take seconds; a signal during it also ends the command.
     command = import_module(f"amortlm.cli.commands.{args.command.replace('-', '_')}")
     if args.command not in QUICK:

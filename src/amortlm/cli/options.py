@@ -160,6 +160,11 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--level", type=float, help="probability with which the intervals hold (default 0.99)"
     )
     parser.add_argument("--gold", metavar="COLUMN", help="a column with a completion known to be good")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="run no Markov chains, which take most of the time; a row that needs them is not decided",
+    )
     parser.add_argument("--output", help="write the figures to this JSON file")
     parser.add_argument(
         "--card", action="store_true", help="write the figures and samples into the model card in the folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 import threading
@@ -75,6 +76,31 @@ def without_bars() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+
+
+@contextlib.contextmanager
+def told_once(name: str, hint: str) -> Iterator[None]:
+    """On a terminal, what a module logs meanwhile is printed to stderr, each message once, followed by a hint."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    logger, handler = logging.getLogger(name), logging.StreamHandler(sys.stderr)
+    told: list[str] = []
+
+    def is_new(record: logging.LogRecord) -> bool:
+        told.append(record.getMessage())
+        return told.count(told[-1]) == 1
+
+    handler.addFilter(is_new)
+    handler.setFormatter(logging.Formatter(f"%(message)s{hint}"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def run_folder(args: Namespace) -> Path:

@@ -13,6 +13,8 @@ Verdicts:
   about exp(KL(p || q)) samples (Chatterjee and Diaconis 2018), so n must be at least EFFECTIVE times as many, and the
   effective sample size at least EFFECTIVE. Or by Metropolis-Hastings ("mh"): chains from different starts agreed.
 - "do not use": no rule above was shown to hold. More samples, gold completions or training may change that.
+- "not decided": Markov chains would have decided, and were left out (chains=False). The other verdicts are the same
+  with and without chains.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.errors import DataError, nearest
 from amortlm.inference.correct import weigh
 from amortlm.inference.exact import LIMIT, Distance
-from amortlm.inference.truth import posterior_draws
+from amortlm.inference.truth import LEFT_OUT, posterior_draws
 from amortlm.policy.policy import Policy
 from amortlm.targets.base import Target
 from amortlm.types import Row
@@ -39,6 +41,7 @@ TRUST_KL = 0.1  # upper end of a KL, nats: the total variation is at most 0.22, 
 EFFECTIVE = 10  # least effective sample size after reweighting: below it, estimates have errors above a third
 
 TRUST, CORRECT, AVOID = "trust it", "use with correction", "do not use"
+UNDECIDED = "not decided"
 Completions = Sequence[str | Sequence[int]]
 Gold = Sequence[Completions]  # for each row
 
@@ -48,7 +51,8 @@ class Evidence:
     """The draws of the posterior from which the upper ends are computed (`amortlm.inference.truth`), and the figures
     that tell whether they can be trusted.
 
-    source     "enumeration", "sir" or "mcmc"; or "mcmc (not converged)", "none": no draws could be trusted
+    source     "enumeration", "sir" or "mcmc"; or "mcmc (not converged)", "none": no draws could be trusted; or "chains
+               left out"
     draws      number of draws used; 0 if none could be trusted
     rhat       R-hat of the chains; NaN for other sources
     pool_khat  k-hat of the weights of the pool of draws of q; NaN for enumeration
@@ -104,10 +108,12 @@ class RowDiagnosis:
 
     @property
     def verdict(self) -> str:
-        """TRUST, CORRECT or AVOID, by the rules of the module docstring."""
+        """TRUST, CORRECT, AVOID or UNDECIDED, by the rules of the module docstring."""
         if (self.tv_high <= TRUST_TV) if self.distance is not None else (self.gap <= TRUST_KL):
             return TRUST
-        return AVOID if self._correction() is None else CORRECT
+        if self._correction() is not None:
+            return CORRECT
+        return UNDECIDED if self.truth.source == LEFT_OUT else AVOID
 
     @property
     def correct(self) -> str | None:
@@ -171,6 +177,7 @@ def diagnose(
     limit: int = LIMIT,
     level: float = LEVEL,
     gold: Gold | None = None,
+    chains: bool = True,
 ) -> Diagnosis:
     """The diagnosis of `rows`; see `Posterior.diagnose`."""
     if gold is not None and len(gold) != len(rows):
@@ -178,7 +185,9 @@ def diagnose(
     known = gold if gold is not None else [[]] * len(rows)
     return Diagnosis(
         [
-            diagnose_row(policy, target, row, n, seed=seed, limit=limit, level=level, gold=good)
+            diagnose_row(
+                policy, target, row, n, seed=seed, limit=limit, level=level, gold=good, chains=chains
+            )
             for row, good in zip(rows, known, strict=True)
         ]
     )
@@ -194,10 +203,11 @@ def diagnose_row(
     limit: int = LIMIT,
     level: float = LEVEL,
     gold: Completions = (),
+    chains: bool = True,
 ) -> RowDiagnosis:
-    """The diagnosis of one row. gold: completions of the row that are known to be good."""
+    """The diagnosis of one row. gold: completions of the row that are known to be good; chains: may they run?"""
     pool = weigh(policy, target, row, n, seed=seed)
-    truth = posterior_draws(policy, target, row, n, seed=seed, limit=limit, gold=gold)
+    truth = posterior_draws(policy, target, row, n, seed=seed, limit=limit, gold=gold, chains=chains)
     log_w_true = truth.log_w if truth.trusted else None
     draws = len(truth.log_w) if truth.trusted else 0
     return RowDiagnosis(
@@ -269,4 +279,9 @@ def _legend(rows: Sequence[RowDiagnosis]) -> str:
             f"{AVOID}: not even corrected samples were shown to be right. Train for longer (max_steps), draw more"
         )
         lines.append("(n, or -n of amortlm evaluate), or give completions that are known to be good (gold).")
+    if any(row.verdict == UNDECIDED for row in rows):
+        lines.append(
+            f"{UNDECIDED}: weights do not suffice for a verdict. Markov chains may, and were left out: diagnose with"
+        )
+        lines.append("chains=True, or by amortlm evaluate without --quick.")
     return "\n".join(lines)

@@ -33,8 +33,11 @@ WIDTH = 60
 
 @dataclass(frozen=True)
 class Line:
-    """A completion without its stop symbol (with several stop symbols, p and q are sums over them).
+    """A completion.
 
+    text   as `Posterior.sample` writes it, with the stop symbol, unless that is a special token. With several stop
+           symbols without one, since p and q are sums over them
+    tokens token ids, without the stop symbol
     p, q   probability under the posterior (see `Table.method`) and under the sampler
     log_r  log R, nats
     """
@@ -182,7 +185,13 @@ def _distinct(pool: Weighted) -> dict[tuple[int, ...], tuple[float, float]]:
 
 
 def _line(policy: Policy, tokens: list[int], p: float, q: float, log_r: float) -> Line:
-    return Line(policy.lm.decode(tokens), tokens, p, q, log_r)
+    return Line(_text(policy, tokens), tokens, p, q, log_r)
+
+
+def _text(policy: Policy, tokens: list[int]) -> str:
+    stops = policy.support.stop_ids
+    shown = len(stops) == 1 and stops[0] not in policy.lm.special_ids
+    return policy.lm.decode([*tokens, stops[0]] if shown else tokens)
 
 
 def _rest(masses: list[float]) -> float:

@@ -15,15 +15,17 @@ first of these sources that works is used:
   log R and of log w, over the second half of the run, is below RHAT. A mode where no chain starts and that q never
   proposes stays unseen; gold completions can show it.
 
-Draws that cannot be trusted have `trusted` false, and no bound may be computed from them.
+Draws that cannot be trusted have `trusted` false, and no bound may be computed from them. Chains take most of the time;
+a caller may leave them out, and then the source that they would have been is "chains left out".
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +49,8 @@ from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
 from amortlm.weights import effective_sample_size, pareto_khat
 
+logger = logging.getLogger(__name__)
+LEFT_OUT = "chains left out"
 POOL, LARGE_POOL = 4, 16  # draws of q for each draw of the posterior; the second where the first are too few
 KHAT = 0.7  # importance weights with a heavier tail cannot be resampled (Vehtari et al. 2024)
 REPEATS = 10  # if the largest weight occurs so often, it is not from a heavy tail, which shows it once
@@ -65,7 +69,7 @@ class Truth:
     rollouts            m completions; None if there are none ("none": the pool was no good, and a support with a tool
                         has no chains)
     log_reward, log_q   [m] of these completions
-    source              "enumeration", "sir", "mcmc" or "none"
+    source              "enumeration", "sir", "mcmc", LEFT_OUT or "none"
     trusted             may the completions be used as independent draws of p?
     margin              nats by which log Z may be off because their distribution is not exactly p; 0 for enumeration,
                         and for chains, where it is not known
@@ -96,7 +100,7 @@ class Truth:
         """The source, with "(not converged)" where it is not trusted."""
         if self.trusted:
             return self.source
-        return "none" if self.source == "none" else f"{self.source} (not converged)"
+        return self.source if self.source in (LEFT_OUT, "none") else f"{self.source} (not converged)"
 
 
 def posterior_draws(
@@ -108,11 +112,13 @@ def posterior_draws(
     seed: object,
     limit: int = LIMIT,
     gold: Sequence[str | Sequence[int]] = (),
+    chains: bool = True,
 ) -> Truth:
     """At most n draws of the posterior, from the first source of the module docstring that works.
 
-    limit: the largest support to enumerate; gold: completions (texts or tokens) known to be good. Raises ConfigError
-    for n < 1, DataError for a gold completion outside the support, SupportError for an empty enumerated posterior.
+    limit: the largest support to enumerate; gold: completions (texts or tokens) known to be good; chains: False leaves
+    them out. Raises ConfigError for n < 1, DataError for a gold completion outside the support, SupportError for an
+    empty enumerated posterior.
     """
     if n < 1:
         raise ConfigError(f"n must be at least 1, got {n}")
@@ -123,6 +129,9 @@ def posterior_draws(
     resampled = _resampled(policy, target, row, n, seed, _log_w(policy, target, known))
     if resampled.trusted or policy.support.tool is not None:
         return resampled
+    if not chains:
+        return replace(resampled, source=LEFT_OUT)
+    logger.info("Markov chains start, which take most of the time")
     return _chains(policy, target, row, n, seed, known, resampled)
 
 

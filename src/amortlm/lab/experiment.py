@@ -91,7 +91,7 @@ class Experiment:
     summary   results -> Markdown below the table: comparisons, and where a claim does not hold
     rows      what is a row of the table: a method, or a metric (then without times)
     readme    results -> the whole README.md, instead of `report.readme`
-    paper     the paper's figures: method as named there -> metric -> value
+    paper     the paper's figures: method as named there -> metric -> figure as printed there
     """
 
     name: str
@@ -109,5 +109,5 @@ class Experiment:
     summary: Callable[[Results], str] | None = None
     rows: Literal["methods", "metrics"] = "methods"
     readme: Callable[[Results], str] | None = None
-    paper: Mapping[str, dict[str, float]] = field(default_factory=dict)
+    paper: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     paper_setting: str = ""

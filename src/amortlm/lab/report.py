@@ -118,8 +118,8 @@ def readme(experiment: Experiment, results: Results, figures: Sequence[str]) -> 
         "\n".join(columns(experiment)),
         "Made with:",
         "\n".join(f"- {line}" for line in environments(results)),
-        "Every figure, all settings and all seeds: [results.json](results.json). The same command goes on where it "
-        "was interrupted.",
+        "Every figure, all settings and all seeds: [results.json](results.json). If the command is interrupted, give "
+        "it again: finished runs are not repeated.",
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -154,7 +154,7 @@ def table(experiment: Experiment, results: Results, style: str = "simple") -> st
 
 def paper_table(experiment: Experiment) -> str:
     lines = [
-        [method, *(number(values.get(name), metric) for name, metric in experiment.metrics.items())]
+        [method, *(values.get(name, MISSING) for name in experiment.metrics)]
         for method, values in experiment.paper.items()
     ]
     return grid(["method", *_headings(experiment)], lines)

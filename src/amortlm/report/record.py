@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from amortlm.errors import CheckpointError
-from amortlm.files import CERTIFICATE, DIAGNOSIS, LOOKS, RUN, STATE
+from amortlm.files import CERTIFICATE, DIAGNOSIS, LOOKS, RUN, STATE, check_run
 
 Json = dict[str, Any]
 
@@ -39,10 +39,7 @@ class RunRecord:
     def read(cls, folder: str | Path) -> RunRecord:
         """Raises CheckpointError for a folder without a run, and for damaged files."""
         folder = Path(folder)
-        if not (folder / RUN).exists():
-            raise CheckpointError(
-                f"{folder} holds no run ({RUN}): give a folder that `amortlm train` or GFNTrainer wrote"
-            )
+        check_run(folder)
         run = _read(folder / RUN)
         stated = run.get("identity")
         stated = stated if isinstance(stated, dict) else {}

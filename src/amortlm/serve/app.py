@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -231,6 +232,18 @@ def _stated(state: Callable[[], Any], thing: Any) -> Any:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
-        error = RequestError(error.status_code, str(error.detail))
+        error = _unrouted(request, error)
     problem = request_error(error)
     return json_response(problem.to_dict(), problem.status, problem.headers)
+
+
+def _unrouted(request: Request, error: HTTPException) -> RequestError:
+    """What no route answers: the answer names those that there are."""
+    status, headers = error.status_code, error.headers
+    if status not in (404, 405) or error.detail != HTTPStatus(status).phrase:
+        return RequestError(status, str(error.detail), headers=headers)
+    known = request.app.openapi()["paths"]
+    routes = sorted(f"{method.upper()} {path}" for path, methods in known.items() for method in methods)
+    code = "unknown_route" if status == 404 else "wrong_method"
+    why = "this server has no such route" if status == 404 else f"this route does not take {request.method}"
+    return RequestError(status, f"{why}; there are", code=code, headers=headers, routes=routes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from amortlm.errors import AmortLMError, RewardError
@@ -14,7 +14,8 @@ INVALID, SERVER = "invalid_request_error", "server_error"
 
 
 class RequestError(Exception):
-    """An answer that is an error. message: one sentence for the client; param: the parameter that it is about."""
+    """An answer that is an error. message: one sentence for the client; param: the parameter that it is about; routes:
+    those of the server, which end the message."""
 
     def __init__(
         self,
@@ -24,15 +25,18 @@ class RequestError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        routes: Sequence[str] = (),
     ):
         super().__init__(message)
+        self.routes = routes
         self.status, self.param, self.code, self.headers = status, param, code, dict(headers or {})
 
     def to_dict(self) -> dict[str, Any]:
         kind = INVALID if self.status < 500 else SERVER
+        listed = f": {', '.join(self.routes)}" if self.routes else ""
         return {
             "error": {
-                "message": without_paths(str(self)),
+                "message": without_paths(str(self)) + listed,
                 "type": kind,
                 "param": self.param,
                 "code": self.code,

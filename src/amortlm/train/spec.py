@@ -41,8 +41,18 @@ class RunSpec:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> RunSpec:
-        """Read a YAML file, and the file of rows that it names. Raises ConfigError, DataError or SupportError that name
-        the file, the key, its value and what to write."""
+        """Read a YAML file, and check what it states. Raises ConfigError, DataError or SupportError that name the file,
+        the key, its value and what to write."""
+        spec = cls.parsed(path)
+        try:
+            spec.check()
+        except AmortLMError as e:
+            raise type(e)(f"{path}: {e}") from e
+        return spec
+
+    @classmethod
+    def parsed(cls, path: str | Path) -> RunSpec:
+        """A YAML file with the right keys, whose values are not checked; it needs no torch. Raises ConfigError."""
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8-sig")
@@ -64,12 +74,7 @@ class RunSpec:
             )
         if isinstance(raw["data"], str):
             raw["data"] = str(path.parent / raw["data"])
-        spec = cls(**raw, folder=str(path.parent))
-        try:
-            spec.check()
-        except AmortLMError as e:
-            raise type(e)(f"{path}: {e}") from e
-        return spec
+        return cls(**raw, folder=str(path.parent))
 
     def check(self) -> None:
         """Raise ConfigError, DataError or SupportError for a value that is wrong with any model."""

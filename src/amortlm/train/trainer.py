@@ -45,6 +45,7 @@ from amortlm.train.processes import Processes
 from amortlm.train.renamed import refuse_keywords
 from amortlm.train.resumable import ResumableTrainer
 from amortlm.train.source import Experience, ExperienceSource
+from amortlm.train.twins import twins
 from amortlm.train.upcoming import Upcoming
 from amortlm.types import DataRow, PolicyLogProbs, Row
 
@@ -118,6 +119,7 @@ class GFNTrainer(ResumableTrainer):
             **kwargs,
         )
         self._check_processes(rows)
+        self._warn_of_twins(rows)
         lm.model.to(args.device)
         self.loss_is_scaled_for_ga = False
         self._choose_callbacks(rows if held_out is None else held_out)
@@ -153,6 +155,11 @@ class GFNTrainer(ResumableTrainer):
         batch = self.args.train_batch_size * self.processes.count
         if self.args.dataloader_drop_last and len(rows) < batch:
             raise ConfigError(f"dataloader_drop_last with batches of {batch} drops all {len(rows)} rows")
+
+    def _warn_of_twins(self, rows: Sequence[Row]) -> None:
+        found = twins(rows, self.policy.prompt.columns, self.target.columns)
+        if found is not None and self.is_world_process_zero():
+            logger.warning("%s", found)
 
     def _choose_callbacks(self, diagnosed: Sequence[Row]) -> None:
         self.remove_callback(PrinterCallback)

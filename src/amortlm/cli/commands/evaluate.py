@@ -11,6 +11,7 @@ from pathlib import Path
 from amortlm import card
 from amortlm.cli.checks import check_counts, check_file
 from amortlm.cli.loading import loaded, locate, posterior_of, rows_of
+from amortlm.cli.status import told_once
 from amortlm.data import check_rows
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Gold
@@ -29,11 +30,18 @@ def run(args: Namespace) -> int:
         raise ConfigError(
             f"--card writes into a folder, and {args.folder} is none here: evaluate the folder, then push"
         )
+    if args.quick and (args.card or args.check):
+        other = "--card" if args.card else "--check"
+        raise ConfigError(f"{other} needs the whole diagnosis: leave out --quick")
     if args.check:
         return _check(args)
     posterior, rows = loaded(args)
     rows = rows[: args.rows]
-    diagnosis = posterior.diagnose(rows, args.n, seed=args.seed, level=level, gold=_gold(rows, args.gold))
+    gold = _gold(rows, args.gold)
+    with told_once("amortlm.inference.truth", "; --quick leaves them out"):
+        diagnosis = posterior.diagnose(
+            rows, args.n, seed=args.seed, level=level, gold=gold, chains=not args.quick
+        )
     print(diagnosis)
     if args.output:
         text = json.dumps(finite([row.to_dict() for row in diagnosis.rows]), indent=2) + "\n"

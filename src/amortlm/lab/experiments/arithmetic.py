@@ -197,10 +197,10 @@ EXPERIMENT = Experiment(
     figures=figures,
     summary=summary,
     paper={
-        "k-shot, best k": {"accuracy_3": 0.355, "accuracy_4": 0.21, "accuracy_5": 0.105},
-        "SFT": {"accuracy_3": 0.721, "accuracy_4": 0.196, "accuracy_5": 0.128},
-        "PPO": {"accuracy_3": 0.306, "accuracy_4": 0.137, "accuracy_5": 0.056},
-        "GFlowNet": {"accuracy_3": 0.952, "accuracy_4": 0.754, "accuracy_5": 0.407},
+        "k-shot, best k": {"accuracy_3": "35.5%", "accuracy_4": "21.0%", "accuracy_5": "10.5%"},
+        "SFT": {"accuracy_3": "72.1%", "accuracy_4": "19.6%", "accuracy_5": "12.8%"},
+        "PPO": {"accuracy_3": "30.6%", "accuracy_4": "13.7%", "accuracy_5": "5.6%"},
+        "GFlowNet": {"accuracy_3": "95.2%", "accuracy_4": "75.4%", "accuracy_5": "40.7%"},
     },
     paper_setting="instruction-tuned GPT-J 6B",
 )

@@ -277,9 +277,9 @@ EXPERIMENT = Experiment(
     figures=figures,
     summary=summary,
     paper={
-        "prompting": {"bertscore": 0.081, "bleu": 1.3, "gleu": 3.2},
-        "SFT": {"bertscore": 0.094, "bleu": 1.6, "gleu": 3.7},
-        "GFlowNet": {"bertscore": 0.184, "bleu": 2.1, "gleu": 4.2},
+        "prompting": {"bertscore": "0.081", "bleu": "1.3", "gleu": "3.2"},
+        "SFT": {"bertscore": "0.094", "bleu": "1.6", "gleu": "3.7"},
+        "GFlowNet": {"bertscore": "0.184", "bleu": "2.1", "gleu": "4.2"},
     },
     paper_setting="GPT-2 Large fine-tuned on 50,000 ROCStories, 900 training stories; its BERTScore is rescaled",
 )

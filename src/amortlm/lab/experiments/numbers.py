@@ -129,9 +129,9 @@ EXPERIMENT = Experiment(
     },
     figures=figures,
     paper={
-        "base model": {"valid": 0.505, "kl": 3.37},
-        "PPO": {"valid": 0.958},
-        "GFlowNet": {"valid": 1.0, "kl": 9.75e-5},
+        "base model": {"valid": "50.5%", "kl": "3.37"},
+        "PPO": {"valid": "95.8%"},
+        "GFlowNet": {"valid": "100%", "kl": "9.75e-5"},
     },
     paper_setting="GPT-J 6B, LoRA r = 512, completions of up to 5 tokens",
 )
