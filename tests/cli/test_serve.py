@@ -30,11 +30,18 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY, raising=False)
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """What looks like a saved posterior until it is loaded."""
+    (tmp_path / "posterior.json").write_text('{"format": 1}')
+    return str(tmp_path)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
 def test_others_are_not_let_in_without_a_key(
-    host: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    host: str, folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["serve", str(tmp_path), "--host", host]) == 2
+    assert main(["serve", folder, "--host", host]) == 2
     err = capsys.readouterr().err
     assert KEY in err
     assert err.count("\n") == 1
@@ -46,22 +53,22 @@ def test_others_are_not_let_in_without_a_key(
         (["--port", "70000"], "give another --host or --port"),
         (["--max-n", "0"], "'n'"),
         (["--timeout", "0"], "'seconds'"),
-        (["--port", "0"], "posterior.json is missing"),  # with a key, or on this machine, the folder is next
+        (["--port", "0"], "posterior.json is missing"),  # with a key, or on this machine, its content is next
     ],
 )
 def test_refused_in_one_line(
-    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], says: str, folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["serve", str(tmp_path), *arguments]) == 2
+    assert main(["serve", folder, *arguments]) == 2
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
 
 
-def test_a_port_that_is_taken_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_that_is_taken_is_named(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["serve", str(tmp_path), "--port", str(port)]) == 2
+        assert main(["serve", folder, "--port", str(port)]) == 2
     assert f"port {port}" in capsys.readouterr().err
 
 

@@ -39,7 +39,7 @@ def check_file(name: str) -> None:
 
 def check_inputs(args: Namespace) -> None:
     """Raise the errors of files that a command reads and that do not exist or do not parse, without torch."""
-    if args.command == "train":
+    if args.command in ("train", "launch"):
         _check_spec(args.spec, args.data)
     elif getattr(args, "data", None) and args.command != "reproduce":
         load_rows(args.data)
