@@ -12,14 +12,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fake_vllm
 import pytest
+from fastapi.testclient import TestClient
 from reference import tiny_policy
 
 from amortlm import LanguageModel, Posterior, Support
 from amortlm.cli import main
 from amortlm.cli.options import make_parser
 from amortlm.errors import MissingExtraError
-from amortlm.serve import Limits
+from amortlm.rollout import HTTPSampler
+from amortlm.serve import Limits, create_app
 from amortlm.serve.app import KEY
 
 MAIN = "import sys; from amortlm.cli import main; sys.exit(main())"
@@ -166,3 +169,35 @@ def test_a_signal_ends_a_training_of_the_playground(embedded: LanguageModel) -> 
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.mark.slow
+def test_completions_are_drawn_by_a_server(one_lm: LanguageModel, tmp_path: Path) -> None:
+    """As the local engine draws them, also in a stream; both servers are real ones."""
+    support = Support(stop=".", min_tokens=1, max_tokens=4)
+    policy, theirs = (tiny_policy(one_lm, "{x}", support) for _ in range(2))
+    posterior = Posterior(policy, one_lm.log_prob("{z}", given="{x}"))
+    asked = {"prompt": "a b", "n": 5, "seed": 3}
+    scored = asked | {"logprobs": 0}
+    with TestClient(create_app(posterior, name="tiny")) as client:
+        here = client.post("/v1/completions", json=scored).json()["choices"]
+    with fake_vllm.serving(theirs, tmp_path / "server") as (url, engine):
+        policy.sampler = HTTPSampler(url, policy)
+        before = engine.finished
+        with TestClient(create_app(posterior, name="tiny")) as client:
+            there = client.post("/v1/completions", json=scored).json()["choices"]
+            with client.stream("POST", "/v1/completions", json=asked | {"stream": True}) as answer:
+                lines = [line.removeprefix("data: ") for line in answer.iter_lines() if "choices" in line]
+        assert engine.finished == before + 10
+    texts = [choice["text"] for choice in here]
+    assert [choice["text"] for choice in there] == texts
+    for mine, other in zip(here, there, strict=True):
+        assert other["log_q"] == pytest.approx(mine["log_q"], abs=1e-4)
+        assert other["logprobs"]["token_logprobs"] == pytest.approx(
+            mine["logprobs"]["token_logprobs"], abs=1e-4
+        )
+    streamed = [""] * 5
+    for line in lines:
+        for choice in json.loads(line)["choices"]:
+            streamed[choice["index"]] += choice.get("text", "")
+    assert streamed == texts

@@ -352,6 +352,28 @@ def test_answers_that_are_no_draws(pair, tmp_path, change, message):
             sampler.sample(asked(policy))
 
 
+@pytest.mark.parametrize("name", ["one stop", "two stops", "pattern"])
+def test_who_watches_sees_what_the_loop_would_show(one_lm, name, tmp_path):
+    policy, theirs = (tiny_policy(one_lm, "{x}", SUPPORTS[name]) for _ in range(2))
+
+    def seen(sampler):
+        found = {i: [] for i in range(12)}
+
+        def watch(number, token, log_q):
+            for i, *drawn in zip(number.tolist(), token.tolist(), log_q.tolist(), strict=True):
+                found[i].append(drawn)
+
+        sampler.sample(replace(many(policy), watch=watch))
+        return found
+
+    with serving(theirs, tmp_path) as (url, _):
+        mine = seen(LocalSampler(policy.model, policy.sharing))
+        other = seen(HTTPSampler(url, policy, patience=QUICK))
+    for i, drawn in mine.items():
+        assert [token for token, _ in other[i]] == [token for token, _ in drawn]
+        assert [q for _, q in other[i]] == pytest.approx([q for _, q in drawn], abs=1e-5)
+
+
 # Several servers, and draws before they are needed
 
 

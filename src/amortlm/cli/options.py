@@ -219,6 +219,13 @@ def _add_push(parser: argparse.ArgumentParser) -> None:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     _add_folder(parser)
+    parser.add_argument(
+        "--rollout",
+        nargs="+",
+        default=[],
+        metavar="URL",
+        help="draw by these servers of completions (vLLM); see docs/scale.md",
+    )
     _add_service(parser)
 
 

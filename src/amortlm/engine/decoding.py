@@ -167,6 +167,23 @@ class Draws:
         return replace(self, **changed)
 
 
+def watched(draws: Draws, law: SupportLaw, watch: Watch) -> None:
+    """Call `watch` as the decoding loop would have, for draws that were made elsewhere."""
+    number = torch.arange(len(draws))
+    tokens, lengths = draws.tokens.cpu(), draws.lengths.cpu()
+    log_pf, log_pterm, stops = draws.log_pf.cpu(), draws.log_pterm.cpu(), draws.stops.cpu()
+    shown = law.max_tokens + (len(law.stop_ids) > 1)  # of one stop symbol, that at max_tokens is certain
+    for t in range(shown):
+        going = number[lengths >= t]
+        ends = lengths[going] == t
+        token, log_q = stops[going].clone(), log_pterm[going, min(t, log_pterm.shape[1] - 1)].clone()
+        if not bool(ends.all()):
+            at = going[~ends]
+            token[~ends], log_q[~ends] = tokens[at, t], log_pf[at, t]
+        if len(going):
+            watch(going, token, log_q)
+
+
 class Frontier:
     """The distinct texts (prompt and tokens so far) of the completions being drawn. Completions with the same text
     share it, so it goes through the model once."""

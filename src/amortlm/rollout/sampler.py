@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from torch import Tensor
 
 from amortlm.engine.adapter import plain_lora
-from amortlm.engine.decoding import Draws
+from amortlm.engine.decoding import Draws, watched
 from amortlm.engine.sampler import Request
 from amortlm.errors import ConfigError
 from amortlm.policy.policy import Policy
@@ -69,7 +69,10 @@ class HTTPSampler:
             parts.append(self._drawing(one, support) if known is None else known)
         drawn = [part.result() if isinstance(part, Future) else part for part in parts]
         width = max(draws.tokens.shape[1] for draws in drawn)
-        return Draws.cat([draws.widened(width) for draws in drawn]).trimmed()
+        found = Draws.cat([draws.widened(width) for draws in drawn]).trimmed()
+        if request.watch is not None:
+            watched(found, request.law, request.watch)
+        return found
 
     def ask(self, request: Request, due: int) -> None:
         """Have completions drawn from the present weights, which `sample` will return for the same request. due: the

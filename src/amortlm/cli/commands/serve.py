@@ -17,7 +17,15 @@ if TYPE_CHECKING:
 def run(args: Namespace) -> None:
     from amortlm.serve import create_app
 
-    serving(args, args.folder, lambda settings: create_app(posterior_of(args), **settings))
+    def create(settings: dict[str, Any]) -> FastAPI:
+        posterior = posterior_of(args)
+        if args.rollout:
+            from amortlm.rollout import HTTPSampler
+
+            posterior.policy.sampler = HTTPSampler(args.rollout, posterior.policy)
+        return create_app(posterior, **settings)
+
+    serving(args, args.folder, create)
 
 
 def serving(args: Namespace, what: str, create: Callable[[dict[str, Any]], FastAPI]) -> None:
