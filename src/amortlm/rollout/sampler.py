@@ -127,7 +127,7 @@ class HTTPSampler:
 
     def _precision(self, server: Server) -> str:
         """The dtype of a server's model, which has to have the policy's vocabulary."""
-        name, dtype, vocab = server.model()
+        name, dtype, vocab = server.about()
         if vocab != self._policy.lm.vocab_size:
             raise ConfigError(
                 f"the server's model, {name}, has {vocab} tokens, that of the policy {self._policy.lm.vocab_size}: "

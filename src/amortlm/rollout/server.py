@@ -65,7 +65,7 @@ class Server:
                 self.connection.call("PUT", path + named.name, named.data)
                 self._given.add(named.name)
 
-    def model(self) -> tuple[str, str, int]:
+    def about(self) -> tuple[str, str, int]:
         """(name, dtype, number of tokens) of its model. Raises RolloutError if it is no server of completions."""
         answer = self.connection.call("GET", "/info")
         try:
