@@ -15,6 +15,7 @@ from amortlm.engine.decoding import Exploration, Watch
 from amortlm.engine.passes import Passes
 from amortlm.engine.prefix import pad_right
 from amortlm.engine.sampler import LocalSampler, Request, Sampler
+from amortlm.engine.shards import shards_of
 from amortlm.errors import DataError, ModelError, TemplateError
 from amortlm.seeds import seed_of
 from amortlm.support import Support, SupportLaw
@@ -214,7 +215,9 @@ class Policy(nn.Module):
         return tokens, stop
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the trained weights, by name, for `Sampler.load`."""
+        """Copies of the trained weights, by name, for `Sampler.load`. Of a sharded policy they are gathered."""
+        if (shards := shards_of(self.model)) is not None:
+            return shards.weights()
         return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save_adapter(self, folder: str | Path) -> None:
