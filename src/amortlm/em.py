@@ -95,7 +95,9 @@ class EM:
         if kwargs:
             raise ConfigError(f"EM takes no {next(iter(kwargs))}")
         if sharding.is_asked(args):
-            raise ConfigError("EM changes p, which cannot be sharded meanwhile: leave fsdp out, or train without EM")
+            raise ConfigError(
+                "EM changes p, which cannot be sharded meanwhile: leave fsdp out, or train without EM"
+            )
         self.term = _single_term(target)
         self.temperature = 1.0 / target.terms[0][0]
         self.lm, self.prompt, self.support = lm, prompt, support

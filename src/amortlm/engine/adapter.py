@@ -227,7 +227,9 @@ def holding(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block the trained tensors of the model have these values."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if shards_of(model) is not None:
-        changed = {name: p.clone() for name, p in own.items()}  # to compare them they would have to be gathered
+        changed = {
+            name: p.clone() for name, p in own.items()
+        }  # to compare them they would have to be gathered
     else:
         changed = {name: p.clone() for name, p in own.items() if not torch.equal(p, weights[name].to(p))}
     try:

@@ -1,13 +1,12 @@
 """Models of which each process holds a part (FSDP2), and the passes that all processes make together.
 
-A pass of a sharded model gathers its weights block by block from all processes, so all must make it, or none can. But
-processes have different numbers of passes: completions and packs differ in length. So each pass begins with a round, in
-which every process says what it needs. What any of them needs, all do: those with nothing to do join with a pass over
-one token, and throw away what it gives. A process that waits for the others (`Shards.serve`) joins in until nobody needs
-anything any more. Passes themselves know nothing of this.
+A pass of a sharded model gathers its weights, block by block, from all processes: all must make it, or none can. But
+processes have different numbers of passes, because completions differ in length. So each pass begins with a round, in
+which every process says what it needs. What one of them needs, all do; those that do not need it join with a pass over
+one token, and throw away what it gives. A process that waits for the others (`Shards.serve`) joins until nobody needs
+anything. Nothing else changes: draws, packs and searches are those of a whole model.
 
-With LoRA there is one sharded tree: p is the model with its adapter switched off. A full copy is a tree of its own
-beside p.
+With LoRA there is one sharded model: p is the model with its adapter switched off. A full copy is beside p.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-
-from amortlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -132,16 +129,11 @@ def shards_of(model: Any) -> Shards | None:
 
 def distribute(model: Any, blocks: Collection[str], mesh: DeviceMesh) -> None:
     """Leave this process its part of each weight. blocks: classes of the modules whose weights are gathered at once;
-    what is outside of them is gathered for a whole pass. Raises ConfigError for a model without such modules."""
+    what is outside of them is gathered for a whole pass."""
     from torch.distributed.fsdp import fully_shard
 
-    found = [m for m in model.modules() if type(m).__name__ in blocks]
-    if blocks and not found:
-        raise ConfigError(
-            f"no module of {type(model).__name__} is of the class {' or '.join(sorted(blocks))}: name the class of its "
-            "layers as transformer_layer_cls_to_wrap in fsdp_config"
-        )
-    for module in (*found, model):
+    for module in (*[m for m in model.modules() if type(m).__name__ in blocks], model):
+        # Gathered anew in each pass: what was left of the pass before would be the weights before an update.
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 

@@ -25,8 +25,8 @@ _NO_PREDICTIONS = (
     "an evaluation diagnoses rows (eval_ess, eval_elbo, ..) and collects no predictions: leave it out"
 )
 _SHARDED = (
-    "the policy also samples, which models sharded in this way cannot do: use torchrun, one whole model per process, or "
-    "fsdp=True (docs/scale.md)"
+    "the policy also samples, which models sharded in this way cannot do: use torchrun, with one whole model per "
+    "process, or with fsdp=True (docs/scale.md)"
 )
 _COMPILE = "the shapes of passes change with every batch of completions: leave it out"
 _HUB = "trainer.posterior.push_to_hub('user/name') uploads the trained sampler: docs/publishing.md"

@@ -162,6 +162,10 @@ class ResumableTrainer(Trainer):
         losses = [entry["train_loss"] for entry in self.state.log_history if "train_loss" in entry]
         return TrainOutput(self.state.global_step, losses[-1] if losses else math.nan, {})
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self.processes.meet()  # process 0 gathers what it saves
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
             return
@@ -205,17 +209,19 @@ class ResumableTrainer(Trainer):
         if self.processes.shards is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        checkpoints.save_optimizer(Path(output_dir), self.processes.index, self.optimizer)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
+        folder, schedule = Path(output_dir), self.lr_scheduler
+        checkpoints.save_optimizer(folder, self.processes.index, self.optimizer)
+        if self.args.should_save and schedule is not None:
+            torch.save(schedule.state_dict(), folder / SCHEDULER)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(checkpoint, "the state of optimizer and schedule"):
-            if self.processes.shards is None or checkpoint is None:
+            schedule = self.lr_scheduler
+            if self.processes.shards is None or checkpoint is None or schedule is None:
                 super()._load_optimizer_and_scheduler(checkpoint)
                 return
             checkpoints.load_optimizer(Path(checkpoint), self.processes.index, self.optimizer)
-            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
+            schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with checkpoints.reading(checkpoint, "the random state"):

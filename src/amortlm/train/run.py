@@ -95,7 +95,8 @@ def identity(
     """Everything that the result of a run depends on, as JSON: model, target, prompt, support, adapter, data, settings.
 
     start: hash of the saved weights that an adapter starts from, if any. gold: initial completions of the buffer.
-    weights: the name of the model's weights, if the model is sharded. Functions are identified by name; library versions and devices do not count.
+    weights: the hash of the model's weights, if they are sharded and so cannot be read. Functions are identified by
+    name; library versions and devices do not count.
     """
     lm = policy.lm
     try:

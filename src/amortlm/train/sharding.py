@@ -1,8 +1,8 @@
 """Sharded training (FSDP2): the settings of `accelerate launch` or `fsdp`, and models that are sharded by them.
 
-accelerate reads the settings, but shards one model, on an accelerator, and wraps what is called in training. Here p is
-sharded, too, and all code calls the models themselves. So the models are sharded before the trainer sees them, and
-accelerate is not told (`unseen`): for it these are processes that each have a model.
+accelerate reads the settings. But it shards one model, on accelerators alone, and only as the trainer calls it; here p
+is sharded, too, and all code calls the models themselves. So they are sharded before the trainer sees them, and
+accelerate is not told (`unseen`): what it sees is several processes, each with a model.
 """
 
 from __future__ import annotations
@@ -13,114 +13,114 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from amortlm.engine.adapter import is_plain
-from amortlm.engine.model import CausalLM
 from amortlm.engine.shards import Frozen, Shards, distribute
 from amortlm.errors import ConfigError
 from amortlm.policy.policy import Policy
 from amortlm.train.config import GFNConfig
 from amortlm.train.processes import Processes
-from amortlm.types import Rollouts
+from amortlm.types import PolicyLogProbs, Rollouts
 
-LAUNCHED = "ACCELERATE_USE_FSDP"  # what `accelerate launch` sets
-SIZE_BASED = "size_based_auto_wrap_policy"
+LAUNCHED, VERSION = "ACCELERATE_USE_FSDP", "FSDP_VERSION"  # what `accelerate launch` sets
 
 
 def is_asked(args: GFNConfig) -> bool:
     return bool(args.fsdp) or os.environ.get(LAUNCHED, "false").lower() == "true"
 
 
-def settings(args: GFNConfig) -> Any:
-    """accelerate's record of the settings. Raises ConfigError for those that cannot be had."""
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    given = getattr(args, "fsdp_plugin_args", None)
-    if args.fsdp and given is None:
-        raise ConfigError("fsdp needs transformers 5.23 or newer: install it, or use `accelerate launch --use_fsdp`")
-    before = os.environ.get(LAUNCHED)
-    found = FullyShardedDataParallelPlugin(**(given or {}))
-    if before is None:
-        os.environ.pop(LAUNCHED, None)
-    for wrong, remedy in (
-        (found.fsdp_version != 2, "version 1 is not supported: set version 2 (--fsdp_version 2)"),
-        (not found.reshard_after_forward, "reshard_after_forward=False would keep weights of the last update: leave it out"),
-        (_offloads(found), "weights cannot be offloaded to the CPU: leave cpu_offload out"),
-        (
-            found.activation_checkpointing,
-            "leave its activation_checkpointing out, and set activation_checkpointing=True in GFNConfig",
-        ),
-        (
-            getattr(found.auto_wrap_policy, "__name__", "") == SIZE_BASED,
-            "layers are sharded by class: leave auto_wrap_policy out",
-        ),
-    ):
-        if wrong:
-            raise ConfigError(f"fsdp: {remedy}")
-    return found
-
-
-def _offloads(found: Any) -> bool:
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
-    return isinstance(found.cpu_offload, CPUOffloadPolicy)
-
-
-def check(args: GFNConfig, policy: Policy, processes: Processes) -> None:
-    """Raise ConfigError for what sharded models cannot do."""
-    lm = policy.lm
-    if processes.count == 1:
-        raise ConfigError(
-            "fsdp shards a model over processes, and there is one: start several with torchrun or accelerate launch"
-        )
-    if args.fp16:
-        raise ConfigError("fsdp: with fp16 losses are scaled, which sharded models do not do here: set bf16, or neither")
-    if not all(p.is_floating_point() for p in lm.model.parameters()):
-        raise ConfigError(f"fsdp: {lm.name} is quantised, and cannot be sharded: load it with dtype=torch.bfloat16")
-    if not policy.is_full and not is_plain(policy.model.peft_config["default"]):
-        raise ConfigError(
-            "fsdp: with this adapter p is not the model with its adapter switched off: train plain LoRA (no bias, no "
-            "modules_to_save, an init_lora_weights that leaves the model's weights), or 'full'"
-        )
-    if policy.sharing.switch is not None:
-        raise ConfigError(
-            f"fsdp: {lm.name} changes its rotary embedding with the length of a text (LongRoPE), so that gradients need "
-            "several passes: train it whole, one model per process"
-        )
-
-
 def shard(args: GFNConfig, policy: Policy, processes: Processes, names: Sequence[str]) -> None:
-    """Shard q and p over the processes. names: of the weights; ConfigError if they differ between processes."""
-    from torch.distributed.device_mesh import init_device_mesh
+    """Shard q and p over the processes. names: of their weights, by which processes see that they have the same.
 
-    found = settings(args)
-    check(args, policy, processes)
+    Raises ConfigError for settings, adapters and models that cannot be had."""
+    settings = _settings(args)
+    _check(args, policy, processes)
     if len({tuple(each) for each in processes.gather(list(names))}) > 1:
         raise ConfigError(
-            "the processes have loaded different weights: make the model before GFNConfig, or set "
+            "the processes have loaded different weights: make the LanguageModel before GFNConfig, or set "
             "cpu_ram_efficient_loading (--fsdp_cpu_ram_efficient_loading) to false"
         )
     lm = policy.lm
-    trees = [policy.model, lm.model] if policy.is_full else [policy.model]
-    if not policy.is_full:
+    blocks = _blocks(settings, lm.model)
+    trees = [policy.model]
+    if policy.is_full:
+        trees.append(lm.model)
+    else:
         lm.model = Frozen(policy.model, lm.model)  # also so that nobody holds the whole weights
     mesh = init_device_mesh(args.device.type, (processes.count,))
     for tree in trees:
-        distribute(tree, _blocks(found, trees[-1]), mesh)
+        distribute(tree, blocks, mesh)
     processes.shards = Shards(trees, processes.agree)
 
 
-def _blocks(found: Any, model: Any) -> set[str]:
-    if found.transformer_cls_names_to_wrap:
-        return set(found.transformer_cls_names_to_wrap)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return set(getattr(base, "_no_split_modules", None) or ())
+def _settings(args: GFNConfig) -> FullyShardedDataParallelPlugin:
+    """accelerate's record of the settings. Raises ConfigError for those that cannot be had."""
+    given = getattr(args, "fsdp_plugin_args", None)
+    if args.fsdp and given is None:
+        raise ConfigError("fsdp needs transformers 5.23 or newer; `accelerate launch --use_fsdp` does not")
+    if int((given or {}).get("fsdp_version") or os.environ.get(VERSION, "1")) != 2:
+        raise ConfigError("fsdp: version 1 is not supported: set version to 2 (--fsdp_version 2)")
+    try:
+        found = FullyShardedDataParallelPlugin(**(given or {}))
+    except (ValueError, RuntimeError, ImportError) as e:
+        raise ConfigError(f"fsdp: {e}") from e
+    refused = {
+        "reshard_after_forward=False, with which draws would be those of old weights": not found.reshard_after_forward,
+        "cpu_offload, because draws need the weights on the device": "CPU"
+        in type(found.cpu_offload).__name__,
+        "activation_checkpointing in fsdp_config (activation_checkpointing=True of GFNConfig does the same)": (
+            found.activation_checkpointing
+        ),
+        "auto_wrap_policy by size (layers are gathered by their class)": (
+            "size" in getattr(found.auto_wrap_policy, "__name__", "")
+        ),
+    }
+    for setting, is_set in refused.items():
+        if is_set:
+            raise ConfigError(f"fsdp: leave out {setting}")
+    return found
+
+
+def _check(args: GFNConfig, policy: Policy, processes: Processes) -> None:
+    name, model = policy.lm.name, policy.lm.model
+    if processes.count == 1:
+        raise ConfigError("fsdp: there is one process; start several, with torchrun or accelerate launch")
+    if args.fp16:
+        raise ConfigError("fsdp: fp16 is not supported: set bf16, or neither")
+    if not all(p.is_floating_point() for p in model.parameters()):
+        raise ConfigError(
+            f"fsdp: {name} is quantised and cannot be sharded: load it with dtype=torch.bfloat16"
+        )
+    if not policy.is_full and not is_plain(policy.model.peft_config["default"]):
+        raise ConfigError(
+            "fsdp: p would not be the model with this adapter switched off: train plain LoRA (no bias, no "
+            "modules_to_save, an init_lora_weights that does not change the model's weights), or 'full'"
+        )
+    if policy.sharing.switch is not None:
+        raise ConfigError(
+            f"fsdp: {name} has other rotary embeddings for long texts (LongRoPE), which need passes of their own, and "
+            "processes would have different numbers of them: leave fsdp out"
+        )
+
+
+def _blocks(settings: FullyShardedDataParallelPlugin, model: Any) -> set[str]:
+    """The classes of the layers that are gathered one after the other."""
+    named = settings.transformer_cls_names_to_wrap
+    found = set(named or getattr(model, "_no_split_modules", None) or ())
+    if missing := found - {type(m).__name__ for m in model.modules()} if named else None:
+        raise ConfigError(
+            f"fsdp: transformer_layer_cls_to_wrap names {sorted(missing)[0]}, which is not the class of any module of "
+            f"{type(model).__name__}"
+        )
+    return found
 
 
 @contextmanager
 def unseen(args: GFNConfig) -> Iterator[None]:
-    """In the block nothing says that FSDP is asked for."""
+    """In the block, nothing says that sharding is asked for."""
     given, launched = getattr(args, "fsdp_plugin_args", None), os.environ.pop(LAUNCHED, None)
     vars(args)["fsdp_plugin_args"] = None
     try:
@@ -132,18 +132,19 @@ def unseen(args: GFNConfig) -> Iterator[None]:
 
 
 class Wrapped(nn.Module):
-    """The sharded policy as the trainer calls it: like what DDP makes of a policy, but without DDP."""
+    """A sharded policy, in the place of the one that accelerate would wrap in DDP."""
 
     def __init__(self, policy: Policy, accelerator: Any):
         super().__init__()
         self.policy, self._accelerator = policy, accelerator
 
-    def forward(self, rollouts: Rollouts) -> Any:
+    def forward(self, rollouts: Rollouts) -> PolicyLogProbs:
         with self._accelerator.autocast():
-            return self.policy(rollouts)
+            return self.policy.evaluate(rollouts)
 
 
-def average(tensor: torch.Tensor, count: int) -> None:
-    """Its mean over the processes, in place."""
-    torch.distributed.all_reduce(tensor)
-    tensor /= count
+def average_gradient(weight: nn.Parameter, processes: Processes) -> None:
+    """The mean over processes of the gradient of a weight that is not sharded, in its place."""
+    assert isinstance(weight.grad, Tensor)
+    torch.distributed.all_reduce(weight.grad)
+    weight.grad /= processes.count

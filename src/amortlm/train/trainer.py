@@ -143,7 +143,9 @@ class GFNTrainer(ResumableTrainer):
     def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self.processes.shards is None:
             return super()._wrap_model(model, *args, **kwargs)
-        return model if isinstance(model, sharding.Wrapped) else sharding.Wrapped(self.policy, self.accelerator)
+        return (
+            model if isinstance(model, sharding.Wrapped) else sharding.Wrapped(self.policy, self.accelerator)
+        )
 
     def _make_parts(self, args: GFNConfig, rows: Sequence[Row], target: Target) -> None:
         """Create the parts that an update uses. target: with finite rewards."""
@@ -217,7 +219,7 @@ class GFNTrainer(ResumableTrainer):
             loss = super().training_step(*args, **kwargs)
             if self.processes.shards is not None and self.log_z is not None:
                 # Nobody averages its gradient, as DDP would. The mean of what was averaged before is itself.
-                sharding.average(self.policy.log_z.grad, self.processes.count)
+                sharding.average_gradient(self.policy.log_z, self.processes)
             return loss
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Experience:  # type: ignore[override]
