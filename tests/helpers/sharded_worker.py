@@ -79,7 +79,8 @@ def trainer(lm: LanguageModel, folder: Path, **settings: Any) -> GFNTrainer:
 
 
 def updates() -> None:
-    found: dict[str, Any] = {"joined": count_joins()}
+    found: dict[str, Any] = {}
+    joins = count_joins()
     once = {
         "max_steps": 1,
         "warmup_steps": 0,
@@ -100,7 +101,7 @@ def updates() -> None:
         found[name] = torch.cat([*weights, *([] if done.log_z is None else [done.log_z.values])])
         held = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in done.policy.model.parameters())
         found[f"{name}.held"] = held / sum(p.numel() for p in done.policy.model.parameters())
-    found["joined"] = sum(found["joined"])
+    found["joined"] = sum(done.processes.gather(len(joins)))
     if done.is_world_process_zero():
         torch.save(found, output / "result.pt")
 

@@ -94,7 +94,7 @@ def _check(args: GFNConfig, policy: Policy, processes: Processes) -> None:
         raise ConfigError(
             f"fsdp: {name} is quantised and cannot be sharded: load it with dtype=torch.bfloat16"
         )
-    if not policy.is_full and not is_plain(policy.model.peft_config["default"]):
+    if not policy.is_full and not _is_plain_lora(policy.model):
         raise ConfigError(
             "fsdp: p would not be the model with this adapter switched off: train plain LoRA (no bias, no "
             "modules_to_save, an init_lora_weights that does not change the model's weights), or 'full'"
@@ -104,6 +104,12 @@ def _check(args: GFNConfig, policy: Policy, processes: Processes) -> None:
             f"fsdp: {name} has other rotary embeddings for long texts (LongRoPE), which need passes of their own, and "
             "processes would have different numbers of them: leave fsdp out"
         )
+
+
+def _is_plain_lora(model: Any) -> bool:
+    """Is it LoRA, all of it trained, on a model that is p?"""
+    parts = [p for name, p in model.named_parameters() if "lora_" in name]
+    return is_plain(model.peft_config["default"]) and all(p.requires_grad for p in parts)
 
 
 def _blocks(settings: FullyShardedDataParallelPlugin, model: Any) -> set[str]:
