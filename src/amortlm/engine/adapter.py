@@ -226,12 +226,9 @@ def plain_lora(model: Any, weights: Mapping[str, Tensor]) -> tuple[dict[str, Ten
 def holding(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block the trained tensors of the model have these values."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if shards_of(model) is not None:
-        changed = {
-            name: p.clone() for name, p in own.items()
-        }  # to compare them they would have to be gathered
-    else:
-        changed = {name: p.clone() for name, p in own.items() if not torch.equal(p, weights[name].to(p))}
+    compares = shards_of(model) is None  # this process has only a part of each
+    kept = [name for name, p in own.items() if compares and torch.equal(p, weights[name].to(p))]
+    changed = {name: p.clone() for name, p in own.items() if name not in kept}
     try:
         for name in changed:
             put(own[name], weights[name])

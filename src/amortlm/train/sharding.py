@@ -88,6 +88,10 @@ def _check(args: GFNConfig, policy: Policy, processes: Processes) -> None:
     name, model = policy.lm.name, policy.lm.model
     if processes.count == 1:
         raise ConfigError("fsdp: there is one process; start several, with torchrun or accelerate launch")
+    if args.max_staleness:
+        raise ConfigError(
+            "fsdp: a server's draws from older weights are checked with these, which are gone: set max_staleness=0"
+        )
     if args.fp16:
         raise ConfigError("fsdp: fp16 is not supported: set bf16, or neither")
     if not all(p.is_floating_point() for p in model.parameters()):
