@@ -201,7 +201,7 @@ class Training(TrainerCallback):
 def drawn(trainer: GFNTrainer, rows: list[dict[str, str]], step: tuple[int, int]) -> Rollouts:
     """The completions of an update, not scored yet."""
     source = trainer.source
-    return source.draw(rows, step, source.corrected(rows, step))[0]
+    return source.draw(rows, step, source.choices(rows, step))[0]
 
 
 def apply_gradient(trainer: GFNTrainer) -> None:

@@ -1,9 +1,9 @@
 """Build the documentation: `make docs`, or `python docs/build.py` (extra `[docs]`), into site/.
 
-The pages are README.md, those of docs/, and every page, notebook and picture of the repository that these link to. With
-the style sheet docs/site.css they are copied to build/pages at the paths that they have in the repository, so that a link
-that works on a page in the repository works on the site, too. A notebook becomes a Markdown page beside it, and links to
-it lead to that page. Settings and navigation: zensical.toml.
+The pages are README.md, those of docs/, and every page, notebook and picture of the repository that these link to.
+With the style sheet docs/site.css they are copied to build/pages at the paths that they have in the repository, so that
+a link that works on a page in the repository works on the site, too. A notebook becomes a Markdown page beside it, and
+links to it lead to that page. Settings and navigation: zensical.toml.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def _converted(notebook: Path, folder: Path) -> Path:
 def main() -> int:
     """Returns the exit status of zensical. Links that lead nowhere, and warnings, are errors."""
     if not all(map(find_spec, ("zensical", "mkdocstrings_handlers", "nbconvert"))):
-        raise SystemExit("the documentation needs zensical, mkdocstrings, nbconvert: pip install -e '.[docs]'")
+        raise SystemExit(
+            "the documentation needs zensical, mkdocstrings, nbconvert: pip install -e '.[docs]'"
+        )
     shutil.rmtree(STAGED, ignore_errors=True)
     for file in sources():
         stage(file, STAGED / file.relative_to(ROOT))

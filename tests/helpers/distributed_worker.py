@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from reference import tiny_lm, tiny_tokenizer
-from trainers import ROWS, make_trainer, weights
+from trainers import ROWS, make_trainer, watch, weights
 from transformers import TrainerCallback
 
 from amortlm import GFNTrainer
@@ -72,7 +72,9 @@ def run(kind: str) -> None:
     )
     if kind in ("dies", "late"):
         going.add_callback(Accident(kind))
+    told, used = watch(going)
     going.train(resume_from_checkpoint=kind == "resume" or None)
+    assert used.items() <= told.items(), "the rows of each process are known before they are needed"
 
 
 if __name__ == "__main__":

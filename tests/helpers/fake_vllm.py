@@ -26,6 +26,7 @@ from amortlm.engine.adapter import holding
 from amortlm.policy import Policy
 
 PLACES, MAX_RANK = 7, 16
+State = tuple[int, ...]  # number of an adapter, then the tokens of a text
 MoveDirectionality = Enum("MoveDirectionality", ["UNIDIRECTIONAL", "SWAP"])
 
 
@@ -44,11 +45,11 @@ class Engine:
         self.adapters: dict[int, dict[str, torch.Tensor]] = {}
         self.used: set[int] = set()
         self.lost = False  # a fault: adapters are taken and not used
-        self._logits: dict[tuple[int, ...], torch.Tensor] = {}
+        self._logits: dict[State, torch.Tensor] = {}
         self._waiting: list[SimpleNamespace] = []
         self._batch: list[SimpleNamespace | None] = []
         self._random, self._runner = random.Random(0), None
-        self.interruptions = 0
+        self.interruptions = self.finished = 0
 
     async def check_health(self) -> None:
         pass
@@ -143,7 +144,10 @@ class Engine:
 
     def _step(self) -> None:
         requests = list(self._batch)
-        rows = [torch.randn(self.policy.lm.vocab_size) if r.unread else self._next(r) for r in requests]
+        self._compute([r for r in requests if not r.unread])
+        rows = [
+            torch.randn(self.policy.lm.vocab_size) if r.unread else self._logits[_state(r)] for r in requests
+        ]
         logits = self.processor.apply(torch.stack(rows))
         for i, (r, row) in enumerate(zip(requests, logits, strict=True)):
             if r.unread:
@@ -156,16 +160,25 @@ class Engine:
             r.logprobs.append({k: SimpleNamespace(logprob=x) for k, x in near})
             if token in r.params.stop_token_ids or len(r.output) == r.params.max_tokens:
                 r.done.set()
+                self.finished += 1
                 self._batch[i] = None
 
     @torch.no_grad()
-    def _next(self, r: SimpleNamespace) -> torch.Tensor:
-        key = (r.adapter, *r.prompt, *r.output)
-        if key not in self._logits:
-            with holding(self.policy.model, self.adapters[r.adapter]):
-                ids = torch.tensor([[*r.prompt, *r.output]])
-                self._logits[key] = self.policy.model(input_ids=ids).logits[0, -1].float()
-        return self._logits[key]
+    def _compute(self, requests: list[SimpleNamespace]) -> None:
+        """The next logits of these requests, those of one adapter and length in one pass."""
+        groups: dict[tuple[int, int], set[State]] = {}
+        for state in map(_state, requests):
+            if state not in self._logits:
+                groups.setdefault((state[0], len(state)), set()).add(state)
+        for (adapter, _), states in groups.items():
+            with holding(self.policy.model, self.adapters[adapter]):
+                ids = torch.tensor([state[1:] for state in states])
+                logits = self.policy.model(input_ids=ids).logits[:, -1].float()
+            self._logits.update(zip(states, logits, strict=True))
+
+
+def _state(request: SimpleNamespace) -> State:
+    return (request.adapter, *request.prompt, *request.output)
 
 
 def modules() -> dict[str, ModuleType]:

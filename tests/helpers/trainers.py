@@ -57,6 +57,25 @@ def losses(trainer: GFNTrainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def watch(trainer: GFNTrainer) -> tuple[dict[int, Any], dict[int, Any]]:
+    """(what the trainer says, at each update, of the micro-batches of this one and the next three; those that it used),
+    by update, filled while it runs."""
+    told: dict[int, Any] = {}
+    used: dict[int, Any] = {}
+    begin, collect = trainer.source.begin, trainer.source.collect
+
+    def asking(update: int, upcoming: Any) -> None:
+        told.update({later: upcoming(later) for later in range(update, update + 4)})
+        begin(update, upcoming)
+
+    def noting(rows: Any, step: Any) -> Any:
+        used.setdefault(step[0], []).append(list(rows))
+        return collect(rows, step)
+
+    trainer.source.begin, trainer.source.collect = asking, noting  # type: ignore[method-assign]
+    return told, used
+
+
 class EmptyBuffer(TrainerCallback):
     def __init__(self, trainer: GFNTrainer):
         self.trainer = trainer

@@ -6,7 +6,9 @@ import contextlib
 import socket
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +25,7 @@ from amortlm.engine.sampler import Request as Asked
 from amortlm.errors import ConfigError, RolloutError
 from amortlm.policy.laws import check_sampler
 from amortlm.rollout import HTTPSampler
+from amortlm.rollout.ahead import key_of
 from amortlm.rollout.connection import Connection, Patience
 
 ROW = {"x": "the cat"}
@@ -168,7 +171,7 @@ def test_a_server_that_was_started_again_gets_everything_again(pair, tmp_path):
         sampler = HTTPSampler(url, policy, patience=QUICK)
         before = sampler.sample(asked(policy))
     with serving(theirs, tmp_path / "two") as (url, engine):
-        sampler._connection = Connection(url, QUICK)  # the same address, elsewhere
+        sampler._fleet.servers[0].connection = Connection(url, QUICK)  # the same address, elsewhere
         again = sampler.sample(asked(policy))
         assert torch.equal(before.tokens, again.tokens)
         assert len(engine.adapters) == 1
@@ -307,7 +310,8 @@ def test_a_server_that_comes_back_in_time(pair, tmp_path):
     policy, theirs = pair
     with serving(theirs, tmp_path) as (url, _):
         sampler = HTTPSampler(url, policy, patience=QUICK)
-        sample, calls = sampler._connection._once, []
+        connection = sampler._fleet.servers[0].connection
+        sample, calls = connection._once, []
 
         def fails_twice(*call):
             calls.append(call)
@@ -315,7 +319,7 @@ def test_a_server_that_comes_back_in_time(pair, tmp_path):
                 raise ConnectionResetError
             return sample(*call)
 
-        sampler._connection._once = fails_twice
+        connection._once = fails_twice
         assert len(sampler.sample(asked(policy))) == 4
         assert len(calls) >= 3
 
@@ -336,12 +340,128 @@ def test_answers_that_are_no_draws(pair, tmp_path, change, message):
     policy, theirs = pair
     with serving(theirs, tmp_path) as (url, _):
         sampler = HTTPSampler(url, policy, patience=QUICK)
-        call = sampler._connection.call
+        connection = sampler._fleet.servers[0].connection
+        call = connection.call
 
         def wrong(method, path, body=b""):
             data = call(method, path, body)
             return change(load(data)) if path == "/draw" else data
 
-        sampler._connection.call = wrong
+        connection.call = wrong
         with pytest.raises(RolloutError, match=message):
             sampler.sample(asked(policy))
+
+
+# Several servers, and draws before they are needed
+
+
+@contextmanager
+def two_servers(policy, folder):
+    others = [tiny_policy(policy.lm, "{x}", SUPPORTS["one stop"]) for _ in range(2)]
+    with serving(others[0], folder / "a") as (a, one), serving(others[1], folder / "b") as (b, other):
+        yield [a, b], [one, other]
+
+
+def many(policy):
+    prompts = policy.encode_rows([{"x": x} for x in ("a", "b", "the cat", "the", "at", "cat")])
+    return Asked(prompts, [4, 1, 0, 3, 2, 2], [5, 6, 7, 8, 9, 1], policy.support)
+
+
+def same(a, b):
+    return all(
+        torch.allclose(x, y, atol=1e-5)
+        for x, y in zip(vars(a).values(), vars(b).values(), strict=True)
+        if isinstance(x, torch.Tensor)
+    )
+
+
+def test_servers_share_the_work_and_each_is_checked(pair, tmp_path):
+    policy, _ = pair
+    local = LocalSampler(policy.model, policy.sharing).sample(many(policy))
+    with two_servers(policy, tmp_path) as (urls, engines):
+        sampler = HTTPSampler(urls, policy, patience=QUICK)
+        before = [engine.finished for engine in engines]
+        assert same(sampler.sample(many(policy)), local)
+        assert all(engine.finished > n for engine, n in zip(engines, before, strict=True))
+        assert sum(engine.finished for engine in engines) - sum(before) == 12
+        engines[1].lost = True
+        with pytest.raises(RolloutError, match="without the weights"):
+            sampler.load(moved(policy), 1)
+
+
+def test_the_others_go_on_without_a_server_until_it_is_back(pair, tmp_path, caplog):
+    policy, _ = pair
+    local = LocalSampler(policy.model, policy.sharing).sample(many(policy))
+    with two_servers(policy, tmp_path) as (urls, engines):
+        sampler = HTTPSampler(urls, policy, patience=QUICK)
+        away = sampler._fleet.servers[1].connection
+        away._port, port = 1, away._port
+        assert same(sampler.sample(many(policy)), local)
+        assert f"going on without {urls[1]}: " in caplog.text
+        sampler.load(moved(policy), 1)
+        away._port = port
+        sampler.load(policy.weights(), 2)
+        assert f"{urls[1]} is back" in caplog.text
+        before = engines[1].finished
+        assert same(sampler.sample(many(policy)), local)
+        assert engines[1].finished > before
+        for server in sampler._fleet.servers:
+            server.connection._port = 1
+        with pytest.raises(RolloutError, match="cannot be reached"):
+            sampler.sample(many(policy))
+
+
+def test_what_was_asked_for_is_drawn_once_from_the_weights_of_then(pair, tmp_path):
+    policy, theirs = pair
+    with serving(theirs, tmp_path) as (url, engine):
+        sampler = HTTPSampler(url, policy, patience=QUICK)
+        now = sampler.sample(many(policy))
+        sampler.ask(many(policy), due=1)
+        sampler.load(moved(policy, 1.0), 1)
+        finished = engine.finished
+        fewer = replace(many(policy), counts=[2, 1, 0, 3, 2, 2])
+        drawn = sampler.sample(fewer)
+        assert same(drawn, now.select(torch.tensor([0, 1, *range(4, 12)])))
+        assert (drawn.version, engine.finished) == (0, finished)
+        # It is used up, and a request for more than was asked for is drawn anew.
+        again = sampler.sample(fewer)
+        assert (again.version, engine.finished) == (1, finished + 10)
+        assert not torch.equal(again.log_q, drawn.log_q)
+        sampler.ask(fewer, due=2)
+        assert sampler.sample(many(policy)).version == 1
+        sampler.ask(fewer, due=2)
+        sampler.ahead.forget(2)
+        assert all(key_of(one, sampler._support(one.law).name) in sampler.ahead for one in fewer.each())
+        sampler.ahead.forget(3)
+        assert not any(key_of(one, sampler._support(one.law).name) in sampler.ahead for one in fewer.each())
+
+
+def test_weights_that_are_under_way_are_checked_later(pair, tmp_path):
+    policy, theirs = pair
+    with serving(theirs, tmp_path) as (url, engine):
+        sampler = HTTPSampler(url, policy, patience=QUICK)
+        engine.lost = True
+        sampler.send(moved(policy), 1)
+        assert len(sampler.sample(asked(policy))) == 4
+        with pytest.raises(RolloutError, match="without the weights"):
+            sampler.check()
+
+
+def test_a_failed_draw_is_not_saved(pair, tmp_path):
+    policy, theirs = pair
+    with serving(theirs, tmp_path) as (url, _):
+        sampler = HTTPSampler(url, policy, patience=QUICK)
+        one, other = many(policy).each()[:2]
+        drawn = sampler.sample(one)
+        sampler.ask(one, due=1)
+        sampler.ask(other, due=1)
+        failed = Future()
+        failed.set_exception(RolloutError("it is gone"))
+        sampler.ahead.put(key_of(other, sampler._support(other.law).name), failed, 1)
+        sampler.ahead.save(tmp_path)
+        with pytest.raises(RolloutError, match="it is gone"):
+            sampler.sample(other)
+        sampler.load(moved(policy, 1.0), 1)
+        sampler.ahead.load(tmp_path)
+        assert same(sampler.sample(one), drawn)
+        assert sampler.sample(other).version == 1

@@ -38,9 +38,9 @@ SUPPORTS = {
 def laws(request, one_lm):
     """(the policy's law, the server's)."""
     law = SUPPORTS[request.param].bind(one_lm)
-    name, data = wire.tables(law)
-    assert name == hashlib.sha256(data).hexdigest()
-    return law, Law.from_bytes(data)
+    tables = wire.tables(law)
+    assert tables.name == hashlib.sha256(tables.data).hexdigest()
+    return law, Law.from_bytes(tables.data)
 
 
 def texts(law, count=200):
@@ -112,7 +112,7 @@ def test_what_logits_carry(laws):
 
 def test_many_rows_are_worked_on_in_parts(one_lm, monkeypatch):
     law = SUPPORTS["two stops"].bind(one_lm)
-    theirs, (_, t, node) = Law.from_bytes(wire.tables(law)[1]), texts(law)
+    theirs, (_, t, node) = Law.from_bytes(wire.tables(law).data), texts(law)
     logits, u = torch.randn(len(t), len(law.allowed)), torch.rand(len(t))
     more = (logits, t, node, u, torch.ones_like(u), torch.zeros_like(u))
     at_once = draw(theirs, *more)
@@ -124,7 +124,7 @@ def test_many_rows_are_worked_on_in_parts(one_lm, monkeypatch):
 def test_what_is_no_table_is_refused(one_lm):
     from safetensors.torch import load, save
 
-    tables = load(wire.tables(SUPPORTS["pattern"].bind(one_lm))[1])
+    tables = load(wire.tables(SUPPORTS["pattern"].bind(one_lm)).data)
     wrong = [
         b"garbage",
         save({"allowed": tables["allowed"]}),

@@ -135,7 +135,7 @@ def test_half_of_a_corrected_prompt_is_fresh_except_for_forward_kl(
     off = source_of(one_lm, tmp_path, behaviour=rest, objective=objective)
     seen = set()
     for step in range(6):
-        chosen = on.corrected(ROWS, (step, 0)).tolist()
+        chosen = [c.corrected for c in on.choices(ROWS, (step, 0))]
         given: dict[str, list[list[int]]] = {}
 
         def spy(row: Any, at: Any, correct: Any = on._correct, given: Any = given) -> list[list[int]]:
@@ -162,7 +162,7 @@ def test_half_of_a_corrected_prompt_is_fresh_except_for_forward_kl(
 def test_the_share_of_prompts(one_lm: LanguageModel, tmp_path: Path) -> None:
     source = source_of(one_lm, tmp_path, behaviour={"corrected": 0.3})
     n = 2000
-    hits = sum(int(source.corrected(ROWS, (step, 0)).sum()) for step in range(n // len(ROWS)))
+    hits = sum(sum(c.corrected for c in source.choices(ROWS, (step, 0))) for step in range(n // len(ROWS)))
     z = (hits - 0.3 * n) / math.sqrt(0.21 * n)
     assert math.erfc(abs(z) / math.sqrt(2)) > LEVEL
     assert math.erfc(abs(hits - 0.5 * n) / math.sqrt(0.25 * n) / math.sqrt(2)) < LEVEL  # the control

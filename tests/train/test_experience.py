@@ -80,7 +80,7 @@ def test_each_prompt_has_one_behaviour(one_lm: LanguageModel, tmp_path: Path) ->
 @pytest.mark.parametrize("objective", ["vargrad", "forward_kl"])
 def test_posterior_draws_are_decided_once(one_lm: LanguageModel, tmp_path: Path, objective: str) -> None:
     trainer, found = collected(one_lm, tmp_path, {"corrected": 0.5}, objective=objective)
-    assert found.from_posterior.tolist() == trainer.source.corrected(ROWS, (0, 0)).tolist()
+    assert found.from_posterior.tolist() == [c.corrected for c in trainer.source.choices(ROWS, (0, 0))]
     assert 0 < found.from_posterior.sum() < len(ROWS), "a mix, or nothing is shown"
     given = found.log_q.view(len(ROWS), 4).isnan().sum(1)
     half = 4 if objective == "forward_kl" else 2

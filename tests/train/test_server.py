@@ -6,6 +6,7 @@ trains with weights that lag behind by four updates. Its control is a server tha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 import fake_vllm
 import pytest
 from trainers import ROWS, make_trainer
+from transformers import TrainerCallback
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Support
 from amortlm.engine.adapter import default_lora
 from amortlm.errors import ConfigError, RolloutError
 from amortlm.rollout import sampler
+from amortlm.rollout.ahead import Ahead
 from amortlm.rollout.connection import Patience
 
 SETTINGS: dict[str, Any] = {
@@ -78,10 +81,11 @@ def test_weights_may_lag_behind(one_lm: LanguageModel, tmp_path: Path) -> None:
 
         trainer.source.collect = noting  # type: ignore[method-assign]
         trainer.train()
-    assert versions == [0, 0, 0, 3, 3, 3, 6]
-    assert len(engine.used) == 3
+    assert versions == [0, 0, 0, 1, 2, 3, 4]
+    assert len(engine.used) == 6, "new weights for each update but the second: the first one had rate 0"
     off = logged(trainer, "sampler_mismatch")
-    assert max(off[0], off[3], off[6]) < 1e-4 < min(off[2], off[4], off[5])
+    assert max(off[:2]) < 1e-4 < min(off[3:])
+    assert logged(trainer, "staleness") == [0, 1, 2, 2, 2, 2, 2]
 
 
 @pytest.mark.slow
@@ -89,7 +93,7 @@ def test_weights_may_lag_behind(one_lm: LanguageModel, tmp_path: Path) -> None:
 def test_old_weights_do_not_move_the_optimum(one_lm: LanguageModel, tmp_path: Path, objective: str) -> None:
     """From a total variation above .5 to one below .1, exact."""
     words = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=[" a", " the", " cat", " dog", "b"])
-    with serving(one_lm, tmp_path) as (url, engine):
+    with serving(one_lm, tmp_path) as (url, _):
         trainer = make_trainer(
             one_lm,
             tmp_path / "run",
@@ -106,7 +110,7 @@ def test_old_weights_do_not_move_the_optimum(one_lm: LanguageModel, tmp_path: Pa
         )
         before = trainer.posterior.diagnose(ROWS[:2], 32).mean("total_variation")
         trainer.train()
-    assert len(engine.used) == 16
+    assert max(logged(trainer, "staleness")) == 4
     assert before > 0.5
     assert trainer.posterior.diagnose(ROWS[:2], 32).mean("total_variation") < 0.1
 
@@ -131,6 +135,43 @@ def test_a_server_that_dies_costs_nothing(one_lm: LanguageModel, tmp_path: Path)
         resumed = make_trainer(one_lm, tmp_path / "run", rollout=url, **SETTINGS)
         resumed.train(resume_from_checkpoint=True)
     assert difference(resumed, local) < ROUNDING
+
+
+@pytest.mark.slow
+def test_draws_that_were_asked_for_ahead_are_saved_and_used(
+    one_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is cut after its third update goes on, with another server, to the weights of the whole one, although
+    its completions come from older weights."""
+    settings = SETTINGS | {"max_steps": 8, "max_staleness": 3}
+    with serving(one_lm, tmp_path / "first") as (url, _):
+        whole = make_trainer(one_lm, tmp_path / "whole", rollout=url, **settings)
+        whole.train()
+        cut = make_trainer(one_lm, tmp_path / "cut", rollout=url, **settings)
+        cut.add_callback(Stop(at=3))
+        with pytest.raises(RolloutError, match="Saved checkpoint-3"):
+            cut.train()
+    shutil.copytree(tmp_path / "cut", tmp_path / "control")
+    with serving(one_lm, tmp_path / "second") as (url, _):
+        resumed = make_trainer(one_lm, tmp_path / "cut", rollout=url, **settings)
+        resumed.train(resume_from_checkpoint=True)
+        without = make_trainer(one_lm, tmp_path / "control", rollout=url, **settings)
+        monkeypatch.setattr(Ahead, "load", lambda *_: None)
+        without.train(resume_from_checkpoint=True)
+    assert max(logged(whole, "staleness")) == 3
+    assert logged(resumed, "staleness") == logged(whole, "staleness")
+    assert difference(resumed, whole) < ROUNDING < difference(without, whole)
+
+
+class Stop(TrainerCallback):
+    """As a server that fails."""
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.at:
+            raise RolloutError("it is gone")
 
 
 def test_a_server_that_is_gone_is_given_up(one_lm: LanguageModel, tmp_path: Path) -> None:

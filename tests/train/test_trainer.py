@@ -172,7 +172,7 @@ def test_copies_count_as_often_as_they_were_drawn(
     texts = [["cat", " dog", "cat", "cat ran"], [" a", " a", " a", " dog"]]
     rollouts = trainer.source.thin(trainer.policy.rollouts(ROWS[:2], texts), (0, 0))
     assert len(rollouts.distinct()[0]) == 5
-    monkeypatch.setattr(trainer.source, "draw", lambda rows, step, corrected: (rollouts, torch.zeros(8)))
+    monkeypatch.setattr(trainer.source, "draw", lambda rows, step, choices: (rollouts, torch.zeros(8), 0))
     monkeypatch.setattr(trainer.source, "thin", lambda r, step: r)
     experience = trainer._prepare_inputs({"rows": ROWS[:2]})
     log_probs = trainer.policy.evaluate(rollouts)

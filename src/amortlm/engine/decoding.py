@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from amortlm.engine.passes import Passes
 from amortlm.engine.prefix import Prefix, pad_right
@@ -45,7 +46,7 @@ class Exploration:
         if not 0 <= self.epsilon <= 1:
             raise ConfigError(f"epsilon is a share of uniform tokens, between 0 and 1, not {self.epsilon}")
 
-    def select(self, index: Tensor) -> Exploration:
+    def select(self, index: Tensor | slice) -> Exploration:
         """That of the completions at `index`."""
         return self if self.temperature is None else replace(self, temperature=self.temperature[index])
 
@@ -78,7 +79,7 @@ class Draws:
     stops      [B]       stop symbols
     log_pf     [B, T]    log q of each token; 0 beyond the length and for tokens of a tool
     log_pterm  [B, T+1]  log q(stop) at the states reached, -inf at others
-    version    version of the weights that drew them
+    version    version of the weights that drew them (the oldest)
     """
 
     tokens: Tensor
@@ -142,10 +143,21 @@ class Draws:
             log_pterm=self.log_pterm[:, : width + 1],
         )
 
+    def widened(self, width: int) -> Draws:
+        """A copy with T = width, at least its own."""
+        more = width - self.tokens.shape[1]
+        return replace(
+            self,
+            tokens=pad(self.tokens, (0, more)),
+            log_pf=pad(self.log_pf, (0, more)),
+            log_pterm=pad(self.log_pterm, (0, more), value=-torch.inf),
+        )
+
     @staticmethod
     def cat(parts: Sequence[Draws]) -> Draws:
-        """One after the other; of one width and version."""
-        return parts[0]._map(lambda *x: torch.cat(x), *parts[1:])
+        """One after the other; of one width. The version is the oldest."""
+        joined = parts[0]._map(lambda *x: torch.cat(x), *parts[1:])
+        return replace(joined, version=min(part.version for part in parts))
 
     def _map(self, change: Callable[..., Tensor], *others: Draws) -> Draws:
         names = [name for name, x in vars(self).items() if isinstance(x, Tensor)]

@@ -49,6 +49,25 @@ class Request:
         """[B] the prompt of each completion."""
         return torch.arange(len(self.prompts)).repeat_interleave(torch.tensor(self.counts))
 
+    def each(self) -> list[Request]:
+        """A request for each prompt that has completions, in order."""
+        found, start = [], 0
+        for i, count in enumerate(self.counts):
+            own = slice(start, start + count)
+            start += count
+            if count:
+                found.append(
+                    replace(
+                        self,
+                        prompts=self.prompts[i : i + 1],
+                        counts=[count],
+                        seeds=self.seeds[i : i + 1],
+                        exploration=None if self.exploration is None else self.exploration.select(own),
+                        kept=None if self.kept is None else self.kept[own],
+                    )
+                )
+        return found
+
 
 class Sampler(Protocol):
     """Draws completions from q, and reports their log q and the version of its weights.

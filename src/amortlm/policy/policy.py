@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from amortlm import versions
 from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_copy
-from amortlm.engine.decoding import Exploration, Watch
+from amortlm.engine.decoding import Draws, Exploration, Watch
 from amortlm.engine.passes import Passes
 from amortlm.engine.prefix import pad_right
 from amortlm.engine.sampler import LocalSampler, Request, Sampler
@@ -110,9 +111,23 @@ class Policy(nn.Module):
         """
         counts = [num_samples] * len(rows) if isinstance(num_samples, int) else list(num_samples)
         given = [seed] * len(rows) if seeds is None else seeds
-        streams = [seed_of((s, row_key(row))) for s, row in zip(given, rows, strict=True)]
-        request = Request(self.encode_rows(rows), counts, streams, self.support, exploration, watch=watch)
+        request = replace(self.request(rows, counts, given, exploration), watch=watch)
         draws = (sampler or self.sampler).sample(request)
+        return self.drawn(rows, request, draws)
+
+    def request(
+        self,
+        rows: Sequence[Row],
+        counts: Sequence[int],
+        seeds: Sequence[object],
+        exploration: Exploration | None = None,
+    ) -> Request:
+        """What `sample` asks a sampler for."""
+        streams = [seed_of((seed, row_key(row))) for seed, row in zip(seeds, rows, strict=True)]
+        return Request(self.encode_rows(rows), counts, streams, self.support, exploration)
+
+    def drawn(self, rows: Sequence[Row], request: Request, draws: Draws) -> tuple[Rollouts, PolicyLogProbs]:
+        """The draws of a request as `sample` returns them."""
         tokens, lengths, stops, log_pf, log_pterm = (
             x.to(self.device)
             for x in (draws.tokens, draws.lengths, draws.stops, draws.log_pf, draws.log_pterm)

@@ -19,6 +19,10 @@ class UnknownError(Exception):
     """The server does not know the support or the adapter that a request names: it has started again since."""
 
 
+class UnreachableError(RolloutError):
+    """No answer: another server may have one."""
+
+
 @dataclass(frozen=True)
 class Patience:
     """request: seconds that one answer may take. outage: seconds without an answer, after which a server that cannot
@@ -44,21 +48,22 @@ class Connection:
         """The body of the answer. Repeated while the server cannot be reached, which harms no request: it draws the
         same again.
 
-        Raises UnknownError, ConfigError for a request that the server refuses, and RolloutError for one that fails.
+        Raises UnknownError, UnreachableError, ConfigError for a request that the server refuses, and RolloutError for
+        one that fails.
         """
         last = None
         while True:
             try:
                 status, data = self._once(method, path, body)
             except TimeoutError as e:
-                raise RolloutError(
+                raise UnreachableError(
                     f"{self.url} has not answered {method} {path} in {self.patience.request:g} s: ask for fewer "
                     "completions at once, or give HTTPSampler more patience"
                 ) from e
             except (OSError, http.client.HTTPException) as e:
                 last = time.monotonic() + self.patience.outage if last is None else last
                 if time.monotonic() >= last:
-                    raise RolloutError(
+                    raise UnreachableError(
                         f"{self.url} cannot be reached, or breaks off ({type(e).__name__}: {e}); tried for "
                         f"{self.patience.outage:g} s: see the server's terminal, and start it again"
                     ) from e
@@ -66,9 +71,17 @@ class Connection:
                 continue
             return self._checked(method, path, status, data)
 
-    def _once(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
-        end = time.monotonic() + self.patience.request
-        connection = self._kind(self._host, self._port, timeout=self.patience.request)
+    def is_there(self) -> bool:
+        """Does the server answer at once?"""
+        try:
+            return self._once("GET", "/info", b"", limit=self.patience.pause)[0] == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def _once(self, method: str, path: str, body: bytes, limit: float | None = None) -> tuple[int, bytes]:
+        limit = self.patience.request if limit is None else limit
+        end = time.monotonic() + limit
+        connection = self._kind(self._host, self._port, timeout=limit)
         key = os.environ.get(KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:

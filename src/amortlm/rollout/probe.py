@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,20 +18,24 @@ from amortlm.support.law import SupportLaw
 PROMPT, TOKENS, COMPLETIONS, SEED = 6, 8, 4, 0
 
 
+def probe(policy: Policy) -> Request:
+    """The completions that are compared: a few, of a fixed prompt."""
+    size, stop = policy.lm.vocab_size, policy.support.stop_ids[0]
+    allowed = torch.arange(size) != stop
+    prompt = torch.linspace(0, size - 1, PROMPT).long().tolist()
+    return Request([prompt], [COMPLETIONS], [SEED], SupportLaw((stop,), TOKENS, TOKENS, allowed))
+
+
 @torch.no_grad()
-def check_delivery(
-    policy: Policy, weights: Mapping[str, Tensor], sample: Callable[[Request], Draws], tolerance: float
-) -> None:
-    """Compare a server's log q of a few fixed completions with that of the policy, and with that of the frozen model.
+def check_delivery(policy: Policy, weights: Mapping[str, Tensor], drawn: Draws, tolerance: float) -> None:
+    """Compare a server's log q of the completions of `probe` with that of the policy, and with that of the frozen
+    model.
 
     tolerance: nats per token, root mean square. Raises RolloutError if the server is further from the policy, or nearer
     to the frozen model than to the policy where rounding cannot explain it.
     """
-    size, stop = policy.lm.vocab_size, policy.support.stop_ids[0]
-    allowed = torch.arange(size) != stop
-    prompt = torch.linspace(0, size - 1, PROMPT).long().tolist()
-    law = SupportLaw((stop,), TOKENS, TOKENS, allowed)
-    drawn = sample(Request([prompt], [COMPLETIONS], [SEED], law))
+    asked = probe(policy)
+    law, prompt = asked.law, asked.prompts[0]
     with holding(policy.model, weights):
         q = _log_q(policy.passes, law, prompt, drawn.tokens)
     p = _log_q(policy.lm.passes, law, prompt, drawn.tokens)

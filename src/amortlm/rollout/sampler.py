@@ -1,91 +1,133 @@
-"""A sampler that asks a server, for example vLLM with the wheel in servers/vllm."""
+"""A sampler that asks servers, for example vLLM with the wheel in servers/vllm."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 
 from torch import Tensor
 
 from amortlm.engine.adapter import plain_lora
 from amortlm.engine.decoding import Draws
 from amortlm.engine.sampler import Request
-from amortlm.errors import ConfigError, RolloutError
+from amortlm.errors import ConfigError
 from amortlm.policy.policy import Policy
 from amortlm.rollout import wire
-from amortlm.rollout.connection import Connection, Patience, UnknownError
-from amortlm.rollout.probe import check_delivery
+from amortlm.rollout.ahead import Ahead, key_of
+from amortlm.rollout.connection import Connection, Patience
+from amortlm.rollout.fleet import Fleet
+from amortlm.rollout.probe import check_delivery, probe
+from amortlm.rollout.server import Server, Task
+from amortlm.support.law import SupportLaw
 
-# Nats: how far the server's log q of a token may be from the policy's (root mean square), by the server's precision.
+# Nats: how far a server's log q of a token may be from the policy's (root mean square), by the server's precision.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.2}
-FORGETFUL = 3  # times that a server may start again during one request
 
 
 class HTTPSampler:
-    """Draws completions of a policy on a server (docs/scale.md). It implements `amortlm.engine.sampler.Sampler`.
+    """Draws completions of a policy on servers (docs/scale.md). It implements `amortlm.engine.sampler.Sampler`.
 
-    The server has the frozen model; the policy's weights, LoRA alone, are sent to it here and at each `load`. A server
-    that was started again gets them again. reproducible: in float32; in lower precision the rounding of the server
-    depends on what else is in its batch, and now and then turns a token into another.
+    The servers have the frozen model; the policy's weights, LoRA alone, are sent to them here and at each `load`. One
+    that was started again gets them again, and one that cannot be reached leaves its work to the others. Each prompt is
+    a request of its own, to the server that has least to do; `ask` sends it before it is needed. reproducible: in
+    float32; in lower precision the rounding of a server depends on what else is in its batch, and now and then turns a
+    token into another.
     """
 
     def __init__(
-        self, url: str, policy: Policy, *, patience: Patience | None = None, tolerance: float | None = None
+        self,
+        servers: str | Sequence[str],
+        policy: Policy,
+        *,
+        patience: Patience | None = None,
+        tolerance: float | None = None,
     ):
-        """Connects, and loads the policy's present weights as version 0.
+        """Connects, and loads the policy's present weights as version 0. servers: one address, or several.
 
-        tolerance: nats, of the check at each load; default: by the server's precision. Raises ConfigError for a server
-        with another model and for weights that it cannot load, RolloutError for a server that fails.
+        tolerance: nats, of the check at each load; default: by a server's precision. Raises ConfigError for a server
+        with another model and for weights that it cannot load, RolloutError for one that fails.
         """
-        self._connection, self._policy = Connection(url, patience or Patience()), policy
-        dtype = self._precision()
-        self.reproducible = dtype == "float32"
-        self._tolerance = TOLERANCE.get(dtype, max(TOLERANCE.values())) if tolerance is None else tolerance
-        self._supports: set[str] = set()  # that the server has
+        urls = [servers] if isinstance(servers, str) else list(servers)
+        if not urls:
+            raise ConfigError("no servers: give at least one address like http://127.0.0.1:8000")
+        self._policy, self.ahead = policy, Ahead()
+        self._fleet = Fleet([Server(Connection(url, patience or Patience())) for url in urls])
+        dtypes = [self._precision(server) for server in self._fleet.servers]
+        self.reproducible = set(dtypes) == {"float32"}
+        most = max(TOLERANCE.get(dtype, max(TOLERANCE.values())) for dtype in dtypes)
+        self._tolerance = most if tolerance is None else tolerance
+        self._tables: tuple[SupportLaw, wire.Named] | None = None
+        self._sent: tuple[Mapping[str, Tensor], list[Future[Draws | None]]] = ({}, [])
         self.load(policy.weights(), 0)
 
     def sample(self, request: Request) -> Draws:
-        """`Sampler.sample`. Raises ConfigError for a support with a tool and for prompts that do not fit the server's
-        model, RolloutError for a server that fails."""
-        support, data = wire.tables(request.law)
-        body = wire.request_body(request, support, self._adapter)
-        for _ in range(FORGETFUL):
-            try:
-                if support not in self._supports:
-                    self._connection.call("PUT", f"/supports/{support}", data)
-                    self._supports.add(support)
-                return wire.draws(self._connection.call("POST", "/draw", body), request, self.version)
-            except UnknownError:
-                self._supports.clear()
-                self._connection.call("PUT", f"/adapters/{self._adapter}", self._weights)
-        raise RolloutError(f"{self._connection.url} forgets what it is given: give it a higher --keep")
+        """`Sampler.sample`. Raises ConfigError for a support with a tool and for prompts that do not fit the servers'
+        model, RolloutError if no server can be reached, and for answers that are no draws."""
+        support, parts = self._support(request.law), []
+        for one in request.each():
+            known = self.ahead.take(key_of(one, support.name), one.counts[0])
+            parts.append(self._drawing(one, support) if known is None else known)
+        drawn = [part.result() if isinstance(part, Future) else part for part in parts]
+        width = max(draws.tokens.shape[1] for draws in drawn)
+        return Draws.cat([draws.widened(width) for draws in drawn]).trimmed()
+
+    def ask(self, request: Request, due: int) -> None:
+        """Have completions drawn from the present weights, which `sample` will return for the same request. due: the
+        number of the update that needs them."""
+        support = self._support(request.law)
+        for one in request.each():
+            key = key_of(one, support.name)
+            if key not in self.ahead:
+                self.ahead.put(key, self._drawing(one, support), due)
 
     def load(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Send the weights, and check that the server draws from them. Raises ConfigError if they do not fit, or are of
-        a kind that the server cannot load, RolloutError if it fails or draws from others."""
+        """Send the weights, and check that the servers draw from them. Raises ConfigError if they do not fit, or are of
+        a kind that a server cannot load, RolloutError if one fails or draws from others."""
+        self.send(weights, version)
+        self.check()
+
+    def send(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Send the weights, and wait for nothing: what is drawn from now on is drawn from them, and `check` says later
+        whether it was. Raises ConfigError if they do not fit."""
         own = {name: p.shape for name, p in self._policy.model.named_parameters() if p.requires_grad}
         if own != {name: w.shape for name, w in weights.items()}:
             raise ConfigError(
                 "the weights belong to another policy: give those of the policy of this sampler"
             )
-        data = wire.weights(*plain_lora(self._policy.model, weights))
-        adapter = wire.name_of(data)
-        self._connection.call("PUT", f"/adapters/{adapter}", data)
-        self._adapter, self._weights, self.version = adapter, data, version
-        check_delivery(self._policy, weights, self.sample, self._tolerance)
+        self._adapter = wire.weights(*plain_lora(self._policy.model, weights))
+        self.version = version
+        asked = probe(self._policy)
+        task = Task(asked, wire.tables(asked.law), self._adapter, version)
 
-    def _precision(self) -> str:
-        """The dtype of the server's model, which has to have the policy's vocabulary."""
-        answer, size = self._connection.call("GET", "/info"), self._policy.lm.vocab_size
-        try:
-            info = json.loads(answer)
-            name, dtype, vocab = str(info["model"]), str(info["dtype"]), int(info["vocab_size"])
-        except (ValueError, KeyError, TypeError) as e:
-            raise RolloutError(
-                f"{self._connection.url} does not answer like a server of completions: start one as docs/scale.md says"
-            ) from e
-        if vocab != size:
+        def deliver(server: Server) -> Draws:
+            server.load(task.adapter)
+            return server.draw(task)
+
+        self._sent = (weights, self._fleet.everywhere(deliver))
+
+    def check(self) -> None:
+        """Do the servers draw from the weights that were sent last? Raises as `load` does."""
+        weights, found = self._sent
+        self._sent = ({}, [])
+        for drawn in [future.result() for future in found]:
+            if drawn is not None:
+                check_delivery(self._policy, weights, drawn, self._tolerance)
+
+    def _drawing(self, request: Request, support: wire.Named) -> Future[Draws]:
+        task = Task(request, support, self._adapter, self.version)
+        return self._fleet.submit(lambda server: server.draw(task))
+
+    def _support(self, law: SupportLaw) -> wire.Named:
+        if self._tables is None or self._tables[0] is not law:
+            self._tables = (law, wire.tables(law))
+        return self._tables[1]
+
+    def _precision(self, server: Server) -> str:
+        """The dtype of a server's model, which has to have the policy's vocabulary."""
+        name, dtype, vocab = server.model()
+        if vocab != self._policy.lm.vocab_size:
             raise ConfigError(
-                f"the server's model, {name}, has {vocab} tokens, that of the policy {size}: start it with the same"
+                f"the server's model, {name}, has {vocab} tokens, that of the policy {self._policy.lm.vocab_size}: "
+                "start it with the same"
             )
         return dtype

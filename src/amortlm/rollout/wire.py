@@ -13,6 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,8 +28,20 @@ from amortlm.errors import ConfigError, RolloutError
 from amortlm.support.law import SupportLaw
 
 
-def tables(law: SupportLaw) -> tuple[str, bytes]:
-    """(name, bytes) of a support's tables. Raises ConfigError for a support with a tool."""
+@dataclass(frozen=True)
+class Named:
+    """Bytes for a server, which keeps them under their hash: so a request is the same however often it is sent, and
+    nothing is loaded over what draws or caches may still use."""
+
+    data: bytes
+
+    @cached_property
+    def name(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def tables(law: SupportLaw) -> Named:
+    """A support's tables. Raises ConfigError for a support with a tool."""
     if law.tool is not None:
         raise ConfigError(
             "a server cannot draw on a support with a tool, whose code is here: leave the tool out, or draw locally"
@@ -41,20 +55,13 @@ def tables(law: SupportLaw) -> tuple[str, bytes]:
         automaton = law.automaton.to(torch.device("cpu"))
         own = ("step", "token_class", "can", "ends")
         tensors |= {name: getattr(automaton, name) for name in own}
-    data = save({name: x.contiguous() for name, x in tensors.items()})
-    return name_of(data), data
+    return Named(save({name: x.contiguous() for name, x in tensors.items()}))
 
 
-def name_of(data: bytes) -> str:
-    """The name under which a server keeps these bytes: so a request is the same however often it is sent, and nothing
-    is loaded over what draws or caches may still use."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> bytes:
+def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Named:
     """An adapter in the form of PEFT: tensors by the names in its file, with adapter_config.json as metadata."""
     on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    return save(on_cpu, {"adapter_config": json.dumps(config)})
+    return Named(save(on_cpu, {"adapter_config": json.dumps(config)}))
 
 
 def request_body(request: Request, support: str, adapter: str) -> bytes:

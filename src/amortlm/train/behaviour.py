@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from amortlm.errors import ConfigError
@@ -34,6 +36,33 @@ def chances(mix: Mapping[str, float]) -> tuple[float, float, float, float]:
     corrected, replay = mix[CORRECTED], mix[REPLAY]
     left = 1 - corrected - replay
     return corrected, _share(replay, 1 - corrected), _share(mix[TEMPERED], left), _share(mix[PRIOR], left)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where the completions of one prompt come from in one step.
+
+    corrected    draws near the posterior
+    replay       the seed of draws from the buffer; None: no replay
+    temperature  of the policy's own completions, which fill up; None: the model before training fills up
+    """
+
+    corrected: bool
+    replay: int | None
+    temperature: float | None
+
+
+def choose(
+    mix: Mapping[str, float], temperatures: tuple[float, float], corrected: bool, chosen: random.Random
+) -> Choice:
+    """A behaviour, drawn from a mix for a prompt of which is known whether it is corrected."""
+    _, replay_chance, tempered_chance, prior_chance = chances(mix)
+    replayed = not corrected and chosen.random() < replay_chance
+    replay = chosen.getrandbits(48) if replayed else None
+    u = chosen.random()
+    if u < tempered_chance:
+        return Choice(corrected, replay, chosen.uniform(*temperatures))
+    return Choice(corrected, replay, None if u < tempered_chance + prior_chance else 1.0)
 
 
 def _share(part: float, of: float) -> float:

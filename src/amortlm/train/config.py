@@ -154,18 +154,18 @@ class GFNConfig(TrainingArguments):
             "help": "Number of updates between diagnoses of a few prompts (ESS, ELBO, samples); 0: never."
         },
     )
-    rollout: str = field(
+    rollout: str | list[str] = field(
         default=LOCAL,
         metadata={
             "help": "Where the policy's completions are drawn: local, or the address of a server, as in "
-            "http://127.0.0.1:8000 (docs/scale.md). Paper: local."
+            "http://127.0.0.1:8000, or of several (docs/scale.md). Paper: local."
         },
     )
     max_staleness: int = field(
         default=0,
         metadata={
-            "help": "By how many updates the weights of that server may lag behind. 0: it gets them at each update. "
-            "Paper: not used."
+            "help": "By how many updates the weights that draw may be older than those that learn. So many updates "
+            "ahead the server draws, while the policy is trained. 0: never ahead. Paper: not used."
         },
     )
     stop_at_gap: float = field(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from amortlm.buffer import ReplayBuffer
 from amortlm.engine.decoding import Exploration
-from amortlm.engine.sampler import LocalSampler
+from amortlm.engine.sampler import LocalSampler, Request
 from amortlm.errors import ConfigError
 from amortlm.inference.smc import smc
 from amortlm.objectives import Objective
@@ -20,7 +20,7 @@ from amortlm.policy.policy import Policy
 from amortlm.rollout import HTTPSampler
 from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
-from amortlm.train.behaviour import chances
+from amortlm.train.behaviour import CORRECTED, Choice, chances, choose
 from amortlm.train.config import GFNConfig
 from amortlm.types import PolicyLogProbs, Rollouts, Row, row_key
 from amortlm.weights import systematic
@@ -91,12 +91,14 @@ class ExperienceSource:
         policy's own sampler."""
         self.policy, self.target, self.buffer = policy, target, buffer
         self.objective, self.config = objective, config
-        found = chances(config.behaviour)
-        self._corrected_chance, self._replay_chance, self._tempered_chance, self._prior_chance = found
         self.server = server
+        self._asked = -1  # the last update whose draws the server was asked for
+        # Corrected completions of a prompt. The loss compares half of them with fresh ones of q, unless it takes all as
+        # draws of the posterior.
+        self._resampled = config.num_samples if objective.posterior_only else config.num_samples // 2
         self._prior = LocalSampler(policy.lm.model, policy.lm.sharing, policy.lm.memory)
         if (
-            self._corrected_chance > 0
+            config.behaviour[CORRECTED] > 0
             and config.corrected_method == "smc"
             and policy.support.tool is not None
         ):
@@ -104,45 +106,73 @@ class ExperienceSource:
                 "corrected_method='smc' cannot cut a completion that a tool writes into: use corrected_method='sir'"
             )
 
+    def begin(self, update: int, upcoming: Callable[[int], Sequence[Sequence[Row]]]) -> None:
+        """Before an update: the server gets the policy's weights, and is asked for the draws of this and the next
+        `max_staleness` updates, so that it draws while the policy is trained. upcoming(update): its micro-batches of
+        rows, none after the last update."""
+        if self.server is None:
+            return
+        self.server.check()
+        if update != self.server.version:
+            self.server.send(self.policy.weights(), update)
+        self.server.ahead.forget(update)
+        if self.config.max_staleness == 0:
+            self.server.check()
+            return
+        for later in range(max(update, self._asked + 1), update + self.config.max_staleness + 1):
+            for micro, rows in enumerate(upcoming(later)):
+                for request in self._requests(rows, (later, micro)):
+                    self.server.ask(request, due=later)
+            self._asked = later
+
+    def _requests(self, rows: Sequence[Row], step: Step) -> list[Request]:
+        """What `collect` will ask the server for, if the buffer then has as many completions as now."""
+        choices = self.choices(rows, step)
+        given = [
+            self._resampled if choice.corrected else len(self._replay(row, choice))
+            for row, choice in zip(rows, choices, strict=True)
+        ]
+        fresh = self._fresh(rows, choices, given, step)
+        if self.config.corrected_method == "smc":
+            return [fresh]
+        pools = [row for row, choice in zip(rows, choices, strict=True) if choice.corrected]
+        count, seed = self.config.corrected_particles, self._pool_seed(step)
+        return [fresh, self.policy.request(pools, [count] * len(pools), [seed] * len(pools))]
+
     def collect(self, rows: Sequence[Row], step: Step) -> Experience:
         """The experience of one micro-batch: B = N * num_samples trajectories, those of a row next to each other. They
         are also added to the buffer."""
-        self._renew(step[0])
-        from_posterior = self.corrected(rows, step)
-        rollouts, log_q = self.draw(rows, step, from_posterior)
+        choices = self.choices(rows, step)
+        rollouts, log_q, version = self.draw(rows, step, choices)
         rollouts = self.thin(rollouts, step)
         distinct, place = rollouts.distinct()  # samples of a policy with low entropy repeat
         log_reward = self.target.score(distinct)[place]
         self.buffer.add(rollouts, log_reward.gather(1, rollouts.lengths[:, None]).squeeze(1))
-        version = step[0] if self.server is None else self.server.version
-        return Experience(rollouts, log_reward, log_q, version, from_posterior.to(log_q.device))
+        from_posterior = torch.tensor([choice.corrected for choice in choices], device=log_q.device)
+        return Experience(rollouts, log_reward, log_q, version, from_posterior)
 
-    def _renew(self, update: int) -> None:
-        """Give the server the policy's weights if those that it has lag behind by more than max_staleness updates."""
-        if self.server is not None and update - self.server.version > self.config.max_staleness:
-            self.server.load(self.policy.weights(), update)
-
-    def draw(self, rows: Sequence[Row], step: Step, corrected: Tensor) -> tuple[Rollouts, Tensor]:
-        """(trajectories, the sampler's log q [B], nats). corrected [N] bool: prompts that get corrected samples."""
-        choices = [random.Random(seed_of((self.config.seed, step, row_key(row)))) for row in rows]
+    def draw(
+        self, rows: Sequence[Row], step: Step, choices: Sequence[Choice]
+    ) -> tuple[Rollouts, Tensor, int]:
+        """(trajectories, the sampler's log q [B], nats, the version of its weights)."""
         given = [
-            self._correct(row, step) if yes else self._replay(row, choice)
-            for row, choice, yes in zip(rows, choices, corrected.tolist(), strict=True)
+            self._correct(row, step) if choice.corrected else self._replay(row, choice)
+            for row, choice in zip(rows, choices, strict=True)
         ]
-        heat = [self._temperature(choice) for choice in choices]
-        fresh = [self.config.num_samples - len(old) for old in given]
-        own = [0 if t is None else n for n, t in zip(fresh, heat, strict=True)]
-        prior = [n if t is None else 0 for n, t in zip(fresh, heat, strict=True)]
-        seed, parts, log_q = (self.config.seed, step), [], []
-        if any(own):
-            each = [t for n, t in zip(own, heat, strict=True) for _ in range(n)]
-            exploration = Exploration(torch.tensor(each, device=self.policy.device), self.config.epsilon)
-            rollouts, log_probs = self.policy.sample(
-                rows, own, seed=seed, exploration=exploration, sampler=self.server
-            )
+        parts, log_q, version = [], [], step[0]
+        fresh = self._fresh(rows, choices, [len(old) for old in given], step)
+        if any(fresh.counts):
+            draws = (self.server or self.policy.sampler).sample(fresh)
+            rollouts, log_probs = self.policy.drawn(rows, fresh, draws)
             parts.append(rollouts)
             log_q.append(log_probs.final(rollouts.lengths))
+            version = version if self.server is None else draws.version
+        prior = [
+            self.config.num_samples - len(old) if choice.temperature is None else 0
+            for old, choice in zip(given, choices, strict=True)
+        ]
         if any(prior):
+            seed = (self.config.seed, step)
             parts.append(self.policy.sample(rows, prior, seed=seed, sampler=self._prior)[0])
         if any(given):
             parts.append(self.policy.rollouts(rows, given))
@@ -150,7 +180,27 @@ class ExperienceSource:
             torch.full((len(part),), torch.nan, device=self.policy.device) for part in parts[len(log_q) :]
         ]
         order = torch.cat([part.row_index for part in parts]).argsort(stable=True)
-        return Rollouts.cat(parts), torch.cat(log_q)[order]  # in the order of `cat`
+        return Rollouts.cat(parts), torch.cat(log_q)[order], version  # in the order of `cat`
+
+    def choices(self, rows: Sequence[Row], step: Step) -> list[Choice]:
+        """The behaviour of each prompt."""
+        mix, temperatures = self.config.behaviour, self.config.temperature_range
+        found = []
+        for row in rows:
+            at = (self.config.seed, step, row_key(row))
+            corrected = random.Random(seed_of(("corrected", *at))).random() < chances(mix)[0]
+            found.append(choose(mix, temperatures, corrected, random.Random(seed_of(at))))
+        return found
+
+    def _fresh(
+        self, rows: Sequence[Row], choices: Sequence[Choice], given: Sequence[int], step: Step
+    ) -> Request:
+        """The policy's own completions: as many as are missing to num_samples, beside those given."""
+        heat = [choice.temperature for choice in choices]
+        counts = [0 if t is None else self.config.num_samples - n for t, n in zip(heat, given, strict=True)]
+        each = torch.tensor([t for t, n in zip(heat, counts, strict=True) for _ in range(n)])
+        exploration = Exploration(each.to(self.policy.device), self.config.epsilon)
+        return self.policy.request(rows, counts, [(self.config.seed, step)] * len(rows), exploration)
 
     def thin(self, rollouts: Rollouts, step: Step) -> Rollouts:
         """Remove the stopping states that the objective does not use, so that they are not scored."""
@@ -165,20 +215,11 @@ class ExperienceSource:
             rollouts = self.policy.rollouts(rows, gold)
             self.buffer.add(rollouts, self.target.score_final(rollouts))
 
-    def corrected(self, rows: Sequence[Row], step: Step) -> Tensor:
-        """[N] bool: prompts that get corrected samples at a step."""
-        draws = [
-            random.Random(seed_of(("corrected", self.config.seed, step, row_key(r)))).random() for r in rows
-        ]
-        return torch.tensor(draws) < self._corrected_chance
-
     def _correct(self, row: Row, step: Step) -> list[list[int]]:
-        """Corrected completions of a prompt, with their stop symbols: all K of them for an objective that treats them
-        as draws of the posterior, else K / 2, which the objective compares with fresh samples of q."""
+        """Corrected completions of a prompt, with their stop symbols."""
         candidates, log_mass = self.estimate(row, step)
-        k = self.config.num_samples if self.objective.posterior_only else self.config.num_samples // 2
         u = random.Random(seed_of(("resample", self.config.seed, step, row_key(row)))).random()
-        return [candidates[i] for i in systematic(log_mass, k, torch.tensor(u)).tolist()]
+        return [candidates[i] for i in systematic(log_mass, self._resampled, torch.tensor(u)).tolist()]
 
     def estimate(self, row: Row, step: Step) -> tuple[list[list[int]], Tensor]:
         """(completions with their stop symbols, their log masses in nats): an unbiased estimate of the measure R (class
@@ -188,7 +229,7 @@ class ExperienceSource:
         seen = {e.tokens for e in known}
         completions = [[*e.tokens, e.stop] for e in known]
         log_mass = [e.log_reward / temperature for e in known]
-        pool, log_weights, log_reward = self._pool(row, temperature, (self.config.seed, step, "corrected"))
+        pool, log_weights, log_reward = self._pool(row, temperature, self._pool_seed(step))
         drawn = zip(pool.completions(), pool.stops.tolist(), log_weights.tolist(), strict=True)
         for tokens, stop, log_w in drawn:
             if tuple(tokens) not in seen:
@@ -208,16 +249,12 @@ class ExperienceSource:
         log_reward = self.target.score_final(rollouts)
         return rollouts, log_reward / temperature - log_probs.final(rollouts.lengths), log_reward
 
-    def _replay(self, row: Row, choice: random.Random) -> list[list[int]]:
-        if choice.random() >= self._replay_chance:
+    def _pool_seed(self, step: Step) -> object:
+        return (self.config.seed, step, "corrected")
+
+    def _replay(self, row: Row, choice: Choice) -> list[list[int]]:
+        if choice.replay is None:
             return []
-        generator = torch.Generator().manual_seed(choice.getrandbits(48))
+        generator = torch.Generator().manual_seed(choice.replay)
         drawn = self.buffer.draw(row_key(row), self.config.num_samples, generator)
         return [[*e.tokens, e.stop] for e in drawn]
-
-    def _temperature(self, choice: random.Random) -> float | None:
-        """The temperature of the policy, or None for the prior."""
-        u = choice.random()
-        if u < self._tempered_chance:
-            return choice.uniform(*self.config.temperature_range)
-        return None if u < self._tempered_chance + self._prior_chance else 1.0

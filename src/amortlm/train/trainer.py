@@ -32,6 +32,7 @@ from amortlm.targets.base import Softened, Target
 from amortlm.text.template import Messages
 from amortlm.train import run, sharding, trackers
 from amortlm.train.callbacks import DiagnoseCallback, StopWhenRight, TrainingProgress
+from amortlm.train.checkpoints import Store
 from amortlm.train.config import LOCAL, METRICS, REFUSED, GFNConfig
 from amortlm.train.defaults import settled
 from amortlm.train.floor import FloorCheck
@@ -44,6 +45,7 @@ from amortlm.train.processes import Processes
 from amortlm.train.renamed import refuse_keywords
 from amortlm.train.resumable import ResumableTrainer
 from amortlm.train.source import Experience, ExperienceSource
+from amortlm.train.upcoming import Upcoming
 from amortlm.types import DataRow, PolicyLogProbs, Row
 
 if TYPE_CHECKING:
@@ -152,14 +154,17 @@ class GFNTrainer(ResumableTrainer):
         self.training_target = RewardMemory(target)
         self.posterior = Posterior(self.policy, self.target)
         self.buffer = ReplayBuffer(args.buffer_size, args.buffer_prioritized)
-        self.stores = (self.buffer, self.training_target)
+        self.stores: tuple[Store, ...] = (self.buffer, self.training_target)
         server = None if args.rollout == LOCAL else HTTPSampler(args.rollout, self.policy)
+        if server is not None:
+            self.stores = (*self.stores, server.ahead)
         self.source = ExperienceSource(
             self.policy, self.training_target, self.buffer, self.objective, args, server
         )
         self.floor = FloorCheck(self.policy.support)
         self._metrics = Metrics()
         self._micro_step = (-1, 0)
+        self._rows_to_come: Upcoming | None = None
         rate = self.objective.log_z_rate
         self.log_z = None if rate is None else LearnedLogZ(self.policy, rows, rate)
         if self.log_z is not None and args.ddp_find_unused_parameters is None:
@@ -224,10 +229,23 @@ class GFNTrainer(ResumableTrainer):
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Experience:  # type: ignore[override]
         """The experience for `compute_loss`, from a micro-batch of rows."""
-        experience = self.source.collect(list(inputs["rows"]), self._next_micro_step())
+        step = self._next_micro_step()
+        if step[1] == 0:
+            self.source.begin(step[0], self._upcoming)
+        experience = self.source.collect(list(inputs["rows"]), step)
         self.floor.see(experience.rollouts, experience.log_reward)
         self.processes.meet()
         return experience
+
+    def _upcoming(self, update: int) -> list[list[Row]]:
+        """The micro-batches of an update to come; none after the last."""
+        if update >= self.state.max_steps:
+            return []
+        if self._rows_to_come is None:
+            self._rows_to_come = Upcoming(
+                self.get_train_dataloader(), self.train_dataset, self.args.gradient_accumulation_steps
+            )
+        return self._rows_to_come.update(update)
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -275,6 +293,8 @@ class GFNTrainer(ResumableTrainer):
             metrics = {**spread, **metrics}
         metrics["length"] = rollouts.lengths.float().mean().item()
         metrics["buffer"] = float(len(self.buffer))
+        if self.args.max_staleness:
+            metrics["staleness"] = float(self.state.global_step - experience.version)
         self._metrics.add(metrics | experience.mismatch(log_probs))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
