@@ -71,7 +71,8 @@ def model(tied: bool = False) -> LanguageModel:
 
 
 def trainer(lm: LanguageModel, folder: Path, **settings: Any) -> GFNTrainer:
-    own = {"per_device_train_batch_size": prompts, "ddp_timeout": 10, "adapter": default_lora(4)}
+    bound = 10 if what == "late" else 100
+    own = {"per_device_train_batch_size": prompts, "ddp_timeout": bound, "adapter": default_lora(4)}
     if layout == "sharded":
         own["fsdp"] = True
     support = Support(stop=".", min_tokens=1, max_tokens=6)
