@@ -85,8 +85,6 @@ def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) 
     with `lm`. To find them, any adapter except plain LoRA needs the memory of a second model for a moment. Raises
     ConfigError for an adapter that is not exact or does not fit the model, CheckpointError for a folder that cannot be
     read."""
-    if shards_of(lm.model) is not None:
-        raise ConfigError(f"{lm.name} is sharded for the policy of another trainer: load the model again")
     if adapter == FULL:
         return copy.deepcopy(lm.model).requires_grad_(True)
     if isinstance(adapter, int):

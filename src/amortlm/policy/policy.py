@@ -17,7 +17,7 @@ from amortlm.engine.passes import Passes
 from amortlm.engine.prefix import pad_right
 from amortlm.engine.sampler import LocalSampler, Request, Sampler
 from amortlm.engine.shards import shards_of
-from amortlm.errors import DataError, ModelError, TemplateError
+from amortlm.errors import ConfigError, DataError, ModelError, TemplateError
 from amortlm.seeds import seed_of
 from amortlm.support import Support, SupportLaw
 from amortlm.text.template import Messages, PromptTemplate
@@ -58,6 +58,8 @@ class Policy(nn.Module):
             )
         self.support_spec = support
         self.support: SupportLaw = support.bind(lm.codec)
+        if shards_of(lm.model) is not None:
+            raise ConfigError(f"{lm.name} is sharded for the policy of another trainer: load the model again")
         self.model = trainable_copy(lm, adapter)
         self.is_full = adapter == FULL
         if isinstance(adapter, str | Path) and not self.is_full:

@@ -106,9 +106,7 @@ class GFNTrainer(ResumableTrainer):
         if isinstance(adapter, str | Path) and adapter != FULL:
             trained = [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
             self.first_weights = run.name_of(trained)
-        self.processes = Processes(args)
-        if sharding.is_asked(args):
-            self._shard(args)
+        self._begin_processes(args)
         self._make_parts(
             args, rows, Softened(self.target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
         )
@@ -121,15 +119,16 @@ class GFNTrainer(ResumableTrainer):
             **kwargs,
         )
         self._check_processes(rows)
-        if self.processes.shards is None:
-            lm.model.to(args.device)
         self.loss_is_scaled_for_ga = False
         self._choose_callbacks(rows if held_out is None else held_out)
         if gold is not None:
             self.add_gold(rows, gold)
         self.gold = gold
 
-    def _shard(self, args: GFNConfig) -> None:
+    def _begin_processes(self, args: GFNConfig) -> None:
+        self.processes = Processes(args)
+        if not sharding.is_asked(args):
+            return
         self.whole_weights = run.name_of(self.lm.model.named_parameters())  # read while they are whole
         names = (self.whole_weights, run.name_of(self.policy.model.named_parameters()))
         sharding.shard(args, self.policy, self.processes, names)
@@ -176,6 +175,8 @@ class GFNTrainer(ResumableTrainer):
         batch = self.args.train_batch_size * self.processes.count
         if self.args.dataloader_drop_last and len(rows) < batch:
             raise ConfigError(f"dataloader_drop_last with batches of {batch} drops all {len(rows)} rows")
+        if self.processes.shards is None:
+            self.lm.model.to(self.args.device)
 
     def _choose_callbacks(self, diagnosed: Sequence[Row]) -> None:
         self.remove_callback(PrinterCallback)
