@@ -32,7 +32,7 @@ from amortlm.support import Support
 from amortlm.targets.base import Target
 from amortlm.targets.lm import LogProb
 from amortlm.text.template import Messages
-from amortlm.train import GFNConfig, GFNTrainer, run
+from amortlm.train import GFNConfig, GFNTrainer, run, sharding
 from amortlm.train.renamed import refuse_keywords
 from amortlm.types import Rollouts, Row
 
@@ -94,6 +94,10 @@ class EM:
         refuse_keywords(kwargs, {"peft_config": "adapter", "seeds": "gold"})
         if kwargs:
             raise ConfigError(f"EM takes no {next(iter(kwargs))}")
+        if sharding.is_asked(args):
+            raise ConfigError(
+                "EM changes p, which cannot be sharded meanwhile: leave fsdp out, or train without EM"
+            )
         self.term = _single_term(target)
         self.temperature = 1.0 / target.terms[0][0]
         self.lm, self.prompt, self.support = lm, prompt, support

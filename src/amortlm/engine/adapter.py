@@ -16,6 +16,7 @@ import regex
 import torch
 from torch import Tensor, nn
 
+from amortlm.engine.shards import original_class, put, shards_of, whole_state
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError
 from amortlm.files import follow_umask
 
@@ -99,7 +100,7 @@ def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) 
         config.init_lora_weights = True
     _leave_out_routers(config, lm.model)
 
-    plain = _is_plain(config)
+    plain = is_plain(config)
     pairs = [(p, p if plain else copy.deepcopy(p)) for p in lm.model.parameters()]
     shared = copy.deepcopy(lm.model, {id(p): q for p, q in pairs})
     # The name that peft writes into the saved adapter and its card: a hub name, but not a path of this machine.
@@ -132,14 +133,15 @@ def save_weights(model: Any, folder: str | Path) -> None:
     """A PEFT adapter folder, or a full model folder, for `load_weights`. safetensors and JSON."""
     from safetensors.torch import save_file
 
+    state = whole_state(model)
     if hasattr(model, "peft_config"):
         # The embeddings are those of the frozen model. Otherwise peft asks the hub whether they changed.
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=state)
         (Path(folder) / INITIAL).unlink(missing_ok=True)  # a file of another adapter
         if initial := getattr(model, "initial", None):
             save_file(initial, str(Path(folder) / INITIAL))
     else:
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state)
     follow_umask(*Path(folder).glob("*.safetensors"))
 
 
@@ -154,7 +156,7 @@ def load_weights(model: Any, is_full: bool, folder: str | Path) -> None:
     try:
         if is_full:
             # Loaded by transformers, which renames weights on disk (for example the head of GPT-NeoX).
-            saved, info = type(model).from_pretrained(
+            saved, info = original_class(model).from_pretrained(
                 str(folder),
                 config=copy.deepcopy(model.config),  # of the given model, not the config in the folder
                 dtype=model.dtype,
@@ -164,7 +166,7 @@ def load_weights(model: Any, is_full: bool, folder: str | Path) -> None:
             )
             if info["missing_keys"]:
                 raise ValueError(f"missing {sorted(info['missing_keys'])[:3]}")
-            model.load_state_dict(saved.state_dict())
+            _load_state(model, saved.state_dict())
         else:
             weights = load_file(str(Path(folder) / name))
             initial = _load_initial(Path(folder))
@@ -173,6 +175,14 @@ def load_weights(model: Any, is_full: bool, folder: str | Path) -> None:
             _load_adapter(model, weights)
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise _unreadable(folder, name, e) from e
+
+
+def _load_state(model: Any, state: Mapping[str, Tensor]) -> None:
+    if shards_of(model) is None:
+        model.load_state_dict(state)
+        return
+    for name, own in model.state_dict().items():
+        put(own, state[name])
 
 
 def plain_lora(model: Any, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -214,10 +224,12 @@ def plain_lora(model: Any, weights: Mapping[str, Tensor]) -> tuple[dict[str, Ten
 def holding(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block the trained tensors of the model have these values."""
     own = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    changed = {name: p.clone() for name, p in own.items() if not torch.equal(p, weights[name].to(p))}
+    compares = shards_of(model) is None  # this process has only a part of each
+    kept = [name for name, p in own.items() if compares and torch.equal(p, weights[name].to(p))]
+    changed = {name: p.clone() for name, p in own.items() if name not in kept}
     try:
         for name in changed:
-            own[name].copy_(weights[name])
+            put(own[name], weights[name])
         yield
     finally:
         for name, before in changed.items():
@@ -345,7 +357,7 @@ def _is_linear(module: nn.Linear) -> bool:
     )
 
 
-def _is_plain(config: Any) -> bool:
+def is_plain(config: Any) -> bool:
     """Is it LoRA that neither trains nor changes a tensor of the model? Then all tensors can be shared at once."""
     others = ("modules_to_save", "trainable_token_indices", "velora_config", "kasa_config", "lora_ga_config")
     return (
@@ -413,10 +425,14 @@ def _begin_from(model: Any, initial: dict[str, Tensor]) -> None:
 def _load_adapter(model: Any, weights: dict[str, Tensor]) -> None:
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    odd = set(get_peft_model_state_dict(model, save_embedding_layers=False)) ^ set(weights)
-    if odd:
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if odd := own.keys() ^ weights.keys():
         raise ValueError(f"missing or unexpected {sorted(odd)[:3]}")
-    set_peft_model_state_dict(model, weights)
+    if shards_of(model) is None:
+        set_peft_model_state_dict(model, weights)
+        return
+    for name, p in own.items():
+        put(p, weights[name])
 
 
 def _load_initial(folder: Path) -> dict[str, Tensor] | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from amortlm.engine.memory import MASK, Memory, Sizes
 from amortlm.engine.prefix import Prefix
+from amortlm.engine.shards import shards_of
 
 ARGUMENTS = ("attention_mask", "position_ids", "logits_to_keep")
 MIN_SAVED = 128  # tokens of padding that cost about as much as the fixed work of one more pass on a CPU
@@ -102,12 +103,17 @@ class Packs:
     def groups(self, prefix: Prefix, lengths: Tensor) -> Iterator[Tensor]:
         """The completions of lengths [B] behind these prompts, in groups of similar length for a pass over their
         states; where gradients flow they are not cut for memory."""
-        for group in length_groups(lengths):
+        together = [torch.arange(len(lengths), device=lengths.device)]
+        for group in together if self._makes_one_pass() else length_groups(lengths):
             while len(group) > 0:
                 each = self.scored_bytes(prefix.longest, int(lengths[group[0]]) + 1)
                 size = len(group) if torch.is_grad_enabled() else self.fit(each, prefix.held)
                 yield group[:size]
                 group = group[size:]
+
+    def _makes_one_pass(self) -> bool:
+        """The way back through a sharded model gathers weights, too, and so must be as many passes in each process."""
+        return torch.is_grad_enabled() and shards_of(self.model) is not None
 
     def _shares(self, lengths: Sequence[int]) -> bool:
         """May texts of these lengths, in tokens, share a cache and a batch?"""

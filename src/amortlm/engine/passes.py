@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 from amortlm import versions
 from amortlm.engine.packs import Packs
 from amortlm.engine.prefix import Prefix, left_aligned, map_cache, pad_left, pad_right, select_cache
+from amortlm.engine.shards import shards_of
 from amortlm.support.log_probs import at_once
 
 _pause: ContextVar[Callable[[], None] | None] = ContextVar("pause", default=None)
@@ -198,9 +199,11 @@ class Passes(Packs):
         return self.whole(texts, [len(p) - 1 for p in prompts], tokens.shape[1] + 1)
 
     def _in_vain(self) -> bool:
-        """Would a cache be useless? Recurrent states are written in place, so gradients cannot flow through them, and
-        activation checkpointing keeps no cache."""
-        return torch.is_grad_enabled() and (self._recurrent or bool(self._checkpointed()))
+        """Would a cache be useless? Recurrent states are written in place, so gradients cannot flow through them,
+        activation checkpointing keeps no cache, and gradients of a sharded model flow through one pass alone."""
+        return self._makes_one_pass() or (
+            torch.is_grad_enabled() and (self._recurrent or bool(self._checkpointed()))
+        )
 
     @contextmanager
     def _recomputing(self) -> Iterator[bool]:
@@ -261,7 +264,8 @@ class Passes(Packs):
             # What it does has nothing to do with this pass: not its gradients, nor its precision.
             with pausing(None), torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
                 action()
-        return self.model(**arguments).logits
+        shards = shards_of(self.model)
+        return self.model(**arguments).logits if shards is None else shards.logits(self.model, arguments)
 
 
 class Writer:

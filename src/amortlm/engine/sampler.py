@@ -17,6 +17,7 @@ from amortlm.engine.memory import Memory
 from amortlm.engine.packs import Sharing
 from amortlm.engine.passes import Passes
 from amortlm.engine.prefix import pad_right
+from amortlm.engine.shards import put
 from amortlm.errors import ConfigError
 from amortlm.support.law import SupportLaw
 
@@ -131,7 +132,7 @@ class LocalSampler:
                 f"the weights belong to another policy: {odd[0]} is missing, unknown or of another shape"
             )
         for name, p in own.items():
-            p.copy_(weights[name])
+            put(p, weights[name])
         self.version = version
 
 

@@ -16,7 +16,8 @@ from amortlm.engine.decoding import Draws, Exploration, Watch
 from amortlm.engine.passes import Passes
 from amortlm.engine.prefix import pad_right
 from amortlm.engine.sampler import LocalSampler, Request, Sampler
-from amortlm.errors import DataError, ModelError, TemplateError
+from amortlm.engine.shards import shards_of
+from amortlm.errors import ConfigError, DataError, ModelError, TemplateError
 from amortlm.seeds import seed_of
 from amortlm.support import Support, SupportLaw
 from amortlm.text.template import Messages, PromptTemplate
@@ -57,6 +58,8 @@ class Policy(nn.Module):
             )
         self.support_spec = support
         self.support: SupportLaw = support.bind(lm.codec)
+        if shards_of(lm.model) is not None:
+            raise ConfigError(f"{lm.name} is sharded for the policy of another trainer: load the model again")
         self.model = trainable_copy(lm, adapter)
         self.is_full = adapter == FULL
         if isinstance(adapter, str | Path) and not self.is_full:
@@ -229,7 +232,9 @@ class Policy(nn.Module):
         return tokens, stop
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the trained weights, by name, for `Sampler.load`."""
+        """Copies of the trained weights, by name, for `Sampler.load`. Of a sharded policy they are gathered."""
+        if (shards := shards_of(self.model)) is not None:
+            return shards.weights()
         return {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
 
     def save_adapter(self, folder: str | Path) -> None:

@@ -90,6 +90,7 @@ class DiagnoseCallback(TrainerCallback):
         self.show(step, looks)
         if self.best is not None:
             self.best.see(step, estimates)
+        self.looks.processes.meet()  # the first gathers what it saves
         return estimates
 
 
@@ -145,6 +146,7 @@ class StopWhenRight:
                 gold=gold,
                 data=self.data,
             )
+        self.processes.meet()
         return True
 
     def _diagnose(

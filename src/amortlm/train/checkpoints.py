@@ -1,6 +1,7 @@
 """The files that a checkpoint has besides those of `transformers.Trainer`, and tests that it is complete.
 
-checkpoint-N/process-K/       replay buffer, cached rewards and learned log Z of process K
+checkpoint-N/process-K/       replay buffer, cached rewards and learned log Z of process K; with sharded models its part
+                              of the optimizer's state
 checkpoint-N/run.json         the identity of its run (`amortlm.train.run`)
 checkpoint-N/manifest.json    size and hash of every file, written once all processes have written theirs
 checkpoint-N/trainer_state.json    written last
@@ -19,15 +20,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from amortlm.engine.shards import local, sharded_as
 from amortlm.errors import CheckpointError
 from amortlm.files import STATE, follow_umask, is_disk_full, save_tensors
 
 logger = logging.getLogger(__name__)
-MANIFEST = "manifest.json"
+MANIFEST, OPTIMIZER = "manifest.json", "optimizer.pt"
 # Errors of readers for a file that is damaged, of another layout, or contains objects that may not be loaded.
 UNREADABLE = (
     *(OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError),
@@ -61,6 +64,22 @@ def load_state(folder: Path, process: int, stores: Sequence[Store], log_z: Tenso
     if log_z is not None:
         with reading(own, "log_z"):
             log_z.copy_(load_file(str(own / "log_z.safetensors"))["log_z"].to(log_z.device))
+
+
+def save_optimizer(folder: Path, process: int, optimizer: Any) -> None:
+    """Write one process's part of the state of an optimizer of sharded weights."""
+    own = folder / f"process-{process}"
+    own.mkdir(parents=True, exist_ok=True)
+    torch.save(local(optimizer.state_dict()), own / OPTIMIZER)
+
+
+def load_optimizer(folder: Path, process: int, optimizer: Any) -> None:
+    """Read what `save_optimizer` wrote. Raises OSError, ValueError and the errors of torch.load."""
+    state = torch.load(folder / f"process-{process}" / OPTIMIZER, map_location="cpu", weights_only=True)
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, found in state["state"].items():
+        state["state"][number] = {name: sharded_as(weights[number], x) for name, x in found.items()}
+    optimizer.load_state_dict(state)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,8 @@ _NO_PREDICTIONS = (
     "an evaluation diagnoses rows (eval_ess, eval_elbo, ..) and collects no predictions: leave it out"
 )
 _SHARDED = (
-    "the policy also samples, which a sharded model cannot do: use only torchrun, one whole model per process"
+    "the policy also samples, which models sharded in this way cannot do: use torchrun, with one whole model per "
+    "process, or with fsdp=True (docs/scale.md)"
 )
 _COMPILE = "the shapes of passes change with every batch of completions: leave it out"
 _HUB = "trainer.posterior.push_to_hub('user/name') uploads the trained sampler: docs/publishing.md"
@@ -60,8 +61,6 @@ REFUSED = {
     "hub_always_push": _HUB,
     "hub_revision": _HUB,
     "parallelism_config": _SHARDED,
-    "fsdp": _SHARDED,
-    "fsdp_config": _SHARDED,
     "deepspeed": _SHARDED,
     "remove_unused_columns": "templates name the columns they use: leave it out",
     "label_names": "there are no labels: leave it out",

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 
+from amortlm.engine.shards import Shards
 from amortlm.errors import AmortLMError, TrainingError
 from amortlm.train.config import GFNConfig
 
@@ -24,11 +26,13 @@ class Processes:
     def __init__(self, args: GFNConfig):
         self.args = args
         self.count, self.index = args.world_size, args.process_index
-        self._group = None
+        self.shards: Shards | None = None  # of sharded models
+        self._group = self._rounds = None
         if self.count > 1:
             # A separate group, because NCCL has no barrier that names the missing process. Its timeout is for waiting
             # for process 0, which may itself be waiting for others.
             self._group = dist.new_group(backend="gloo", timeout=2 * args.ddp_timeout_delta)
+            self._rounds = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
 
     def share(self, function: Callable[[T], S], items: Sequence[T]) -> list[S]:
         """[function(x) for x in items] in every process; each process computes its part."""
@@ -56,10 +60,20 @@ class Processes:
         return found
 
     def meet(self) -> None:
-        """Wait for all processes, at most `ddp_timeout` seconds. Raises TrainingError naming the missing processes."""
+        """Wait for all processes, at most `ddp_timeout` seconds, and join in their passes of sharded models meanwhile.
+        Raises TrainingError naming the missing processes."""
+        if self.shards is not None:
+            self.shards.serve()
         if self._group is not None:
             with self.blaming():
                 dist.monitored_barrier(self._group, self.args.ddp_timeout_delta, wait_all_ranks=True)
+
+    def agree(self, needs: Sequence[int]) -> list[int]:
+        """Their sums over all processes. Raises TrainingError for a late process."""
+        found = torch.tensor(needs)
+        with self.blaming():
+            dist.all_reduce(found, group=self._rounds)
+        return found.tolist()
 
     @contextmanager
     def blaming(self) -> Iterator[None]:

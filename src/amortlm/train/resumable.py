@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
@@ -31,7 +32,7 @@ from amortlm.train.outcome import KeepBest, complaint
 from amortlm.train.processes import Processes
 
 logger = logging.getLogger(__name__)
-CARD = "README.md"
+CARD, SCHEDULER = "README.md", "scheduler.pt"
 
 
 class ResumableTrainer(Trainer):
@@ -52,6 +53,7 @@ class ResumableTrainer(Trainer):
     looks: Looks
     chosen: Sequence[str]  # sentences on settings that were left open
     first_weights: str | None = None  # a name of the saved weights that the adapter starts from
+    whole_weights: str | None = None  # a name of the weights of p, if they are sharded
 
     def train(  # type: ignore[override]
         self,
@@ -73,7 +75,13 @@ class ResumableTrainer(Trainer):
         """
         folder = Path(str(self.args.output_dir))
         stated = run.identity(
-            self.policy, self.target, self.train_dataset, self.args, start=self.first_weights, gold=self.gold
+            self.policy,
+            self.target,
+            self.train_dataset,
+            self.args,
+            start=self.first_weights,
+            gold=self.gold,
+            weights=self.whole_weights,
         )
         about = run.about(self.policy, self.target, self.train_dataset, self.chosen)
         with ExitStack() as held, Interruption(self.args) as stop, checkpoints.writing(folder):
@@ -102,7 +110,8 @@ class ResumableTrainer(Trainer):
             )
         self.add_callback(stop)
         try:
-            return super().train(resume_from_checkpoint=found, **kwargs)
+            with self.processes.blaming():
+                return super().train(resume_from_checkpoint=found, **kwargs)
         except RolloutError as e:
             raise RolloutError(f"{e}. {self._saved_for_later()}") from e
         finally:
@@ -137,6 +146,7 @@ class ResumableTrainer(Trainer):
             run.write(folder, stated, about, finished=True)
             write_report([folder])
             self.posterior.save_card(folder, self.looks.rows)
+        self.processes.meet()  # the card has draws
         if (sentence := complaint([look.estimate for look in looks])) is not None:
             self._warn(sentence)
 
@@ -151,6 +161,10 @@ class ResumableTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(folder / checkpoints.STATE))
         losses = [entry["train_loss"] for entry in self.state.log_history if "train_loss" in entry]
         return TrainOutput(self.state.global_step, losses[-1] if losses else math.nan, {})
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        self.processes.meet()  # process 0 gathers what it saves
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if not self.args.should_save:
@@ -191,9 +205,23 @@ class ResumableTrainer(Trainer):
         folder = Path(resume_from_checkpoint)
         checkpoints.load_state(folder, self.processes.index, self.stores, self._log_z_values())
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.processes.shards is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        folder, schedule = Path(output_dir), self.lr_scheduler
+        checkpoints.save_optimizer(folder, self.processes.index, self.optimizer)
+        if self.args.should_save and schedule is not None:
+            torch.save(schedule.state_dict(), folder / SCHEDULER)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with checkpoints.reading(checkpoint, "the state of optimizer and schedule"):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            schedule = self.lr_scheduler
+            if self.processes.shards is None or checkpoint is None or schedule is None:
+                super()._load_optimizer_and_scheduler(checkpoint)
+                return
+            checkpoints.load_optimizer(Path(checkpoint), self.processes.index, self.optimizer)
+            schedule.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with checkpoints.reading(checkpoint, "the random state"):

@@ -90,11 +90,13 @@ def identity(
     *,
     start: str | None = None,
     gold: Any = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Everything that the result of a run depends on, as JSON: model, target, prompt, support, adapter, data, settings.
 
     start: hash of the saved weights that an adapter starts from, if any. gold: initial completions of the buffer.
-    Functions are identified by name; library versions and devices do not count.
+    weights: the hash of the model's weights, if they are sharded and so cannot be read. Functions are identified by
+    name; library versions and devices do not count.
     """
     lm = policy.lm
     try:
@@ -109,7 +111,7 @@ def identity(
         del settings["data_seed"]
     found = {
         "model": lm.name,
-        "the model's weights": name_of(lm.model.named_parameters()),
+        "the model's weights": weights or name_of(lm.model.named_parameters()),
         "the tokenizer": _hash([sorted(lm.tokenizer.get_vocab().items()), lm.tokenizer.chat_template]),
         "the weights of the target's model": [name_of(other.model.named_parameters()) for other in models],
         "target": stated,
@@ -122,6 +124,8 @@ def identity(
         "the number of processes": args.world_size,
         "settings": settings,
     }
+    if weights is not None:
+        found["the models are sharded"] = True
     return as_json(found)
 
 

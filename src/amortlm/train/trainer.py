@@ -30,7 +30,7 @@ from amortlm.rollout import HTTPSampler
 from amortlm.support.spec import Support
 from amortlm.targets.base import Softened, Target
 from amortlm.text.template import Messages
-from amortlm.train import run, trackers
+from amortlm.train import run, sharding, trackers
 from amortlm.train.callbacks import DiagnoseCallback, StopWhenRight, TrainingProgress
 from amortlm.train.checkpoints import Store
 from amortlm.train.config import LOCAL, METRICS, REFUSED, GFNConfig
@@ -107,6 +107,7 @@ class GFNTrainer(ResumableTrainer):
         if isinstance(adapter, str | Path) and adapter != FULL:
             trained = [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
             self.first_weights = run.name_of(trained)
+        self._begin_processes(args)
         self._make_parts(
             args, rows, Softened(self.target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
         )
@@ -120,12 +121,34 @@ class GFNTrainer(ResumableTrainer):
         )
         self._check_processes(rows)
         self._warn_of_twins(rows)
-        lm.model.to(args.device)
         self.loss_is_scaled_for_ga = False
         self._choose_callbacks(rows if held_out is None else held_out)
         if gold is not None:
             self.add_gold(rows, gold)
         self.gold = gold
+
+    def _begin_processes(self, args: GFNConfig) -> None:
+        self.processes = Processes(args)
+        if not sharding.is_asked(args):
+            return
+        self.whole_weights = run.name_of(self.lm.model.named_parameters())  # read while they are whole
+        names = (self.whole_weights, run.name_of(self.policy.model.named_parameters()))
+        sharding.shard(args, self.policy, self.processes, names)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with sharding.unseen(self.args):
+            super().create_accelerator_and_postprocess()
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if self.processes.shards is None:
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.processes.shards is None:
+            return super()._wrap_model(model, *args, **kwargs)
+        return (
+            model if isinstance(model, sharding.Wrapped) else sharding.Wrapped(self.policy, self.accelerator)
+        )
 
     def _make_parts(self, args: GFNConfig, rows: Sequence[Row], target: Target) -> None:
         """Create the parts that an update uses. target: with finite rewards."""
@@ -150,11 +173,12 @@ class GFNTrainer(ResumableTrainer):
 
     def _check_processes(self, rows: Sequence[Row]) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ConfigError(f"accelerate launch with FSDP or DeepSpeed: {REFUSED['fsdp']}")
-        self.processes = Processes(self.args)
+            raise ConfigError(f"accelerate launch with DeepSpeed or another sharding: {REFUSED['deepspeed']}")
         batch = self.args.train_batch_size * self.processes.count
         if self.args.dataloader_drop_last and len(rows) < batch:
             raise ConfigError(f"dataloader_drop_last with batches of {batch} drops all {len(rows)} rows")
+        if self.processes.shards is None:
+            self.lm.model.to(self.args.device)
 
     def _warn_of_twins(self, rows: Sequence[Row]) -> None:
         found = twins(rows, self.policy.prompt.columns, self.target.columns)
@@ -205,7 +229,11 @@ class GFNTrainer(ResumableTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         with self.processes.blaming():
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+            if self.processes.shards is not None and self.log_z is not None:
+                # Nobody averages its gradient, as DDP would. The mean of what was averaged before is itself.
+                sharding.average_gradient(self.policy.log_z, self.processes)
+            return loss
 
     def _prepare_inputs(self, inputs: Mapping[str, Any]) -> Experience:  # type: ignore[override]
         """The experience for `compute_loss`, from a micro-batch of rows."""
