@@ -18,7 +18,7 @@ from amortlm.engine.footprint import Footprint, Shape
 from amortlm.engine.memory import GPU_SHARE
 from amortlm.train.plan import DEVICES, Plan
 
-UPDATE = Shape(prompts=8, prompt_tokens=200, completions=8, completion_tokens=40)
+UPDATE = Shape(prompts=1, prompt_tokens=200, completions=8, completion_tokens=40)
 GPU = 80  # GiB
 
 
@@ -61,15 +61,17 @@ def main() -> None:
         for adapter in (DEFAULT_RANK, FULL):
             policy = trainable_copy(blank, adapter)  # type: ignore[arg-type]
             found = Footprint.of(blank.model, policy, UPDATE)
-            plan = Plan(found, UPDATE, torch.bfloat16, GPU * 2**30 // GPU_SHARE)
+            packs = GPU * 2**30 // GPU_SHARE
+            plan, spared = (Plan(found, UPDATE, torch.bfloat16, packs, again) for again in (False, True))
             held = plan.held(1)
             trained = sum(held[name] for name in ("weights of q", "gradients", "Adam"))
-            update = held["kept for backward"] + held["logits and their gradient"]
-            sums = [sum(plan.held(n).values()) for n in DEVICES]
+            sums = [sum(each.held(n).values()) for each in (plan, spared) for n in DEVICES]
             kind = FULL if adapter == FULL else f"LoRA {adapter}"
-            sizes = (held["weights of p"], trained, update, *sums)
-            rows.append([blank.name, kind, *(f"{x / 2**30:.1f}" for x in sizes)])
-    headers = ["", "q", "p", "q, gradients, Adam", "an update", *(f"{n} GPU{'s' * (n > 1)}" for n in DEVICES)]
+            rows.append(
+                [blank.name, kind, *(f"{x / 2**30:.1f}" for x in (held["weights of p"], trained, *sums))]
+            )
+    columns = [f"{n}{also}" for also in ("", ", spared") for n in DEVICES]
+    headers = ["", "q", "p", "q, gradients, Adam", *columns]
     print(tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True))
 
 

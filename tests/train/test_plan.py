@@ -16,7 +16,8 @@ from vllm_model import save_tiny_llama
 from amortlm import LanguageModel, Policy, Support
 from amortlm.cli import main
 from amortlm.engine.adapter import default_lora
-from amortlm.engine.footprint import Footprint, Shape
+from amortlm.engine.footprint import Footprint, Shape, _layers
+from amortlm.engine.packs import Sharing
 from amortlm.errors import ConfigError
 from amortlm.language_model import without_weights
 from amortlm.train.plan import MOMENTS, plan
@@ -47,7 +48,7 @@ def rollouts(policy: Policy, shape: Shape) -> Rollouts:
 
 
 def kept(policy: Policy, drawn: Rollouts) -> tuple[int, int]:
-    """(bytes that autograd keeps of a real pass, without the weights and the logits; bytes of the logits)"""
+    """(bytes that autograd keeps of an evaluation, without the weights and the logits; bytes of the logits)"""
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     found: dict[int, Tensor] = {}
 
@@ -83,9 +84,26 @@ def test_a_plan_is_what_an_update_takes(folder: str, adapter: str, shape: str) -
     measured, logits = kept(policy, drawn)
     assert found.logits == logits
     assert found.kept == pytest.approx(measured, rel=MARGIN)
+    policy.sharing = Sharing(spans=False)  # no prompts are shared
+    assert found.kept_whole == pytest.approx(kept(policy, drawn)[0], rel=MARGIN)
     # The control: with half more tokens it would not fit.
     other = Shape(size.prompts, size.prompt_tokens, size.completions, size.completion_tokens * 3 // 2)
     assert Footprint.of(blank.model, model, other).kept > measured * (1 + MARGIN)
+
+
+def test_what_enters_the_layers(folder: str) -> None:
+    """The largest part of what is kept with activation checkpointing."""
+    lm, size = LanguageModel.from_pretrained(folder), SHAPES["long"]
+    policy = Policy(lm, "{x}", Support(stop=".", max_tokens=size.completion_tokens), default_lora(4))
+    entered: list[int] = []
+    layers = _layers(policy.model)
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, given: entered.append(given[0].nbytes))
+    policy.activation_checkpointing_enable()
+    policy.evaluate(rollouts(policy, size))
+    blank = without_weights(folder)
+    found = Footprint.of(blank.model, Policy(blank, "{x}", policy.support_spec, default_lora(4)).model, size)
+    assert found.kept_checkpointed == sum(entered) + found.kept_whole // len(layers)
 
 
 def test_what_adam_keeps(one_lm: LanguageModel, tmp_path: Path) -> None:
@@ -111,7 +129,8 @@ def test_a_plan_of_a_run(folder: str) -> None:
     assert found.shape == Shape(2, 3, 32, 7)
     one, eight = found.held(1), found.held(8)
     assert eight["weights of p"] == one["weights of p"] // 8
-    assert (one["a gathered block"], eight["kept for backward"]) == (0, one["kept for backward"])
+    assert one["a gathered block"] == 0 < eight["a gathered block"]
+    assert one["kept for backward"] < eight["kept for backward"]
     assert found.footprint.block < found.footprint.weights
     assert half.held(1)["weights of p"] * 2 == one["weights of p"]
     assert sum(one.values()) == pytest.approx(found.rows()[-1][1] * 2**30)  # type: ignore[operator]

@@ -3,7 +3,6 @@ has no numbers, goes through the passes of an update, and autograd says what it 
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,11 @@ class Shape:
     completions: int
     completion_tokens: int
 
+    @property
+    def texts(self) -> tuple[int, int]:
+        """(how many, tokens of each) if prompts are not shared."""
+        return self.prompts * self.completions, self.prompt_tokens - 1 + self.completion_tokens
+
 
 @dataclass(frozen=True)
 class Footprint:
@@ -31,6 +35,8 @@ class Footprint:
     parameters, trained  how many weights p has, and how many q trains
     weights, own         of p, and of q beside them
     kept                 what autograd keeps of the passes, without the logits
+    kept_whole           the same where prompts are not shared: one pass over each prompt with each of its completions
+    kept_checkpointed    the same with activation checkpointing: the inputs of the layers, and one layer computed again
     logits               of all states of the completions
     block                of the largest part that is gathered at a time if weights are sharded
     """
@@ -40,6 +46,8 @@ class Footprint:
     weights: int
     own: int
     kept: int
+    kept_whole: int
+    kept_checkpointed: int
     logits: int
     block: int
 
@@ -48,7 +56,8 @@ class Footprint:
         """model: p on the meta device; policy: a trainable copy of it. Prompts are taken to be as long as the longest
         and encoded once for their completions, and no two completions to be equal."""
         with torch.device("meta"):
-            kept, logits = _passes(policy, shape)
+            kept, logits = _shared_passes(policy, shape)
+            kept_whole = _whole_pass(policy, shape)
         own = [p for p in policy.parameters() if p.requires_grad]
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
@@ -56,12 +65,25 @@ class Footprint:
             weights=_size(model.parameters()),
             own=_size(own),
             kept=kept,
+            kept_whole=kept_whole,
+            kept_checkpointed=_inputs(model, shape) + kept_whole // len(_layers(model)),
             logits=logits,
             block=max(_size(part.parameters()) for part in _blocks(model)),
         )
 
 
-def _passes(model: Any, shape: Shape) -> tuple[int, int]:
+def _whole_pass(model: Any, shape: Shape) -> int:
+    """Bytes kept of a pass over whole texts."""
+    texts, width = shape.texts
+    with _Kept(model) as kept:
+        kept.seeing(width, width)
+        ids = torch.zeros(texts, width, dtype=torch.long)
+        cache = DynamicCache(config=model.config)  # without one, transformers would look at numbers
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=shape.completion_tokens)
+    return kept.bytes()
+
+
+def _shared_passes(model: Any, shape: Shape) -> tuple[int, int]:
     """(bytes kept, bytes of the logits) of the two passes of an update, as `Policy.evaluate` makes them."""
     n, k, t = shape.prompts, shape.completions, shape.completion_tokens
     width = shape.prompt_tokens - 1  # the last token of a prompt begins the other pass
@@ -118,10 +140,22 @@ class _Kept:
         self._hooks.__exit__(*error)
 
 
+def _inputs(model: Any, shape: Shape) -> int:
+    """Bytes of what enters the layers."""
+    texts, width = shape.texts
+    hidden = model.get_input_embeddings().weight.shape[1]
+    return len(_layers(model)) * texts * width * hidden * int(model.dtype.itemsize)
+
+
+def _layers(model: Any) -> list[Any]:
+    """The modules of the longest list."""
+    lists = [list(m) for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
+    return max(lists, key=len)
+
+
 def _blocks(model: Any) -> list[Any]:
     """The parts that are gathered one after the other: the layers, the embeddings and the head."""
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]
-    return [*itertools.chain(*lists), model.get_input_embeddings(), model.get_output_embeddings()]
+    return [*_layers(model), model.get_input_embeddings(), model.get_output_embeddings()]
 
 
 def _size(parameters: Any) -> int:

@@ -27,6 +27,7 @@ class Plan:
     shape: Shape
     dtype: torch.dtype
     packs: int  # of passes without gradient
+    checkpointed: bool = False  # activations
 
     def held(self, devices: int) -> dict[str, int]:
         """On each of so many devices that share the weights (FSDP) and have batches of their own."""
@@ -37,10 +38,16 @@ class Plan:
             "gradients": f.own // devices,
             "Adam": MOMENTS * f.own // devices,
             "a gathered block": f.block if devices > 1 else 0,
-            "kept for backward": f.kept,
+            "kept for backward": self._kept(devices),
             "logits and their gradient": 2 * f.logits,
             "passes without gradient": self.packs,
         }
+
+    def _kept(self, devices: int) -> int:
+        if self.checkpointed:
+            return self.footprint.kept_checkpointed
+        # Gradients of a sharded model flow through one pass, so prompts are not shared.
+        return self.footprint.kept if devices == 1 else self.footprint.kept_whole
 
     def rows(self) -> list[list[object]]:
         """A table in GiB: a row for each kind, and the sum, with a column for each of DEVICES."""
@@ -75,4 +82,5 @@ def plan(spec: RunSpec, dtype: str | None = None) -> Plan:
         policy.support.max_tokens,
     )
     found = Footprint.of(lm.model, policy.model, shape)
-    return Plan(found, shape, lm.model.dtype, int(lm.memory_mb * 2**20))
+    checkpointed = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
+    return Plan(found, shape, lm.model.dtype, int(lm.memory_mb * 2**20), checkpointed)
