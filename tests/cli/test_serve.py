@@ -85,7 +85,7 @@ def test_the_playground_has_the_same_limits_and_needs_no_folder(capsys: pytest.C
     parse = make_parser().parse_args
     assert parse(["play"]).folder is None
     serve, play = (vars(parse([command, "folder"])) for command in ("serve", "play"))
-    assert {**play, "command": "serve"} == serve
+    assert {**play, "command": "serve", "rollout": []} == serve
     assert main(["play", "--host", "0.0.0.0"]) == 2
     assert KEY in capsys.readouterr().err
 

@@ -95,9 +95,11 @@ def test_servers_on_ray_obey_the_law_of_samplers(model, tmp_path, monkeypatch):
         assert len(set(urls)) == 2
         assert not any("127.0.0.1" in url for url in urls), "others can reach them"
         check_sampler(HTTPSampler(urls, policy), policy, ROWS[0], num_samples=500)
-        monkeypatch.setenv("AMORTLM_API_KEY", "another")
-        with pytest.raises(ConfigError, match="wants a key"):
-            HTTPSampler(urls, policy)
+        with monkeypatch.context() as patch:
+            patch.setenv("AMORTLM_API_KEY", "another")
+            with pytest.raises(ConfigError, match="wants a key"):
+                HTTPSampler(urls, policy)
+    assert "AMORTLM_API_KEY" not in os.environ, "the key that it made up goes with the servers"
 
 
 def test_a_cluster_that_is_not_there(model, tmp_path):

@@ -111,6 +111,7 @@ def servers_on_ray(program: Program, count: int, address: str) -> Iterator[list[
     ConfigError without Ray or without a cluster at the address, RolloutError.
     """
     ray = _ray(address)
+    own_key = KEY not in os.environ
     key = os.environ.setdefault(KEY, secrets.token_urlsafe())
     try:
         per_server = ray.cluster_resources().get("GPU", 0) > 0
@@ -126,6 +127,8 @@ def servers_on_ray(program: Program, count: int, address: str) -> Iterator[list[
             ray.wait([one.stop.remote() for one in actors], num_returns=count, timeout=ENDING)
     finally:
         ray.shutdown()
+        if own_key:
+            os.environ.pop(KEY, None)
 
 
 class _Actor:
