@@ -60,6 +60,7 @@ def gap(folder):
     return Posterior.from_pretrained(folder).diagnose(ROWS[:2], 32).mean("total_variation")
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("place", [[], ["--ray", "local"]], ids=["here", "ray"])
 def test_launch_trains_with_two_servers(spec, tmp_path, place, monkeypatch, capfd):

@@ -114,6 +114,7 @@ def test_a_sharded_run_through_diagnosis_death_and_resume(tmp_path: Path) -> Non
     assert histories(cut) == histories(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_all_weights_resume_too(tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -141,6 +142,7 @@ def histories(folder: Path) -> list[dict[str, float]]:
     return json.loads((folder / "checkpoint-8" / "trainer_state.json").read_text())["log_history"]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 def test_a_late_process_ends_the_others(tmp_path: Path) -> None:
     (status, stderr), (still, _) = start(tmp_path / "late", "late", waits_for=1)
