@@ -31,6 +31,7 @@ from amortlm.targets.spec import target_from_spec
 from amortlm.train.spec import RunSpec
 
 FIRST = 2  # updates that are not timed
+RANK = 16
 
 
 class Clock(TrainerCallback):
@@ -79,6 +80,7 @@ def run(lm: LanguageModel, spec: RunSpec, given: argparse.Namespace, **settings:
             support=spec.bare_support(),
             train_dataset=[{}],
             args=args,
+            adapter=RANK,
         )
         clock = Clock(trainer)
         trainer.add_callback(clock)
@@ -110,6 +112,7 @@ def main() -> None:
     with servable(given.model) as model, tempfile.TemporaryDirectory() as folder:
         python = pinned(Path(folder), given.python, cores[0])
         options = ["--dtype", "float32", "--enforce-eager", "--keep", "4", "--max-model-len", "128"]
+        options += ["--max-lora-rank", str(RANK)]
         with servers(Program(python, model, options), 1) as urls:
             for lag in (0, 1, 4):
                 settings = {"rollout": urls, "max_staleness": lag}

@@ -32,8 +32,6 @@ FILES = (
     *("vocab.json", "merges.txt", "*.jinja"),
 )
 NAMES = ("base_model_name_or_path", "_name_or_path")  # of the base model, in CONFIGS
-
-
 LOCALLY = "; or share a folder: what save_pretrained or amortlm train wrote can be copied, and loads as it is"
 
 

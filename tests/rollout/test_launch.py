@@ -45,6 +45,7 @@ def spec(model, tmp_path):
         "per_device_train_batch_size": 2,
         "warmup_steps": 5,
         "epsilon": 0.1,
+        "max_staleness": 2,  # for servers, which only the command knows
         "diagnose_steps": 0,
         "save_strategy": "no",
         "use_cpu": True,
@@ -67,7 +68,7 @@ def test_launch_trains_with_two_servers(spec, tmp_path, place, monkeypatch, capf
     monkeypatch.delenv("AMORTLM_API_KEY", raising=False)
     output = tmp_path / "out"
     command = ["launch", spec, "--output", str(output), "--python", program(tmp_path), "--servers", "2"]
-    assert main([*command, "--set", "max_staleness=2", *place]) == 0
+    assert main([*command, *place]) == 0
     assert gap(output) < 0.1
     said = capfd.readouterr().err
     assert said.count("http://") >= 2

@@ -214,6 +214,16 @@ def test_a_spec_becomes_a_trainer(tmp_path: Path, model_folder: Path) -> None:
     assert run(tmp_path, model_folder, adapter="full").trainer(str(tmp_path)).policy.is_full
 
 
+def test_a_file_is_checked_with_what_the_command_line_adds(tmp_path: Path) -> None:
+    """`max_staleness` is for servers, whose addresses a file need not know."""
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(RUN | {"config": {"max_staleness": 2}}))
+    with pytest.raises(ConfigError, match=r"run.yaml: max_staleness=2: a number of updates.* for a server"):
+        RunSpec.from_yaml(file)
+    spec = RunSpec.from_yaml(file, config={"rollout": ["http://a:1", "http://b:1"]})
+    assert (spec.args("").max_staleness, spec.args("").rollout) == (2, ["http://a:1", "http://b:1"])
+
+
 def test_overrides_merge_the_config_and_leave_the_spec_alone() -> None:
     spec = RunSpec(**RUN)
     new = spec.with_overrides(model="other", data=None, config={"max_steps": 7, "seed": 1})

@@ -28,14 +28,14 @@ class Fleet:
 
     def submit(self, work: Callable[[Server], T]) -> Future[T]:
         """The result of `work` on some server."""
-        return self._threads.submit(self._done, work)
+        return self._threads.submit(self._on_some, work)
 
     def everywhere(self, work: Callable[[Server], T]) -> list[Future[T | None]]:
         """The results of `work` on every server, also on those that were lost and are back; None for those that cannot
         be reached."""
-        return [self._loading.submit(self._done_on, server, work) for server in self.servers]
+        return [self._loading.submit(self._on_one, server, work) for server in self.servers]
 
-    def _done_on(self, server: Server, work: Callable[[Server], T]) -> T | None:
+    def _on_one(self, server: Server, work: Callable[[Server], T]) -> T | None:
         was_lost = server in self._lost
         if was_lost and not server.connection.is_there():
             return None
@@ -50,7 +50,7 @@ class Fleet:
                 self._lost.discard(server)
         return found
 
-    def _done(self, work: Callable[[Server], T]) -> T:
+    def _on_some(self, work: Callable[[Server], T]) -> T:
         while True:
             with self._lock:
                 server = min(self._reached(), key=lambda s: s.busy)

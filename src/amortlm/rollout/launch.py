@@ -72,12 +72,7 @@ class ServerProcess:
         return self._url
 
     def stop(self) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(ENDING)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        _end(self._process)
 
     def _read(self) -> None:
         """What it says, to its end: a full pipe would stop it."""
@@ -186,6 +181,14 @@ def run(command: Sequence[str]) -> int:
     try:
         return process.wait()
     finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """Answers that are under way may take their time, but not for ever."""
+    process.terminate()
+    try:
+        process.wait(ENDING)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

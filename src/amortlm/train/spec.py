@@ -40,10 +40,10 @@ class RunSpec:
     folder: str | None = field(default=None, compare=False)
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> RunSpec:
-        """Read a YAML file, and check what it states. Raises ConfigError, DataError or SupportError that name the file,
-        the key, its value and what to write."""
-        spec = cls.parsed(path)
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> RunSpec:
+        """Read a YAML file, and check what it states with the `overrides` of `with_overrides`. Raises ConfigError,
+        DataError or SupportError that name the file, the key, its value and what to write."""
+        spec = cls.parsed(path).with_overrides(**overrides)
         try:
             spec.check()
         except AmortLMError as e:

@@ -20,7 +20,8 @@ class Upcoming:
         micro-batches of an update."""
         self._loader, self._rows, self._accumulation = loader, rows, accumulation
         self._updates = max(1, -(-len(loader) // accumulation))  # of an epoch; the last one may be short
-        self._epoch, self._batches = -1, [[0]]
+        self._epoch = -1
+        self._batches: list[list[int]] = []  # of this epoch
 
     def update(self, number: int) -> list[list[Row]]:
         """The micro-batches of an update, counted from the beginning of training."""

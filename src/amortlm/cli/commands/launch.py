@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from argparse import Namespace
@@ -11,11 +10,14 @@ from amortlm.cli.commands import train
 from amortlm.errors import ConfigError
 from amortlm.rollout.launch import Program, servable, servers, servers_on_ray
 
+TO_COME = "http://127.0.0.1"  # stands for the servers until they have addresses
+
 
 def run(args: Namespace) -> None:
     if args.servers < 1:
         raise ConfigError(f"--servers {args.servers}: give at least one, or use amortlm train")
-    with servable(train.spec_of(args).model) as model:
+    spec = train.spec_of(args, rollout=TO_COME)
+    with servable(spec.model) as model:
         program = Program(args.python, model, shlex.split(args.server_options))
         started = (
             servers(program, args.servers)
@@ -24,5 +26,4 @@ def run(args: Namespace) -> None:
         )
         with started as urls:
             print("completions from", *urls, file=sys.stderr)
-            args.set = [*args.set, f"rollout={json.dumps(urls)}"]
-            train.run(args)
+            train.train(args, spec.with_overrides(config={"rollout": urls}))

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 from argparse import Namespace
+from typing import Any
 
 from amortlm.cli.checks import check_folder
 from amortlm.cli.status import run_folder
@@ -17,10 +18,10 @@ from amortlm.train.spec import RunSpec, settings_from_text
 
 def run(args: Namespace) -> None:
     spec = spec_of(args)
-    if wanted := getattr(args, "plan", None):
-        _show(plan(spec, None if wanted == "here" else wanted))
+    if args.plan:
+        _show(plan(spec, None if args.plan == "here" else args.plan))
     else:
-        _train(args, spec)
+        train(args, spec)
 
 
 def _show(found: Plan) -> None:
@@ -31,7 +32,8 @@ def _show(found: Plan) -> None:
     print(tabulate(found.rows(), headers=headers, floatfmt=".3f"))
 
 
-def _train(args: Namespace, spec: RunSpec) -> None:
+def train(args: Namespace, spec: RunSpec) -> None:
+    """Train what `spec` states, into the folder that the options name."""
     output = run_folder(args)
     check_folder(output)
     if not (args.resume or args.overwrite):
@@ -47,11 +49,13 @@ def _train(args: Namespace, spec: RunSpec) -> None:
         print(f"try:  {shlex.join(['amortlm', 'sample', str(output), *spec.trust_options()])}")
 
 
-def spec_of(args: Namespace) -> RunSpec:
-    """The run that the options describe."""
+def spec_of(args: Namespace, **config: Any) -> RunSpec:
+    """The run that the options describe. config: settings beside those of --set."""
     from amortlm.lab.tasks import load_task
 
-    is_file = args.spec.endswith((".yaml", ".yml"))
-    spec: RunSpec = RunSpec.from_yaml(args.spec) if is_file else load_task(args.spec).SPEC
-    config = settings_from_text(named_texts(args.set, "--set"))
-    return spec.with_overrides(model=args.model, data=args.data, config=config, trust=args.trust)
+    settings = {**settings_from_text(named_texts(args.set, "--set")), **config}
+    own = {"model": args.model, "data": args.data, "config": settings, "trust": args.trust}
+    if args.spec.endswith((".yaml", ".yml")):
+        return RunSpec.from_yaml(args.spec, **own)
+    spec: RunSpec = load_task(args.spec).SPEC
+    return spec.with_overrides(**own)
