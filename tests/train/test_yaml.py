@@ -221,6 +221,9 @@ def test_a_file_is_checked_with_what_the_command_line_adds(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"run.yaml: max_staleness=2: a number of updates.* for a server"):
         RunSpec.from_yaml(file)
     spec = RunSpec.from_yaml(file, config={"rollout": ["http://a:1", "http://b:1"]})
+    file.write_text(yaml.safe_dump(RUN | {"config": [1]}))
+    with pytest.raises(ConfigError, match="config must be a mapping"):
+        RunSpec.from_yaml(file, config={"max_steps": 2})
     assert (spec.args("").max_staleness, spec.args("").rollout) == (2, ["http://a:1", "http://b:1"])
 
 

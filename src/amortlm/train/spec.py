@@ -118,8 +118,10 @@ class RunSpec:
     def with_overrides(self, **given: Any) -> RunSpec:
         """A copy in which the arguments that are not None replace fields; `config` is merged into the old one."""
         given = {k: v for k, v in given.items() if v is not None}
-        config = {**self.config, **given.pop("config", {})}
-        return replace(self, **given, config=config)
+        more = given.pop("config", None)
+        if more and isinstance(self.config, dict):  # else `check` says that it is none
+            given["config"] = {**self.config, **more}
+        return replace(self, **given)
 
     def trainer(self, output_dir: str) -> GFNTrainer:
         """Load the model and build the trainer. Raises ConfigError, DataError, SupportError, TemplateError."""
