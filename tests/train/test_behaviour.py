@@ -11,7 +11,7 @@ from trainers import ROWS, make_trainer
 
 from amortlm import EM, GFNConfig, LanguageModel, Support
 from amortlm.errors import ConfigError
-from amortlm.train.behaviour import DEFAULT, chances, full_mix
+from amortlm.train.behaviour import DEFAULT, chances, choose, full_mix
 from amortlm.train.spec import RunSpec, settings_from_text
 
 
@@ -98,3 +98,25 @@ def test_keywords_of_earlier_versions_name_the_new_one(one_lm: LanguageModel, tm
 def test_an_adapter_is_a_rank_too(one_lm: LanguageModel, tmp_path: Path) -> None:
     trainer = make_trainer(one_lm, tmp_path, adapter=3)
     assert trainer.policy.model.peft_config["default"].r == 3
+
+
+def test_a_behaviour_is_chosen_by_its_chance() -> None:
+    """Of 4,000 choices each count is within 5 standard deviations of its share (false alarm below 1e-5). A corrected
+    prompt is not replayed, and takes no random number for it."""
+    mix, n = full_mix({"replay": 0.3, "tempered": 0.2, "prior": 0.1}), 4000
+    found = [choose(mix, (0.5, 2.0), False, random.Random(i)) for i in range(n)]
+    counts = {
+        "replay": sum(choice.replay is not None for choice in found),
+        "prior": sum(choice.replay is None and choice.temperature is None for choice in found),
+        "tempered": sum(choice.replay is None and choice.temperature not in (None, 1.0) for choice in found),
+    }
+    for name, count in counts.items():
+        assert abs(count - n * mix[name]) < 5 * (n * mix[name] * (1 - mix[name])) ** 0.5, name
+    heats = [choice.temperature for choice in found if choice.temperature not in (None, 1.0)]
+    assert min(heats) >= 0.5
+    assert max(heats) <= 2.0
+    for i in range(100):
+        choice = choose(mix, (0.5, 2.0), True, random.Random(i))
+        u = random.Random(i).random()
+        assert (choice.corrected, choice.replay) == (True, None)
+        assert (choice.temperature == 1.0) == (u >= chances(mix)[2] + chances(mix)[3])
