@@ -18,11 +18,11 @@ from amortlm import GFNConfig, errors
 NAMES = """
 AmortLMError Calculator Diagnosis EM Exploration GFNConfig GFNTrainer LanguageModel LogProb Lookup MStep
 Policy PolicyLogProbs Posterior Prediction ReplayBuffer Rollouts Sample Samples Support Target Tool Unordered Verifier Votes
-__version__ bounds constraint default_lora errors exact importance objectives verifier
+__version__ bounds constraint default_lora errors exact importance narrow objectives verifier
 """
 SETTINGS = """
 behaviour buffer_prioritized buffer_size corrected_method corrected_particles diagnose_steps epsilon hard_penalty
-max_staleness num_samples objective reward_temperature rollout stop_at_gap temperature_range
+max_staleness narrow_support num_samples objective reward_temperature rollout stop_at_gap temperature_range
 """
 CONSTRAINTS = ("allowed_tokens", "canonical", "contains", "length", "matches", "predicate")
 

@@ -15,6 +15,7 @@ _HOMES = {
     "Unordered": "amortlm.targets.lists",
     "Verifier": "amortlm.targets.constraints",
     "verifier": "amortlm.targets.constraints",
+    "narrow": "amortlm.targets.narrow",
     "Support": "amortlm.support.spec",
     "Policy": "amortlm.policy.policy",
     "Exploration": "amortlm.engine.decoding",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from amortlm.targets.constraints import verifier as verifier
     from amortlm.targets.lists import Unordered as Unordered
     from amortlm.targets.lm import LogProb as LogProb
+    from amortlm.targets.narrow import narrow as narrow
     from amortlm.train.config import GFNConfig as GFNConfig
     from amortlm.train.trainer import GFNTrainer as GFNTrainer
     from amortlm.types import PolicyLogProbs as PolicyLogProbs

@@ -22,7 +22,8 @@ from amortlm.errors import DataError, SupportError
 from amortlm.inference.mcmc import metropolis_hastings
 from amortlm.inference.smc import smc
 from amortlm.policy.laws import check_policy, support_completions
-from amortlm.support import automaton, patterns
+from amortlm.support import automaton, patterns, token_tables
+from amortlm.support.spelling import Spelling, spelling
 from amortlm.types import Rollouts
 
 FEW = ("a", "t", " a", " cat", " ", "c")
@@ -34,8 +35,14 @@ SUPPORTS = {
     "first alternative too short": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern="a|a+t|(c|ca)t? cat"),
     "tokens end between matches": Support(stop=".", max_tokens=4, allowed_tokens=FEW, pattern="(ca)*|a(ta)*|cat( cat)*"),
     "alternatives that nothing writes": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern="ax|at|1+|c9*"),
+    "two patterns": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern=["a.*", ".*cat|.*t+"]),
     "without a letter": Support(stop=".", max_tokens=3, allowed_tokens=FEW, pattern="[^c]*"),
 }  # fmt: skip
+
+
+def tables(pattern: str, texts: dict[int, str], size: int) -> dict[str, torch.Tensor]:
+    """Of one pattern, on tokens that write these texts."""
+    return patterns._tables([pattern], Spelling(texts, {}, frozenset()), size)
 
 
 def matching(support: Support, lm: LanguageModel) -> list[list[int]]:
@@ -43,7 +50,7 @@ def matching(support: Support, lm: LanguageModel) -> list[list[int]]:
     words = support.allowed_tokens or [i for i in range(2, len(lm.tokenizer)) if i != lm.token_id(".")]
     ids = [lm.token_id(w) for w in words]
     strings = (z for n in range(support.min_tokens, support.max_tokens + 1) for z in product(ids, repeat=n))
-    return [list(z) for z in strings if re.fullmatch(support.pattern, lm.decode(z).strip())]
+    return [list(z) for z in strings if all(re.fullmatch(p, lm.decode(z).strip()) for p in support.patterns)]
 
 
 @pytest.mark.parametrize("name", SUPPORTS)
@@ -109,8 +116,8 @@ def test_random_patterns_are_those_of_re(one_lm: LanguageModel) -> None:
 
 def differing(pattern: str, words: list[str]) -> list[str]:
     """Texts of up to three words that the tables and `re` judge differently."""
-    tables = patterns._tables(pattern, dict(enumerate(words)), len(words))
-    step, kind, accepts = (tables[name].tolist() for name in ("step", "token_class", "accepts"))
+    found_tables = tables(pattern, dict(enumerate(words)), len(words))
+    step, kind, accepts = (found_tables[name].tolist() for name in ("step", "token_class", "accepts"))
     step.append([len(accepts)] * len(step[0]))
     accepts.append(False)
     whole, found = re.compile(pattern), []
@@ -176,10 +183,10 @@ def test_patterns_that_engines_read_differently_are_those_of_re_or_refused() -> 
 def test_what_is_not_regular_or_not_read_alike_is_refused(pattern: str) -> None:
     for text in (pattern, f"(?:c|{pattern})*" if pattern != "(?z)a" else pattern):
         with pytest.raises(SupportError, match=r"regular expression '"):
-            patterns._tables(text, {0: "a"}, 1)
+            tables(text, {0: "a"}, 1)
 
 
-COUNTED = {  # with the states of the smallest automaton, the dead end included
+COUNTED = {  # with the states of the smallest automaton over characters, the dead end included
     ".{0,40}": 42,
     "[a-z ]{0,40}": 42,
     r"\S(.{0,98}\S)?": 102,
@@ -192,12 +199,13 @@ COUNTED = {  # with the states of the smallest automaton, the dead end included
 @pytest.mark.parametrize("pattern", COUNTED)
 def test_counts_with_white_space(embedded: LanguageModel, pattern: str) -> None:
     support = Support(stop="</s>", max_tokens=60, pattern=pattern).bind(embedded)
-    assert len(support.automaton.step) == COUNTED[pattern]
+    characters = patterns._characters([pattern], spelling(embedded.codec, support.allowed))
+    assert len(characters.table) + 1 == COUNTED[pattern]
     rng, held = random.Random(0), Counter()
     ids = [embedded.token_id(t) for t in ("a", " a", " the", "c", " ", "1")] + rng.sample(range(4, 2560), 30)
     for _ in range(400):
         z = rng.choices(ids, k=rng.randint(1, 59))
-        if support.allowed[z].all() and "\ufffd" not in embedded.decode(z):
+        if support.allowed[z].all():
             matches = bool(re.fullmatch(pattern, embedded.decode(z).strip()))
             assert support.contains(z) == matches, embedded.decode(z)
             held[matches] += 1
@@ -214,16 +222,16 @@ TOO_LARGE = {
 @pytest.mark.parametrize("pattern", TOO_LARGE)
 def test_what_is_too_large_is_refused_with_its_size(pattern: str) -> None:
     with pytest.raises(SupportError, match=TOO_LARGE[pattern] + ".* smaller counts"):
-        patterns._tables(pattern, dict(enumerate("ac \n")), 4)
+        tables(pattern, dict(enumerate("ac \n")), 4)
 
 
 def test_tables_of_too_many_kinds_of_tokens_are_refused(monkeypatch) -> None:
     words = ["".join(z) for n in (1, 2, 3) for z in product("ac", repeat=n)]
-    monkeypatch.setattr(patterns, "MAX_CELLS", 1_000)
+    monkeypatch.setattr(token_tables, "MAX_CELLS", 1_000)
     with pytest.raises(
         SupportError, match="128 nodes and more than 7 kinds of tokens, .*fewer allowed_tokens"
     ):
-        patterns._tables("(a|c)*a(a|c){6}", dict(enumerate(words)), len(words))
+        tables("(a|c)*a(a|c){6}", dict(enumerate(words)), len(words))
 
 
 def test_building_can_be_interrupted(monkeypatch) -> None:
@@ -234,7 +242,7 @@ def test_building_can_be_interrupted(monkeypatch) -> None:
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         with pytest.raises(KeyboardInterrupt):
-            patterns._tables("(a|c)*a(a|c){40}", dict(enumerate("ac")), 2)
+            tables("(a|c)*a(a|c){40}", dict(enumerate("ac")), 2)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -314,6 +322,69 @@ def test_half_characters_and_texts_that_do_not_add_up(one_lm: LanguageModel, mon
         Support(stop=".", max_tokens=2, pattern="a+").bind(one_lm)
 
 
+@pytest.mark.parametrize("pattern", [".*“.*”", "(a|“|\ufffd)*", r"\W*", "[^\ufffd]+", "\u2003*a", "(“|é)*"])
+def test_tokens_that_are_parts_of_characters(embedded: LanguageModel, pattern: str) -> None:
+    """Every string of bytes of “, ”, é and an em space, among them those that are no text."""
+    piece = {bytes([b]): i for i, b in single_bytes(embedded).items()}
+    ids = [piece[bytes([b])] for b in (0xE2, 0x80, 0x9C, 0x9D, 0x83, 0xC3, 0xA9)] + [embedded.token_id("a")]
+    support = Support(stop="</s>", min_tokens=0, max_tokens=7, allowed_tokens=ids, pattern=pattern).bind(
+        embedded
+    )
+    rng, held = random.Random(0), Counter()
+    short = (z for n in range(4) for z in product(ids, repeat=n))
+    long = (rng.choices(ids, k=rng.randint(4, 7)) for _ in range(2_000))
+    typed = (
+        [i for c in rng.choices("“”é\u2003a", k=2) for i in embedded.encode_continuation(c)]
+        for _ in range(200)
+    )
+    for z in (*short, *long, *(z for z in typed if set(z) <= set(ids))):
+        matches = bool(re.fullmatch(pattern, embedded.decode(z).strip()))
+        assert support.contains(z) == matches, (z, embedded.decode(z))
+        held[matches] += 1
+    assert min(held.values()) > 2
+
+
+def single_bytes(lm: LanguageModel) -> dict[int, int]:
+    """Of a byte-level vocabulary: token id -> its byte, of the tokens that are one byte and no character."""
+    law = Support(stop="</s>").bind(lm)
+    return {i: part[0] for i, part in spelling(lm.codec, law.allowed).parts.items() if len(part) == 1}
+
+
+def test_a_tokenizer_that_replaces_whole_runs_of_bytes_has_no_parts(
+    embedded: LanguageModel, monkeypatch
+) -> None:
+    """As byte fallback does: one byte that is no text makes replacement characters of all beside it."""
+    parts, true = single_bytes(embedded), embedded.codec.decode
+
+    def decode(tokens: list[int]) -> str:
+        whole = true(tokens)
+        n = sum(t in parts for t in tokens)
+        return "\ufffd" * n + "".join(c for c in whole if c != "\ufffd") if "\ufffd" in whole else whole
+
+    law = Support(stop="</s>").bind(embedded)
+    monkeypatch.setattr(embedded.codec, "decode", decode)
+    found = spelling(embedded.codec, law.allowed)
+    assert not found.parts
+    assert parts.keys() <= found.unknown
+    with pytest.raises(SupportError, match="not known what .* allowed tokens write"):
+        patterns.pattern_automaton([".*"], embedded.codec, law.allowed, 0, 3, strict=True)
+
+
+def test_parts_that_make_the_tables_too_large_are_left_out(
+    embedded: LanguageModel, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setenv("AMORTLM_CACHE", str(tmp_path))
+    law, quote = Support(stop="</s>").bind(embedded), embedded.encode_continuation("“a")
+    assert patterns.pattern_automaton([r"\W*\w"], embedded.codec, law.allowed, 0, 9).contains(quote)
+    monkeypatch.setenv("AMORTLM_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(token_tables, "MAX_CELLS", 20_000)
+    smaller = patterns.pattern_automaton([r"\W*\w"], embedded.codec, law.allowed, 0, 9)
+    assert not smaller.contains(quote)
+    assert smaller.contains(embedded.encode_continuation("! a"))
+    with pytest.raises(SupportError, match="which is too much"):
+        patterns.pattern_automaton([r"\W*\w"], embedded.codec, law.allowed, 0, 9, strict=True)
+
+
 @pytest.mark.parametrize("name", SUPPORTS)
 def test_q_on_a_pattern_obeys_the_laws(family_lm: LanguageModel, name: str) -> None:
     policy = tiny_policy(family_lm, "{x}", SUPPORTS[name])
@@ -388,7 +459,7 @@ def test_a_pattern_is_saved(one_lm: LanguageModel, tmp_path) -> None:
     )
     posterior.save_pretrained(tmp_path)
     again = Posterior.from_pretrained(tmp_path, lm=one_lm)
-    assert again.policy.support.pattern == "(a|the) (cat|dog)"
+    assert again.policy.support.patterns == ("(a|the) (cat|dog)",)
     assert again.sample(ROW, 6, seed=1) == posterior.sample(ROW, 6, seed=1)
 
 
@@ -396,8 +467,13 @@ def test_a_pattern_is_saved(one_lm: LanguageModel, tmp_path) -> None:
     ("settings", "message"),
     [
         ({"pattern": "(a"}, r"regular expression '\(a': missing \)"),
-        ({"pattern": 5}, "must be text, got 5"),
-        ({"pattern": b"a"}, "must be text, got b'a'"),
+        ({"pattern": 5}, "must be text, or a list of texts that all match, got 5"),
+        ({"pattern": []}, r"must be text, or a list of texts that all match, got \[\]"),
+        (
+            {"pattern": ["a.*", ".*c"], "max_tokens": 1},
+            "no text of 1 to 1 allowed tokens matches 'a.*' and '.*c'",
+        ),
+        ({"pattern": b"a"}, "must be text, .*got b'a'"),
         ({"pattern": "(" * 300 + "a" + ")*" * 300}, "nested too deeply|recursion"),
         ({"pattern": " a "}, "white space around a text is removed"),
         ({"pattern": r"a(?=c)"}, "cannot contain look-around"),

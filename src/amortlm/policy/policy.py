@@ -221,8 +221,8 @@ class Policy(nn.Module):
             counts = "" if lists is None else f", not {lists.minimum} to {lists.maximum} non-empty statements"
             text = (
                 ""
-                if self.support.pattern is None
-                else f", a text that does not match {self.support.pattern!r}"
+                if not self.support.patterns
+                else f", a text that does not match {' and '.join(map(repr, self.support.patterns))}"
             )
             raise DataError(
                 f"completion {completion!r} is outside the support: {len(tokens)} tokens where "

@@ -54,7 +54,7 @@ class SupportLaw:
     allowed: Tensor
     tool: BoundTool | None = None
     lists: Lists | None = None
-    pattern: str | None = None
+    patterns: tuple[str, ...] = ()
     automaton: Automaton | None = None
 
     def size(self) -> int:

@@ -1,94 +1,131 @@
-"""Supports whose completions match a regular expression: constrained decoding of q, in training and sampling."""
+"""Supports whose completions match regular expressions: constrained decoding of q, in training and sampling."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import sys
-from itertools import product
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from amortlm import cache
 from amortlm.errors import ConfigError, SupportError
 from amortlm.support.automaton import Automaton
+from amortlm.support.spelling import Spelling, UnsuitableError, spelling
+from amortlm.support.token_tables import Characters, TooLargeError, token_tables
+from amortlm.text.characters import Ints, Kinds
 from amortlm.text.positions import START, Positions
 
 if TYPE_CHECKING:
     from amortlm.text.codec import Codec
 
-FORMAT = 1  # of the cached tables: increase it when the code below makes other tables
-BROKEN = "\ufffd"  # the text of a token that is a part of a character
+FORMAT = 2  # of the cached tables: increase it when the code below makes other tables
 MAX_NODES = 20_000
 MAX_VISITS = 2_000_000  # visits of positions, summed over the nodes: some seconds
-MAX_CELLS = 2**24  # cells of the table of nodes by classes of tokens: 128 MiB
 
 
 def pattern_automaton(
-    pattern: str, lm: Codec, allowed: Tensor, min_tokens: int, max_tokens: int
+    patterns: Sequence[str],
+    lm: Codec,
+    allowed: Tensor,
+    min_tokens: int,
+    max_tokens: int,
+    *,
+    strict: bool = False,
 ) -> Automaton:
-    """The automaton over tokens of `allowed` [V] whose texts, outer white space removed, match the pattern.
+    """The automaton over tokens of `allowed` [V] whose texts, outer white space removed, match all the patterns.
 
-    Tokens that are a part of a character are never written. Raises SupportError for a pattern that is not regular,
-    whose automaton is too large, or that matches nothing of min_tokens to max_tokens such tokens.
+    Tokens that are parts of characters are never written if the tables would be too large with them, nor are those of
+    which it is not known what they write (`support.spelling`); with `strict` these are errors.
+    Raises SupportError for a pattern that is not regular, if nothing of min_tokens to max_tokens such tokens matches,
+    and UnsuitableError for an automaton that is too large, or a tokenizer whose texts do not join.
     """
-    texts = _texts(lm, allowed)
-    # Everything that the tables depend on: `re` and its character classes change with the Python version.
-    key = [FORMAT, sys.version, pattern, len(allowed), list(texts.items())]
-    name = f"patterns/{hashlib.sha256(json.dumps(key).encode()).hexdigest()}"
-    tables = cache.load(name)
-    if tables is None:
-        tables = _tables(pattern, texts, len(allowed))
-        cache.store(name, tables)
+    written = spelling(lm, allowed)
+    if strict and written.unknown:
+        raise UnsuitableError(
+            f"{lm.name}: it is not known what {len(written.unknown):,} allowed tokens write",
+            "ban these tokens",
+        )
+    tables = _cached(patterns, written, len(allowed), strict)
     automaton = Automaton(
         tables["step"].long(), tables["token_class"].long(), tables["accepts"], min_tokens, max_tokens
     )
     if not automaton.can[0, 0]:
         raise SupportError(
-            f"no text of {min_tokens} to {max_tokens} allowed tokens matches {pattern!r}; widen the pattern, "
+            f"no text of {min_tokens} to {max_tokens} allowed tokens matches {_shown(patterns)}; widen the pattern, "
             "max_tokens or allowed_tokens (white space around a text is removed before matching)"
         )
     return automaton
 
 
-def _tables(pattern: str, texts: dict[int, str], size: int) -> dict[str, Tensor]:
-    """The tables step [S, C], token_class [size] and accepts [S] of an `Automaton`. texts: token id -> text."""
-    characters = "".join(sorted(set().union(*texts.values())))
-    table, accepts, kind = _deterministic(pattern, characters)
-    table, accepts = _minimal(table, accepts)
-    step, token_class = _token_step(pattern, table, {t: x.translate(kind) for t, x in texts.items()}, size)
-    kept = _reached(step)
-    number = np.full(len(step) + 1, len(kept))
-    number[kept] = np.arange(len(kept))
-    return {
-        "step": torch.from_numpy(number[step[kept]]).int(),
-        "token_class": token_class.int(),
-        "accepts": torch.from_numpy(accepts[kept]),
-    }
+def _cached(patterns: Sequence[str], written: Spelling, size: int, strict: bool) -> dict[str, Tensor]:
+    """The tables, from the disk if they were made before."""
+    # Everything that the tables depend on: `re` and its character classes change with the Python version.
+    parts = [(token, list(found)) for token, found in written.parts.items()]
+    key = [FORMAT, sys.version, list(patterns), size, list(written.texts.items()), parts]
+    name = f"patterns/{hashlib.sha256(json.dumps(key).encode()).hexdigest()}"
+    tables = cache.load(name)
+    if tables is None:
+        try:
+            tables = _tables(patterns, written, size)
+        except UnsuitableError:
+            if strict or not written.parts:
+                raise
+            return _cached(patterns, replace(written, parts={}), size, strict)
+        cache.store(name, tables)
+    return tables
+
+
+def _tables(patterns: Sequence[str], written: Spelling, size: int) -> dict[str, Tensor]:
+    """The tables step [S, C], token_class [size] and accepts [S] of an `Automaton`."""
+    try:
+        return token_tables(_characters(patterns, written), written, size)
+    except TooLargeError as e:
+        raise UnsuitableError(
+            f"pattern {_shown(patterns)} needs {e}, which is too much",
+            "use smaller counts (after .* each count doubles the nodes, nested counts multiply), * and + where "
+            "max_tokens bounds the length anyway, fewer allowed_tokens, or put constraint.matches(pattern) into the "
+            "target",
+        ) from None
+
+
+def _characters(patterns: Sequence[str], written: Spelling) -> Characters:
+    """The smallest automaton over characters of the texts that match all patterns."""
+    try:
+        found = [Positions(pattern) for pattern in patterns]
+    except ConfigError as e:
+        raise SupportError(str(e)) from None
+    kinds = Kinds.of_patterns(found)
+    number = np.arange(len(kinds.space))
+    if not written.parts:  # then only the characters of the texts can be written
+        used = sorted({int(kinds.of[ord(c)]) for text in written.texts.values() for c in text})
+        number = np.full(len(kinds.space), -1)
+        number[used] = np.arange(len(used))
+        kinds = Kinds(kinds.of, [kinds.readers[k] for k in used], [kinds.space[k] for k in used])
+    whole: tuple[Ints, NDArray[np.bool_]] | None = None
+    for i, pattern in enumerate(found):
+        one = _minimal(*_deterministic(pattern, [readers[i] for readers in kinds.readers], kinds.space))
+        whole = one if whole is None else _minimal(*_both(whole, one))
+    assert whole is not None
+    return Characters(*whole, number[kinds.of])
 
 
 def _deterministic(
-    pattern: str, characters: str
-) -> tuple[NDArray[np.int64], NDArray[np.bool_], dict[int, str]]:
-    """(table [S, K]: node after each kind of character; [S] bool: may a text end here; character -> its kind as a chr).
+    pattern: Positions, readers: Sequence[int], spaces: Sequence[bool]
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """(table [S, K]: node after each kind of character; [S] bool: may a text end here).
 
+    readers [K]: the positions of the pattern that read each kind; spaces [K]: is it white space?
     White space is treated as by `text.strip()`: it is skipped before the first other character, and at the end it does
     not change whether the text matches. So a node is a set of positions, with a flag: did the text match at its last
     character that is not white space?
     """
-    try:
-        positions = Positions(pattern)
-    except ConfigError as e:
-        raise SupportError(str(e)) from None
-    of = [
-        (readers, c.isspace()) for readers, c in zip(positions.readers(characters), characters, strict=True)
-    ]
-    kinds = {reads: i for i, reads in enumerate(dict.fromkeys(of))}
-    first = (START, bool(START & positions.final))
+    first = (START, bool(START & pattern.final))
     nodes, number = [first], {first: 0}
     table: list[list[int]] = []
     visits = 0
@@ -96,12 +133,12 @@ def _deterministic(
         visits += node.bit_count()
         if len(nodes) > MAX_NODES or visits > MAX_VISITS:
             each = f", each of {visits // len(table):,} positions" if visits > MAX_VISITS else ""
-            raise SupportError(_too_large(pattern, f"more than {len(nodes):,} nodes{each}"))
-        row, ahead = [], positions.after(node)
-        for readers, space in kinds:
-            after = ahead & readers
+            raise TooLargeError(f"more than {len(nodes):,} nodes{each}")
+        row, ahead = [], pattern.after(node)
+        for reads, space in zip(readers, spaces, strict=True):
+            after = ahead & reads
             if not space:
-                to = (after, bool(after & positions.final))
+                to = (after, bool(after & pattern.final))
             elif node == START:
                 to = (node, final)
             else:
@@ -111,8 +148,31 @@ def _deterministic(
                 nodes.append(to)
             row.append(number[to])
         table.append(row)
-    kind = {ord(c): chr(kinds[reads]) for c, reads in zip(characters, of, strict=True)}
-    return np.array(table).reshape(len(nodes), len(kinds)), np.array([final for _, final in nodes]), kind
+    return np.array(table).reshape(len(nodes), len(readers)), np.array([final for _, final in nodes])
+
+
+def _both(
+    a: tuple[Ints, NDArray[np.bool_]], b: tuple[Ints, NDArray[np.bool_]]
+) -> tuple[Ints, NDArray[np.bool_]]:
+    """The automaton of the texts that two automata accept: its nodes are the pairs that one text leads to."""
+    (left, left_ends), (right, right_ends) = a, b
+    dead, width = len(left) * len(right), len(right)
+    nodes, number = [0], {0: 0, dead: dead}
+    table: list[list[int]] = []
+    for node in nodes:  # grows
+        if len(nodes) > MAX_NODES:
+            raise TooLargeError(f"more than {len(nodes):,} nodes")
+        i, j = left[node // width], right[node % width]
+        row = np.where((i < len(left)) & (j < width), i * width + j, dead).tolist()
+        for to in row:
+            if to not in number:
+                number[to] = len(nodes)
+                nodes.append(to)
+        table.append(row)
+    number[dead] = len(nodes)
+    step = np.vectorize(number.__getitem__, otypes=[np.int64])(np.array(table).reshape(len(nodes), -1))
+    pairs = np.array(nodes)
+    return step, left_ends[pairs // width] & right_ends[pairs % width]
 
 
 def _minimal(
@@ -160,77 +220,5 @@ def _minimal(
     return number[np.array(block)[table[members]]], np.append(accepts, False)[members]
 
 
-def _token_step(
-    pattern: str, table: NDArray[np.int64], texts: dict[int, str], size: int
-) -> tuple[NDArray[np.int64], Tensor]:
-    """(step [S, C], token_class [size]). texts: token id -> its characters, written as their kinds.
-
-    The action of a text maps each node to the node after the text. Tokens whose texts have the same action share a
-    class.
-    """
-    nodes = len(table)
-    moves = np.vstack([table, np.full((1, table.shape[1]), nodes)]).T
-    nowhere = np.full(nodes + 1, nodes)
-    actions = [nowhere, np.arange(nodes + 1)]  # to the dead end; the action of the empty text (identity)
-    number = {action.tobytes(): i for i, action in enumerate(actions)}
-    after: dict[tuple[int, str], int] = {}
-    acts: dict[str, int] = {}
-
-    def moved(action: int, kind: str) -> int:
-        """The action of a text with one more character."""
-        if (action, kind) not in after:
-            leads = moves[ord(kind)][actions[action]]
-            after[action, kind] = number.setdefault(leads.tobytes(), len(actions))
-            if after[action, kind] == len(actions):
-                actions.append(leads)
-            if len(actions) * nodes > MAX_CELLS:
-                size = f"{nodes:,} nodes and more than {len(actions) - 1:,} kinds of tokens"
-                raise SupportError(_too_large(pattern, size))
-        return after[action, kind]
-
-    for text in set(texts.values()):
-        acts[text] = 1
-        for kind in text:
-            acts[text] = moved(acts[text], kind)
-            if acts[text] == 0:
-                break
-    token_class = torch.zeros(size, dtype=torch.long)
-    if texts:
-        token_class[list(texts)] = torch.tensor([acts[text] for text in texts.values()])
-    used, token_class = token_class.unique(return_inverse=True)
-    return np.stack([actions[i][:-1] for i in used.tolist()], 1), token_class
-
-
-def _reached(step: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The nodes that can be reached from the first node, including itself."""
-    seen = np.zeros(len(step) + 1, dtype=bool)
-    new = np.array([0])
-    while len(new):
-        seen[new] = True
-        after = np.unique(step[new])
-        new = after[~seen[after] & (after < len(step))]
-    return np.flatnonzero(seen)
-
-
-def _too_large(pattern: str, size: str) -> str:
-    return (
-        f"pattern {pattern!r} needs {size}, which is too much; use smaller counts (after .* each count doubles the "
-        "nodes, nested counts multiply), * and + where max_tokens bounds the length anyway, fewer allowed_tokens, or "
-        "put constraint.matches(pattern) into the target"
-    )
-
-
-def _texts(lm: Codec, allowed: Tensor) -> dict[int, str]:
-    """The text of each allowed token. Raises SupportError if the texts of tokens do not join to the text of a
-    completion."""
-    texts = {token: lm.decode([token]) for token in allowed.nonzero().squeeze(1).tolist()}
-    texts = {token: x for token, x in texts.items() if x and BROKEN not in x}
-    # Test each token beside other tokens, and each ASCII character after each other: "clean-up" writes " ." as ".".
-    first, last = ({x[i]: token for token, x in texts.items() if x[i].isascii()} for i in (0, -1))
-    beside = [*texts, *reversed(texts), *(z for pair in product(last.values(), first.values()) for z in pair)]
-    if lm.decode(beside) != "".join(texts[token] for token in beside):
-        raise SupportError(
-            f"{lm.name}: in its tokenizer the text of a token depends on the tokens beside it, so a pattern cannot be "
-            "read token by token; put constraint.matches(pattern) into the target"
-        )
-    return texts
+def _shown(patterns: Sequence[str]) -> str:
+    return " and ".join(map(repr, patterns))

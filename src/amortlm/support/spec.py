@@ -38,7 +38,8 @@ class Support:
     max_statements   no separator after this many statements (default: as many as fit). Set it equal to min_statements
                      for latents in sequence, "{z1}{z2}" in a target
     pattern          a regular expression that the whole text matches, without its outer white space (as for
-                     `constraint.matches`). Binding raises SupportError if it is not regular or too large
+                     `constraint.matches`), or several that it all matches. Binding raises SupportError if they are not
+                     regular or too large
 
     Stop tokens are never written inside a completion. Special tokens are written only if allowed_tokens names them;
     then they appear in the text that constraints and verifiers read. The separator is always allowed, and counts as a
@@ -57,7 +58,13 @@ class Support:
     separator: str | int | None = None
     min_statements: int = 1
     max_statements: int | None = None
-    pattern: str | None = None
+    pattern: str | Sequence[str] | None = None
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The regular expressions that a completion matches, all of them."""
+        given = () if self.pattern is None else self.pattern
+        return (given,) if isinstance(given, str) else tuple(given)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -111,8 +118,11 @@ class Support:
                 kind = "a token, as text or id" if name in ("stop", "separator") else "a list of tokens"
                 quotes = "; in YAML, write words such as no in quotes" if isinstance(value, bool) else ""
                 raise SupportError(f"{name} must be {kind}, got {value!r}{quotes}")
-        if self.pattern is not None and not isinstance(self.pattern, str):
-            raise SupportError(f"pattern must be text, got {self.pattern!r}")
+        several = isinstance(self.pattern, list | tuple) and self.pattern
+        if self.pattern is not None and not all(isinstance(x, str) for x in (several or [self.pattern])):
+            raise SupportError(
+                f"pattern must be text, or a list of texts that all match, got {self.pattern!r}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form. Raises ConfigError for a tool that cannot be saved by name."""
@@ -159,9 +169,9 @@ class Support:
         if lists is not None:
             automaton = lists.automaton(allowed, self.min_tokens, self.max_tokens)
         elif self.pattern is not None:
-            automaton = pattern_automaton(self.pattern, lm, allowed, self.min_tokens, self.max_tokens)
+            automaton = pattern_automaton(self.patterns, lm, allowed, self.min_tokens, self.max_tokens)
         return SupportLaw(
-            stop_ids, self.min_tokens, self.max_tokens, allowed, tool, lists, self.pattern, automaton
+            stop_ids, self.min_tokens, self.max_tokens, allowed, tool, lists, self.patterns, automaton
         )
 
     def _lists(self, lm: Codec, stop_ids: Sequence[int]) -> Lists:

@@ -11,6 +11,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from amortlm.errors import ConfigError, RewardError
+from amortlm.support.spec import Support
 from amortlm.targets.base import Scoring, Target
 from amortlm.targets.functions import (
     Function,
@@ -101,6 +103,12 @@ class Constraint(_TextTerm):
     def settings(self) -> tuple[str, Any]:
         """(name, arguments) of the term in a spec."""
 
+    def narrowed(self, support: Support, allowed: Sequence[int]) -> Support | None:
+        """The support without what the constraint rejects; None if a support cannot state that.
+
+        allowed: the ids of the tokens that the support allows."""
+        return None
+
     def score_batch(self, scoring: Scoring) -> Tensor:
         ok = self.holds(scoring)
         fail = -math.inf if self.penalty is None else -self.penalty
@@ -142,6 +150,12 @@ class Contains(_TextConstraint):
     def accepts(self, text: str, row: Row) -> bool:
         return all(p.search(text) for p in self._patterns)
 
+    def narrowed(self, support: Support, allowed: Sequence[int]) -> Support | None:
+        if any(word != word.strip() for word in self.words):
+            return None  # a pattern does not see the white space around a text
+        words = [rf"(?s:.*\W)?(?i:{re.escape(word)})(?s:\W.*)?" for word in self.words]
+        return _with_patterns(support, words)
+
     def settings(self) -> tuple[str, Any]:
         return "contains", self.words
 
@@ -179,8 +193,17 @@ class Matches(_TextConstraint):
                 "alternatives that begin alike; or use Support(pattern=...), which does not backtrack"
             ) from None
 
+    def narrowed(self, support: Support, allowed: Sequence[int]) -> Support | None:
+        return None if self._positions is None else _with_patterns(support, [self.pattern])
+
     def settings(self) -> tuple[str, Any]:
         return "matches", self.pattern
+
+
+def _with_patterns(support: Support, patterns: Sequence[str]) -> Support | None:
+    if support.separator is not None:
+        return None  # the automaton is that of a list
+    return replace(support, pattern=tuple(dict.fromkeys((*support.patterns, *patterns))))
 
 
 class Predicate(_TextConstraint):
@@ -239,6 +262,12 @@ class AllowedTokens(Constraint):
         bad = ~torch.isin(tokens, torch.tensor(ids, device=tokens.device))
         return torch.nn.functional.pad(bad.cumsum(1), (1, 0)) == 0
 
+    def narrowed(self, support: Support, allowed: Sequence[int]) -> Support | None:
+        if support.separator is not None:
+            return None  # the separator is always allowed
+        ids = {self.bound_lm.token_id(t) for t in self.tokens}
+        return replace(support, allowed_tokens=tuple(t for t in allowed if t in ids))
+
     def settings(self) -> tuple[str, Any]:
         return "allowed_tokens", self.tokens
 
@@ -278,6 +307,10 @@ class Length(Constraint):
         states = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
         ok = states >= self.minimum
         return ok if self.maximum is None else ok & (states <= self.maximum)
+
+    def narrowed(self, support: Support, allowed: Sequence[int]) -> Support | None:
+        high = support.max_tokens if self.maximum is None else min(support.max_tokens, self.maximum)
+        return replace(support, min_tokens=max(support.min_tokens, self.minimum), max_tokens=high)
 
     def settings(self) -> tuple[str, Any]:
         return "length", {"minimum": self.minimum, "maximum": self.maximum}

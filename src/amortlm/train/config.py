@@ -144,6 +144,13 @@ class GFNConfig(TrainingArguments):
             "in 750 steps; infilling 1.1 to 0.85 in 100. Default: 1, since the target has its own temperature."
         },
     )
+    narrow_support: bool = field(
+        default=True,
+        metadata={
+            "help": "Take hard constraints (contains, matches, allowed_tokens, length) into the support, where it can "
+            "state them: the posterior is the same, and every completion satisfies them. Paper: not used."
+        },
+    )
     hard_penalty: float = field(
         default=15.0,
         metadata={"help": "Cost of violating a hard constraint in training, in nats. Paper: not used."},

@@ -29,6 +29,7 @@ from amortlm.posterior import Posterior
 from amortlm.rollout import HTTPSampler
 from amortlm.support.spec import Support
 from amortlm.targets.base import Softened, Target
+from amortlm.targets.narrow import narrow
 from amortlm.text.template import Messages
 from amortlm.train import run, sharding, trackers
 from amortlm.train.callbacks import DiagnoseCallback, StopWhenRight, TrainingProgress
@@ -95,18 +96,18 @@ class GFNTrainer(ResumableTrainer):
         _check_kinds(lm, target, support, args)
         _check_arguments(args, kwargs, eval_dataset)
         self.target = target.bind(lm)
+        support, narrowed = narrow(support, self.target, lm) if args.narrow_support else (support, [])
         set_seed(args.seed)
         self.lm, self.policy = lm, Policy(lm, prompt, support, adapter)
         rows = self._checked_rows(train_dataset, "train_dataset")
         held_out = None if eval_dataset is None else self._checked_rows(eval_dataset, "eval_dataset")
-        args, self.chosen = settled(args, len(rows), self.target)
+        args, chosen = settled(args, len(rows), self.target)
+        self.chosen = [*narrowed, *chosen]
         for sentence in self.chosen:
             logger.info("chosen: %s", sentence)
         self.objective = objectives.parse(args.objective)
         _check_objective(self.objective, self.target)
-        if isinstance(adapter, str | Path) and adapter != FULL:
-            trained = [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
-            self.first_weights = run.name_of(trained)
+        self._note_first_weights(adapter)
         self._begin_processes(args)
         self._make_parts(
             args, rows, Softened(self.target, lm.log_prob("{z}", given=prompt), args.hard_penalty)
@@ -126,6 +127,11 @@ class GFNTrainer(ResumableTrainer):
         if gold is not None:
             self.add_gold(rows, gold)
         self.gold = gold
+
+    def _note_first_weights(self, adapter: LoraConfig | int | str | Path | None) -> None:
+        if isinstance(adapter, str | Path) and adapter != FULL:
+            trained = [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
+            self.first_weights = run.name_of(trained)
 
     def _begin_processes(self, args: GFNConfig) -> None:
         self.processes = Processes(args)
