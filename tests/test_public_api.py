@@ -24,7 +24,7 @@ SETTINGS = """
 behaviour buffer_prioritized buffer_size corrected_method corrected_particles diagnose_steps epsilon hard_penalty
 max_staleness narrow_support num_samples objective reward_temperature rollout stop_at_gap temperature_range
 """
-CONSTRAINTS = ("allowed_tokens", "canonical", "contains", "length", "matches", "predicate")
+CONSTRAINTS = ("allowed_tokens", "canonical", "contains", "json_schema", "length", "matches", "predicate")
 
 
 def own_settings() -> list[str]:

@@ -84,7 +84,17 @@ def test_a_target_survives_yaml(one_lm: LanguageModel, kind: str) -> None:
 
 def test_every_kind_of_term_is_covered(one_lm: LanguageModel) -> None:
     written = {name for make in KINDS.values() for term in make(one_lm).to_spec() for name in term}
-    assert set(_builders(one_lm)) == written - {"weight", "penalty"}
+    assert set(_builders(one_lm)) == (written - {"weight", "penalty"}) | {
+        "json_schema"
+    }  # written as `matches`
+
+
+def test_a_json_schema_is_its_expression(one_lm: LanguageModel) -> None:
+    schema = {"type": "array", "items": {"type": "integer"}, "maxItems": 2}
+    found = target_from_spec([{"json_schema": schema}], one_lm, HERE)
+    assert found.to_spec() == (1.0 * constraint.json_schema(schema)).to_spec()
+    with pytest.raises(ConfigError, match="target term 'json_schema'"):
+        target_from_spec([{"json_schema": "integer"}], one_lm, HERE)
 
 
 def scored(lm: LanguageModel, text: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ import copy
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from amortlm.targets.functions import (
     require_reference,
     takes_row,
 )
+from amortlm.text.json_schema import json_pattern
 from amortlm.text.positions import Positions
 from amortlm.text.regular import check_pattern
 from amortlm.types import Rollouts, Row
@@ -404,6 +405,15 @@ def contains(*words: str, penalty: float | None = None) -> Contains:
 def allowed_tokens(*tokens: str | int, penalty: float | None = None) -> AllowedTokens:
     """Only these tokens occur. `Support(allowed_tokens=...)` is better if possible: then q never writes others."""
     return AllowedTokens(tokens, penalty)
+
+
+def json_schema(schema: Mapping[str, Any], penalty: float | None = None) -> Matches:
+    """The text is JSON that is valid under a schema, in one way of writing it (`text.json_schema.json_pattern`).
+
+    It is saved as its regular expression. Raises ConfigError for a schema that is not translated, MissingExtraError
+    without the extra `[schema]`.
+    """
+    return Matches(json_pattern(schema), penalty)
 
 
 matches, canonical, length, predicate, verifier = Matches, Canonical, Length, Predicate, Verifier

@@ -5,6 +5,7 @@
 - contains: [dog, park]
   penalty: 10
 - matches: "[A-Z].*"
+- json_schema: {type: object, properties: ...}  # saved as `matches`
 - length: {minimum: 3, maximum: 12}
 - allowed_tokens: [" a", " b"]
 - canonical: true
@@ -37,6 +38,7 @@ ARGUMENTS: dict[str, Any] = {
     "log_prob": {"of": str, "given": str | list[dict[str, Any]]},
     "contains": str | list[str],
     "matches": str,
+    "json_schema": dict[str, Any],
     "allowed_tokens": str | int | list[str | int],
     "canonical": bool,
     "length": {"minimum": int, "maximum": int | None},
@@ -51,6 +53,7 @@ def _builders(lm: CausalLM, trust: Trust = NOBODY) -> dict[str, Callable[[Any, d
         "log_prob": lambda a, k: LogProb(lm, **a, **k),
         "contains": lambda a, k: c.Contains(_listed(a), **k),
         "matches": lambda a, k: c.Matches(a, **k),
+        "json_schema": lambda a, k: c.json_schema(a, **k),
         "allowed_tokens": lambda a, k: c.AllowedTokens(_listed(a), **k),
         "canonical": lambda a, k: _canonical(a, **k),
         "length": lambda a, k: c.Length(**a, **k),
