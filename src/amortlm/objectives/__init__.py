@@ -2,8 +2,8 @@
 
     log_w[b, t] = log R(z_1:t) - sum_{k<=t} log q(z_k | z_<k) - log q(stop | z_1:t)
 
-At q = R / Z every entry is log Z, so every objective and its gradient are zero (the gradients of forward_kl and alpha
-on draws of the posterior: zero on average). Each takes log_w [B, T+1] and stop_mask [B, T+1] (entries outside are
+At q = R / Z every entry is log Z, so every objective and its gradient are zero (the gradient of forward_kl on draws
+of the posterior: zero on average). Each takes log_w [B, T+1] and stop_mask [B, T+1] (entries outside are
 ignored) and returns (loss, metrics): a scalar and a dict of floats. Losses are means over trajectories or groups, so a
 batch split evenly over processes has the gradient of the whole. An objective never sees a model, a tokenizer or a task.
 

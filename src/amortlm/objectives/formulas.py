@@ -152,45 +152,45 @@ def forward_kl(log_w: Tensor, stop_mask: Tensor, group: Tensor, drawn_from_p: Te
     posterior (`train.source`); each of these samples has weight 1/K, and the value 0.
     Raises DataError for a prompt with a single sample.
     """
-    return _weighted(log_w, stop_mask, group, 1.0, drawn_from_p, "forward_kl")
+    final = final_log_w(log_w, stop_mask)
+    size = _at_least_two(group, "forward_kl")
+    pull = _excess(final.detach(), group)
+    if drawn_from_p is not None:
+        pull = torch.where(drawn_from_p[group], 1.0, pull)
+    return _pulled(final, pull, group, size)
 
 
-def alpha_divergence(
-    log_w: Tensor, stop_mask: Tensor, group: Tensor, alpha: float, drawn_from_p: Tensor | None = None
-) -> Loss:
+def alpha_divergence(log_w: Tensor, stop_mask: Tensor, group: Tensor, alpha: float) -> Loss:
     """The alpha-divergence of p and q by self-normalised importance weights, alpha > 0 (f-DPG, Go et al. 2023;
     Kruszewski et al. 2025, who count alpha from the other end):
 
         sum_k (w_k - 1/K) log_w[tau_k] / alpha,   w = softmax of alpha * the group's log_w[tau] (no gradient)
 
     With D = (1 - sum_z p^alpha q^(1-alpha)) / (alpha (1 - alpha)), grad D = -E_q[(p / q)^alpha grad log q] / alpha.
-    Self-normalising divides this by E_q[(p / q)^alpha] and removes Z: the result is the gradient of the Renyi
-    divergence, which has the same optimum, and of maximum likelihood on the path p_alpha ~ q^(1-alpha) p^alpha from q
-    to p. alpha = 1 is `forward_kl`, alpha = 2 the logarithm of the mean squared weight, on which the ESS depends. As
-    alpha goes to 0 the gradient becomes that of KL(q || p), which is `vargrad` on samples of q, up to a factor.
-    The value estimates (KL(p_alpha || q) + KL(q || p_alpha)) / alpha^2. For Z, the term 1/K and small K: `forward_kl`.
+    Self-normalising divides this by E_q[(p / q)^alpha] and removes Z. For samples of q the gradient is then that of the
+    Renyi divergence over alpha, which has the same optimum. alpha = 1 is `forward_kl`; alpha = 2 lowers the logarithm
+    of the mean squared weight, on which the ESS depends; as alpha goes to 0 the gradient becomes that of KL(q || p),
+    which is `vargrad`'s up to a factor. The value estimates (KL(p_a || q) + KL(q || p_a)) / alpha^2, where
+    p_a ~ q^(1-alpha) p^alpha lies between q and p.
 
-    drawn_from_p [G] bool: prompts whose samples are draws of the posterior. As E_q[w^alpha g] = Z E_p[w^(alpha-1) g],
-    w is then the softmax of (alpha - 1) log_w, without the term 1/K: zero at the optimum only on average.
+    For samples of another distribution the gradient is that of no divergence, but the optimum of an unrestricted q is
+    the same: in each group the sample with the highest R / q is pulled up and the one with the lowest down, unless all
+    are equal, and the pulls sum to zero.
     Raises DataError for a prompt with a single sample.
     """
-    return _weighted(log_w, stop_mask, group, alpha, drawn_from_p, "alpha")
-
-
-def _weighted(
-    log_w: Tensor, stop_mask: Tensor, group: Tensor, alpha: float, drawn_from_p: Tensor | None, name: str
-) -> Loss:
     final = final_log_w(log_w, stop_mask)
-    size = _at_least_two(group, name)
-    known = final.detach()
-    from_q = torch.ones_like(known)
-    if drawn_from_p is not None:
-        from_q = (~drawn_from_p[group]).to(known)
-    power = (alpha - 1 + from_q) * known
-    share = (power - group_log_mean_exp(power, group)[group]).exp()  # K w_k
-    # Over samples of q, share - 1 sums to 0. For draws of p, centring removes log Z from the value.
-    centred = final - _group_mean(known, group)[group]
-    pull = (share - from_q) / alpha
+    size = _at_least_two(group, "alpha")
+    return _pulled(final, _excess(alpha * final.detach(), group) / alpha, group, size)
+
+
+def _excess(values: Tensor, group: Tensor) -> Tensor:
+    """[B] K w_k - 1 for the self-normalised weights w of exp(values) in each group of K; they sum to 0 in a group."""
+    return (values - group_log_mean_exp(values, group)[group]).exp() - 1
+
+
+def _pulled(final: Tensor, pull: Tensor, group: Tensor, size: Tensor) -> Loss:
+    """Mean over prompts of the mean of pull * log_w. Centring removes log Z from the value if pulls do not sum to 0."""
+    centred = final - _group_mean(final.detach(), group)[group]
     return (pull / size[group] * centred).sum() / (size > 0).sum(), {}
 
 

@@ -215,17 +215,13 @@ class VarGrad(_OfGroup):
         return vargrad(inputs.log_w, inputs.stop_mask, inputs.group, self.huber)
 
 
-class _Weighted(_OfGroup):
-    """An objective with importance weights R / q, which are right only for samples of q."""
-
-    biased_by = ("tempered", "replay", "prior", "epsilon", "max_staleness")
-    posterior_only = True
-
-
 @register
 @dataclass(frozen=True)
-class ForwardKL(_Weighted):
+class ForwardKL(_OfGroup):
     name = "forward_kl"
+    # The weights R / q are right only for samples of q.
+    biased_by = ("tempered", "replay", "prior", "epsilon", "max_staleness")
+    posterior_only = True
 
     def loss(self, inputs: LossInputs) -> Loss:
         return forward_kl(inputs.log_w, inputs.stop_mask, inputs.group, inputs.from_posterior)
@@ -233,8 +229,9 @@ class ForwardKL(_Weighted):
 
 @register
 @dataclass(frozen=True)
-class Alpha(_Weighted):
-    """The alpha-divergence (`alpha_divergence`). alpha: 1 is forward_kl; near 0, reverse KL (vargrad)."""
+class Alpha(_OfGroup):
+    """The alpha-divergence (`alpha_divergence`). alpha: 1 is forward_kl on samples of any behaviour; near 0, reverse KL
+    (vargrad)."""
 
     name = "alpha"
     alpha: float = 0.5
@@ -246,6 +243,4 @@ class Alpha(_Weighted):
             )
 
     def loss(self, inputs: LossInputs) -> Loss:
-        return alpha_divergence(
-            inputs.log_w, inputs.stop_mask, inputs.group, self.alpha, inputs.from_posterior
-        )
+        return alpha_divergence(inputs.log_w, inputs.stop_mask, inputs.group, self.alpha)
