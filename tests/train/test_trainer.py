@@ -37,7 +37,10 @@ LONG = [pytest.mark.slow, pytest.mark.long]
         {"objective": {"tb": {"log_z": "learned", "log_z_learning_rate": 0.5}}},
         pytest.param({"objective": "tb"}, marks=LONG),
         pytest.param({"objective": "prefix_tb"}, marks=pytest.mark.slow),
-        pytest.param({"objective": {"prefix_tb": {"log_z": "learned", "states": 2}}}, marks=LONG),
+        pytest.param(
+            {"objective": {"prefix_tb": {"log_z": "learned", "log_z_learning_rate": 0.5, "states": 2}}},
+            marks=LONG,
+        ),
         {"objective": "vargrad"},
         pytest.param({"objective": {"vargrad": {"huber": 2.0}}}, marks=pytest.mark.slow),
         pytest.param({"objective": "alpha"}, marks=pytest.mark.slow),
