@@ -152,12 +152,15 @@ SETTINGS: Settings = {
     "gflownet": {"learning_rate": 1e-3},
     "subtb": {},
     "db": {},
+    "prefix_tb": {},
     "vargrad": {},
+    "huber": {"objective": {"vargrad": {"huber": 3.0}}},
+    "alpha": {},
     # An estimate of log Z from replayed or tempered samples is biased.
     "tb": {"objective": {"tb": {"log_z": "learned"}}},
     "forward_kl": {"behaviour": {"policy": 1.0}},  # its weights are right for draws of q alone
 }
-OBJECTIVES = ("subtb", "db", "tb", "vargrad", "forward_kl")
+OBJECTIVES = ("subtb", "db", "tb", "prefix_tb", "vargrad", "huber", "alpha", "forward_kl")
 QUIET = {"save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "diagnose_steps": 0}
 
 
@@ -248,8 +251,15 @@ TRAINED: dict[str, tuple[Train, tuple[str, ...]]] = {  # with what corrects them
     "sft": (sft, ("sir",)),
     **{name: (partial(reinforced, method=name), ("sir",)) for name in ("ppo", "grpo")},
     "forward-kl": (partial(gflownet, objective="forward_kl"), ("sir",)),
-    **{f"gflownet-{name}": (partial(gflownet, objective=name), ("sir",)) for name in ("subtb", "db", "tb")},
+    **{
+        f"gflownet-{name}": (partial(gflownet, objective=name), ("sir",))
+        for name in ("subtb", "db", "tb", "prefix_tb", "huber", "alpha")
+    },
     MAIN: (partial(gflownet, objective="vargrad"), ("sir", "smc", "mh")),
 }
 METHODS = [*UNTRAINED, *TRAINED]
-EVERY_PREFIX = ("gflownet-subtb", "gflownet-db")  # cannot train on a target that judges finished text only
+EVERY_PREFIX = (
+    "gflownet-subtb",
+    "gflownet-db",
+    "gflownet-prefix_tb",
+)  # cannot train on a target that judges finished text only

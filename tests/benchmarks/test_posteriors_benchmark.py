@@ -201,6 +201,7 @@ def test_the_benchmark_runs_and_reports(lm, tmp_path, monkeypatch):
         "ppo",
         "forward-kl",
         "gflownet-subtb",
+        "gflownet-huber",
         methods.MAIN,
     ]
     argv = ["--set", "updates=2", "--set", "samples=8", "--output", str(tmp_path), "--seeds", "1"]

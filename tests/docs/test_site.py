@@ -216,9 +216,11 @@ def test_the_reference_shows_docstrings_and_settings(site: Path) -> None:
     text = (site / "docs" / "reference.html").read_text(encoding="utf-8")
     assert 'id="amortlm.Posterior.sample"' in text
     assert "Share of uniformly random tokens" in text  # the help of GFNConfig.epsilon
-    assert (
-        "One of subtb, db, tb, vargrad, forward_kl" in text
-    )  # of GFNConfig.objective, whose help is computed
+    assert f"One of {', '.join(amortlm.objectives.OBJECTIVES)}" in text, (
+        "the help of GFNConfig.objective is computed"
+    )
+    assert all(f'id="amortlm.objectives.formulas.{name}"' in text for name in ("subtb", "alpha_divergence"))
+    assert 'id="amortlm.objectives.records.Objective"' in text
     assert "metadata" not in text, "a setting shows its default, not the code that declares it"
     assert 'id="amortlm.GFNTrainer.train"' in text
     assert ":::" not in text

@@ -80,11 +80,13 @@ def total_variation(trainer: GFNTrainer, truth: exact.ExactPosterior) -> float:
     [
         ("infilling", "subtb"),
         ("tempered", "vargrad"),
+        ("tempered", "alpha"),
         *(
             pytest.param(name, objective, marks=LONG)
             for name, objective in (
                 ("infilling", "vargrad"),
                 ("tempered", "subtb"),
+                ("tempered", "prefix_tb"),
                 *itertools.product(("contrastive", "constrained"), ("subtb", "vargrad")),
             )
         ),

@@ -27,7 +27,10 @@ def lines(name: str, thing: Any) -> Iterator[str]:
     if isinstance(thing, ModuleType):
         yield f"module {name}"
         for member, value in vars(thing).items():
-            if not member.startswith("_") and getattr(value, "__module__", None) == thing.__name__:
+            home = getattr(value, "__module__", None) or ""
+            if not member.startswith("_") and (
+                home == thing.__name__ or home.startswith(f"{thing.__name__}.")
+            ):
                 yield from lines(f"{name}.{member}", value)
     elif isinstance(thing, type):
         yield from _class(name, thing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from amortlm.errors import DataError, RewardError
 from amortlm.objectives import (
+    alpha_divergence,
     db,
     final_log_w,
     forward_kl,
     group_log_mean_exp,
     log_weights,
+    prefix_tb,
     subsample_states,
     subtb,
     tb,
@@ -100,22 +103,41 @@ def slow_tb(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor, log_z: Tensor | 
     return sum((w - log_z[g]) ** 2 for g, w in zip(GROUP.tolist(), final, strict=True)) / B
 
 
-def slow_vargrad(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor) -> Tensor:
-    """The unbiased variance as half the mean squared difference of pairs."""
+def slow_prefix_tb(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor, log_z: Tensor | None = None) -> Tensor:
+    """From the root to each stopping state; log Z unknown: the mean of what stands in its place."""
+    reached = [
+        [r[b, n] - sum(pf[b, k] for k in range(n)) - pterm[b, n] for n in stopping(mask[b])] for b in range(B)
+    ]
+    means = [sum(w.item() for w in states) / len(states) for states in reached]
+    total = torch.zeros((), dtype=pf.dtype)
+    for states, g in zip(reached, GROUP.tolist(), strict=True):
+        mine = [mean for mean, h in zip(means, GROUP.tolist(), strict=True) if h == g]
+        root = sum(mine) / len(mine) if log_z is None else log_z[g]
+        total = total + sum((w - root) ** 2 for w in states) / len(states)
+    return total / B
+
+
+def slow_vargrad(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor, huber: float | None = None) -> Tensor:
+    """Pairwise balance without Z: half the mean squared difference of pairs, or their mean Huber loss."""
     final, losses = slow_final(r, pf, pterm, mask), []
     for g in range(3):
         mine = [w for w, h in zip(final, GROUP.tolist(), strict=True) if h == g]
-        pairs = [(a, b) for a in range(len(mine)) for b in range(a)]
-        losses.append(sum((mine[a] - mine[b]) ** 2 for a, b in pairs) / (2 * len(pairs)))
+        apart = [mine[a] - mine[b] for a in range(len(mine)) for b in range(a)]
+        each = [
+            d**2 / 2 if huber is None or abs(d.item()) <= huber else huber * (d.abs() - huber / 2)
+            for d in apart
+        ]
+        losses.append(sum(each) / len(apart))
     return sum(losses) / 3
 
 
-def slow_forward_kl(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor) -> Tensor:
+def slow_alpha(r: Tensor, pf: Tensor, pterm: Tensor, mask: Tensor, alpha: float) -> Tensor:
     final, losses = slow_final(r, pf, pterm, mask), []
     for g in range(3):
         mine = [w for w, h in zip(final, GROUP.tolist(), strict=True) if h == g]
-        total = sum(math.exp(w.item()) for w in mine)
-        losses.append(sum((math.exp(w.item()) / total - 1 / len(mine)) * w for w in mine))
+        total = sum(math.exp(alpha * w.item()) for w in mine)
+        weights = [math.exp(alpha * w.item()) / total - 1 / len(mine) for w in mine]
+        losses.append(sum(a * w for a, w in zip(weights, mine, strict=True)) / alpha)
     return sum(losses) / 3
 
 
@@ -128,8 +150,16 @@ OBJECTIVES: dict[str, tuple[Fast, Callable[..., Tensor]]] = {
     "db": (lambda w, m: db(w, m), slow_db),
     "tb learned": (lambda w, m: tb(w, m, GROUP, LOG_Z), lambda *a: slow_tb(*a, log_z=LOG_Z)),
     "tb estimated": (lambda w, m: tb(w, m, GROUP), slow_tb),
+    "prefix_tb learned": (
+        lambda w, m: prefix_tb(w, m, GROUP, LOG_Z),
+        lambda *a: slow_prefix_tb(*a, log_z=LOG_Z),
+    ),
+    "prefix_tb estimated": (lambda w, m: prefix_tb(w, m, GROUP), slow_prefix_tb),
     "vargrad": (lambda w, m: vargrad(w, m, GROUP), slow_vargrad),
-    "forward_kl": (lambda w, m: forward_kl(w, m, GROUP), slow_forward_kl),
+    "vargrad huber": (lambda w, m: vargrad(w, m, GROUP, 1.0), lambda *a: slow_vargrad(*a, huber=1.0)),
+    "forward_kl": (lambda w, m: forward_kl(w, m, GROUP), lambda *a: slow_alpha(*a, alpha=1.0)),
+    "alpha 0.3": (lambda w, m: alpha_divergence(w, m, GROUP, 0.3), lambda *a: slow_alpha(*a, alpha=0.3)),
+    "alpha 2": (lambda w, m: alpha_divergence(w, m, GROUP, 2.0), lambda *a: slow_alpha(*a, alpha=2.0)),
 }
 
 
@@ -203,7 +233,9 @@ def test_a_split_batch_has_the_gradient_of_the_whole() -> None:
     log_w = log_weights(log_reward, PolicyLogProbs(log_pf, log_pterm), mask)
     groups = torch.arange(4).repeat_interleave(2)
     by_group = lambda w, m: forward_kl(w, m, groups[: len(w)])  # noqa: E731
-    for objective in (subtb, db, by_group):
+    pairs = lambda w, m: vargrad(w, m, groups[: len(w)], 1.0)  # noqa: E731
+    prefixes = lambda w, m: prefix_tb(w, m, groups[: len(w)])  # noqa: E731
+    for objective in (subtb, db, by_group, pairs, prefixes):
         whole = torch.autograd.grad(objective(log_w, mask)[0], log_pf, retain_graph=True)[0]
         halves = (objective(log_w[:4], mask[:4])[0] + objective(log_w[4:], mask[4:])[0]) / 2
         torch.testing.assert_close(torch.autograd.grad(halves, log_pf, retain_graph=True)[0], whole)
@@ -233,7 +265,7 @@ def test_tb_reports_log_z_and_learns_it() -> None:
     assert gradient.tolist() == pytest.approx(slow)
 
 
-@pytest.mark.parametrize("objective", [vargrad, forward_kl])
+@pytest.mark.parametrize("objective", [vargrad, forward_kl, partial(alpha_divergence, alpha=0.5)])
 def test_group_objectives_need_two_samples(objective: Callable[..., Any]) -> None:
     log_w, mask = torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool)
     with pytest.raises(DataError, match=r"num_samples must be at least 2"):
@@ -277,6 +309,61 @@ def test_forward_kl_on_draws_of_p_is_maximum_likelihood() -> None:
     # The control: weighted again, as if they came from q, they are not.
     twice, _ = forward_kl(log_w[:, None], one_state, group)
     assert not torch.allclose(torch.autograd.grad(twice, logits)[0], expected, atol=0.05)
+
+
+def renyi_gradient(logits: Tensor, p: Tensor, alpha: float) -> Tensor:
+    """The gradient in the logits of q of log(sum p^alpha q^(1-alpha)) / (alpha - 1), by autograd."""
+    log_q = logits.log_softmax(0)
+    divergence = (alpha * p.log() + (1 - alpha) * log_q).logsumexp(0) / (alpha - 1)
+    return torch.autograd.grad(divergence, logits)[0]
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.8, 2.0])
+def test_alpha_has_the_gradient_of_its_divergence(alpha: float) -> None:
+    """Each outcome as often as q has it; the value is that of the docstring."""
+    logits, p, log_w = categorical([0, 0, 1, 2])
+    expected = renyi_gradient(logits, p, alpha) / alpha
+    group, one_state = torch.zeros(4, dtype=torch.long), torch.ones(4, 1, dtype=torch.bool)
+    loss, _ = alpha_divergence(log_w[:, None], one_state, group, alpha)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits, retain_graph=True)[0], expected)
+    log_q = logits.log_softmax(0)
+    between = ((1 - alpha) * log_q + alpha * p.log()).softmax(0)
+    both = ((between - log_q.exp()) * (between.log() - log_q)).sum()  # the two KL together
+    torch.testing.assert_close(loss, both / alpha**2)
+    # The control: another divergence.
+    assert not torch.allclose(renyi_gradient(logits, p, alpha + 1) / alpha, expected, atol=0.02)
+
+
+def test_alpha_leads_from_vargrad_to_forward_kl() -> None:
+    """As alpha goes to 0: the gradient of the variance times (K - 1) / 2K, and with it that of KL(q || p)."""
+
+    def slope(objective: Callable[..., Any], **settings: float) -> Tensor:
+        logits, _, log_w = categorical([0, 0, 1, 2])
+        loss, _ = objective(
+            log_w[:, None], torch.ones(4, 1, dtype=torch.bool), torch.zeros(4, dtype=torch.long), **settings
+        )
+        return torch.autograd.grad(loss, logits)[0]
+
+    torch.testing.assert_close(slope(alpha_divergence, alpha=1e-5), slope(vargrad) * 3 / 8, rtol=1e-3, atol=0)
+    logits, p, _ = categorical([0])
+    log_q = logits.log_softmax(0)
+    kl_qp = (log_q.exp() * (log_q - p.log())).sum()
+    torch.testing.assert_close(slope(vargrad) * 3 / 8, torch.autograd.grad(kl_qp, logits)[0])
+    torch.testing.assert_close(slope(alpha_divergence, alpha=1.0), slope(forward_kl))
+    assert not torch.allclose(slope(alpha_divergence, alpha=0.5), slope(forward_kl), atol=0.005)
+
+
+def test_huber_bounds_the_gradient_of_a_pair_and_changes_nothing_below() -> None:
+    log_w = torch.tensor([[0.0], [0.5], [40.0]], requires_grad=True)
+    one_state, group = torch.ones(3, 1, dtype=torch.bool), torch.zeros(3, dtype=torch.long)
+    plain, clipped = (
+        torch.autograd.grad(vargrad(log_w, one_state, group, huber)[0], log_w)[0] for huber in (None, 2.0)
+    )
+    assert plain.abs().max() > 20
+    assert clipped.squeeze(1).tolist() == pytest.approx([(-0.5 - 2) / 3, (0.5 - 2) / 3, 4 / 3])
+    torch.testing.assert_close(
+        vargrad(log_w, one_state, group, 100.0)[0], vargrad(log_w, one_state, group)[0]
+    )
 
 
 @pytest.mark.parametrize("bad", [-math.inf, math.inf, math.nan])

@@ -9,7 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from amortlm.objectives import db, forward_kl, log_weights, subtb, tb, vargrad, with_root
+from amortlm.objectives import (
+    alpha_divergence,
+    db,
+    forward_kl,
+    log_weights,
+    prefix_tb,
+    subtb,
+    tb,
+    vargrad,
+    with_root,
+)
 from amortlm.types import PolicyLogProbs
 
 TOKENS, DEPTH = 3, 3
@@ -60,7 +70,11 @@ def losses(log_w: Tensor, mask: Tensor, log_z: float) -> dict[str, Tensor]:
         "db": db(log_w, mask)[0],
         "tb": tb(log_w, mask, group, known)[0],
         "tb estimated": tb(log_w, mask, group)[0],
+        "prefix_tb": prefix_tb(log_w, mask, group, known)[0],
+        "prefix_tb estimated": prefix_tb(log_w, mask, group)[0],
         "vargrad": vargrad(log_w, mask, group)[0],
+        "vargrad huber": vargrad(log_w, mask, group, 0.1)[0],
+        "alpha": alpha_divergence(log_w, mask, group, 0.5)[0],
         "forward_kl": forward_kl(log_w, mask, group)[0],
     }
 

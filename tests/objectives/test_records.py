@@ -102,5 +102,5 @@ def test_the_others_are_named_where_text_is_judged_when_finished(
     one_lm: LanguageModel, tmp_path: Path
 ) -> None:
     judge = verifier(lambda texts, rows: [0.0] * len(texts))
-    with pytest.raises(RewardError, match="Use objective='tb' or 'vargrad' or 'forward_kl'"):
+    with pytest.raises(RewardError, match="Use objective='tb' or 'vargrad' or 'forward_kl' or 'alpha'"):
         make_trainer(one_lm, tmp_path, target=judge, rows=ROWS[:1])

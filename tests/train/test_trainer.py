@@ -36,7 +36,14 @@ LONG = [pytest.mark.slow, pytest.mark.long]
         pytest.param({"objective": "db"}, marks=LONG),
         {"objective": {"tb": {"log_z": "learned", "log_z_learning_rate": 0.5}}},
         pytest.param({"objective": "tb"}, marks=LONG),
+        pytest.param({"objective": "prefix_tb"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"objective": {"prefix_tb": {"log_z": "learned", "log_z_learning_rate": 0.5, "states": 2}}},
+            marks=LONG,
+        ),
         {"objective": "vargrad"},
+        pytest.param({"objective": {"vargrad": {"huber": 2.0}}}, marks=pytest.mark.slow),
+        pytest.param({"objective": "alpha"}, marks=pytest.mark.slow),
     ],
     ids=lambda s: "-".join(map(str, s.values())),
 )
@@ -103,7 +110,16 @@ def test_whatever_is_scored_for_training_is_remembered(one_lm: LanguageModel, tm
     assert asked, "the control"
 
 
-@pytest.mark.parametrize("objective", ["subtb", {"tb": {"log_z": "learned"}}], ids=str)
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "subtb",
+        {"tb": {"log_z": "learned"}},
+        pytest.param({"prefix_tb": {"states": 2, "log_z": "learned"}}, marks=pytest.mark.slow),
+        pytest.param({"alpha": {"alpha": 0.3}}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
     one_lm: LanguageModel, tmp_path: Path, objective: Any
 ) -> None:
@@ -222,7 +238,7 @@ def test_hard_constraints_train(one_lm: LanguageModel, tmp_path: Path) -> None:
 def test_every_prefix_objectives_refuse_finished_only_targets(one_lm: LanguageModel, tmp_path: Path) -> None:
     judge = verifier(lambda texts, rows: [0.0] * len(texts))
     target = one_lm.log_prob("{z}", given="{x}") + judge
-    for objective in ("subtb", "db"):
+    for objective in ("subtb", "db", "prefix_tb"):
         with pytest.raises(RewardError, match=r"verifier.*vargrad.*every_prefix=True"):
             make_trainer(one_lm, tmp_path, target=target, objective=objective)
     make_trainer(one_lm, tmp_path, target=target, objective="vargrad").train()
@@ -255,6 +271,13 @@ def test_bad_data(one_lm: LanguageModel, tmp_path: Path) -> None:
         ),
         ({"objective": {"subtb": {"lamda": 1}}}, "objective subtb: unknown key 'lamda'; did you mean 'lam'"),
         ({"objective": {"subtb": {"states": 1}}}, "at least 2"),
+        ({"objective": {"prefix_tb": {"states": 1}}}, "objective prefix_tb: states must be at least 2"),
+        (
+            {"objective": {"vargrad": {"huber": 0}}},
+            "objective vargrad: huber must be a number of nats above 0",
+        ),
+        ({"objective": {"alpha": {"alpha": 0}}}, "its limit at 0 is objective='vargrad'"),
+        ({"objective": "alpha", "num_samples": 1}, "at least 2"),
         ({"objective": {"subtb": {}, "tb": {}}}, "a name, or a name with its settings"),
         ({"objective": 3}, "a name, or a name with its settings"),
         ({"behaviour": {"replay": 1.5}}, "sum to one, and these sum to 1.5"),
