@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from amortlm.policy.policy import Policy
 from amortlm.targets.base import Target
 from amortlm.types import Row, row_key
+from amortlm.weights import log_mean_exp
 
 CHUNK = 32  # rows at a time
 
@@ -32,12 +33,13 @@ class LearnedLogZ:
 
     @torch.no_grad()
     def start(self, target: Target, num_samples: int, temperature: float, seed: object) -> None:
-        """Initialise log Z with the mean log weight of samples: zero can be hundreds of nats off."""
+        """Initialise log Z with its importance estimate from samples: zero can be hundreds of nats off, and the mean of
+        their log weights is lower by KL(q || p)."""
         for start in range(0, len(self.rows), CHUNK):
             rows = self.rows[start : start + CHUNK]
             rollouts, log_probs = self.policy.sample(rows, num_samples, seed=seed)
             log_w = target.score_final(rollouts) / temperature - log_probs.final(rollouts.lengths)
-            self.values[start : start + CHUNK] = log_w.view(len(rows), -1).mean(1)
+            self.values[start : start + CHUNK] = log_mean_exp(log_w.view(len(rows), -1))
 
     def give_to(self, optimizer: torch.optim.Optimizer) -> None:
         """Move log Z to a parameter group of its own in the optimizer, with its own learning rate."""
