@@ -66,8 +66,9 @@ class Server:
 
     def about(self) -> wire.About:
         """Raises RolloutError if it is no server of completions."""
+        answer = self.connection.call("GET", "/info")
         try:
-            return wire.about(self.connection.call("GET", "/info"))
+            return wire.about(answer)
         except ValueError as e:
             raise RolloutError(
                 f"{self.connection.url} does not answer like a server of completions: start one as docs/scale.md says"

@@ -6,7 +6,7 @@ import asyncio
 import json
 import shutil
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from amortlm_vllm.refusals import RefusalError
+from amortlm_vllm.turns import Turns
 
 ADAPTER, MERGED = "adapter", "merged"  # the forms of weights: a server takes one of them
 CONFIG = "adapter_config"  # in the metadata of an adapter's file
@@ -123,41 +124,6 @@ class Merged:
             raise RefusalError(
                 500, "vLLM keeps its cache of prefixes, which is of other weights: start it again"
             )
-
-
-class Turns:
-    """One of several things at a time, for any number of users of it; the next comes when nobody uses it any more."""
-
-    def __init__(self, begin: Callable[[str], Awaitable[None]]):
-        """begin: makes a thing, by its name, the present one."""
-        self._begin, self._now, self._users = begin, "", 0
-        self._waiting: list[str] = []
-        self._changed = asyncio.Condition()
-
-    @asynccontextmanager
-    async def of(self, name: str) -> AsyncIterator[None]:
-        """In the block it is this thing's turn. Raises what `begin` raises."""
-        async with self._changed:
-            self._waiting.append(name)
-            try:
-                await self._changed.wait_for(lambda: name == self._now or self._is_next(name))
-                if name != self._now:
-                    self._now = ""  # should `begin` fail half-way
-                    await self._begin(name)
-                    self._now = name
-                self._users += 1
-            finally:
-                self._waiting.remove(name)
-                self._changed.notify_all()
-        try:
-            yield
-        finally:
-            async with self._changed:
-                self._users -= 1
-                self._changed.notify_all()
-
-    def _is_next(self, name: str) -> bool:
-        return not self._users and self._waiting[0] == name
 
 
 def _metadata(file: Path) -> dict[str, str]:
