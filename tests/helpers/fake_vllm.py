@@ -29,7 +29,7 @@ from transformers import AutoConfig
 from amortlm import LanguageModel, Policy, Support
 from amortlm.engine.adapter import default_lora, holding
 
-PLACES, MAX_RANK = 7, 16
+PLACES, MAX_RANK, BLOCK = 7, 16, 16
 RANK = 4  # of the server in a process of its own
 State = tuple[int, ...]  # number of an adapter (0: none), then the tokens of a text
 MoveDirectionality = Enum("MoveDirectionality", ["UNIDIRECTIONAL", "SWAP"])
@@ -51,6 +51,7 @@ class Engine:
             get_vocab_size=lambda: size,
             hf_text_config=policy.lm.model.config,
         )
+        self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=BLOCK))
         self.adapters: dict[int, dict[str, torch.Tensor]] = {}
         self.used: set[int] = set()
         self.whole = copy.deepcopy(policy.lm.model)  # for merged weights
@@ -274,7 +275,8 @@ def serving(
         patch.setenv(processor.FOLDER, str(folder))
         engine = Engine(policy, **settings)
         about = {"model": "tiny", "dtype": "float32", "vocab_size": policy.lm.vocab_size}
-        about["tied"] = engine.whole.config.tie_word_embeddings
+        about |= {"tied": engine.whole.config.tie_word_embeddings, "block_size": BLOCK}
+        about["max_model_len"] = engine.model_config.max_model_len
         kind = weights.Merged if merged else weights.Adapters
         app = server.create_app(server.Service(engine, folder, kind(engine, folder, keep=2)), about, key)
         with running(app) as port:

@@ -64,6 +64,9 @@ class HTTPSampler:
         self.reproducible = set(dtypes) == {"float32"}
         most = max(TOLERANCE.get(dtype, max(TOLERANCE.values())) for dtype in dtypes)
         self._tolerance = most if tolerance is None else tolerance
+        # What is remembered of adapters is remembered under their names.
+        block = max(about.block if about.form == wire.MERGED else 0 for about in self._about)
+        self._probe = probe(policy, block, min(about.room for about in self._about))
         self._tables: tuple[SupportLaw, wire.Named] | None = None
         self._sent: tuple[Mapping[str, Tensor], list[Future[Draws | None]]] = ({}, [])
         self.load(policy.weights(), 0)
@@ -107,8 +110,7 @@ class HTTPSampler:
             )
         self._packed = self._pack(weights)
         self.version = version
-        asked = probe(self._policy)
-        task = Task(asked, wire.tables(asked.law), self._packed, version)
+        task = Task(self._probe, wire.tables(self._probe.law), self._packed, version)
 
         def deliver(server: Server) -> Draws:
             server.load(task.weights)
@@ -122,7 +124,7 @@ class HTTPSampler:
         self._sent = ({}, [])
         for drawn in [future.result() for future in found]:
             if drawn is not None:
-                check_delivery(self._policy, weights, drawn, self._tolerance)
+                check_delivery(self._policy, weights, self._probe, drawn, self._tolerance)
 
     def _drawing(self, request: Request, support: wire.Named) -> Future[Draws]:
         task = Task(request, support, self._packed, self.version)

@@ -33,13 +33,15 @@ ADAPTER, MERGED = "adapter", "merged"  # forms of weights: LoRA alone, or a whol
 @dataclass(frozen=True)
 class About:
     """What a server says of itself. form: of the weights that it takes; tied: has its model one tensor for embeddings
-    and output head?"""
+    and output head? block: how many tokens its cache of prefixes remembers at once; room: tokens of a text."""
 
     model: str
     dtype: str
     vocab_size: int
     form: str
     tied: bool
+    block: int
+    room: int
 
     @property
     def packing(self) -> tuple[object, ...]:
@@ -104,7 +106,8 @@ def about(data: bytes) -> About:
     try:
         info = json.loads(data)
         own = (str(info["model"]), str(info["dtype"]), int(info["vocab_size"]))
-        found = About(*own, str(info["weights"]), bool(info["tied"]))
+        room = (int(info["block_size"]), int(info["max_model_len"]))
+        found = About(*own, str(info["weights"]), bool(info["tied"]), *room)
     except (KeyError, TypeError) as e:
         raise ValueError(str(e)) from e
     if found.form not in (ADAPTER, MERGED) or not isinstance(getattr(torch, found.dtype, None), torch.dtype):

@@ -155,6 +155,7 @@ def _about(engine: AsyncLLM) -> dict[str, Any]:
         "dtype": str(config.dtype).removeprefix("torch."),
         "vocab_size": config.get_vocab_size(),
         "max_model_len": config.max_model_len,
+        "block_size": engine.vllm_config.cache_config.block_size,
         "tied": bool(getattr(config.hf_text_config, "tie_word_embeddings", False)),
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
     }
