@@ -34,8 +34,8 @@ def probe(policy: Policy, block: int = 0, room: int = 0) -> Request:
 def check_delivery(
     policy: Policy, weights: Mapping[str, Tensor], asked: Request, drawn: Draws, tolerance: float
 ) -> None:
-    """Compare a server's log q of the completions asked for, of `probe`, with that of the policy, and with that of the frozen
-    model.
+    """Compare a server's log q of completions, those that `probe` asked for, with that of the policy, and with that of
+    the frozen model.
 
     tolerance: nats per token, root mean square. Raises RolloutError if the server is further from the policy, or nearer
     to the frozen model than to the policy where rounding cannot explain it.
