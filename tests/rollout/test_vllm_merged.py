@@ -90,7 +90,7 @@ def test_it_obeys_the_law_of_samplers(lms, urls, name, kind):
 def test_changed_weights_change_the_draws_as_here(lms, urls, name):
     """Of prompts that fill a block, so that the cache would keep them."""
     policy = policy_of(lms[name], "full", Support(stop=[".", "!"], min_tokens=5, max_tokens=12))
-    prompts = policy.encode_rows([{"x": "the cat" + " the dog" * n} for n in (8, 9)])
+    prompts = policy.encode_rows([{"x": "the cat" + " the dog" * n} for n in (15, 16)])
     assert min(map(len, prompts)) > 32
     request = Request(prompts, [32, 32], [1, 2], policy.support)
     sampler, drawn = HTTPSampler(urls[name], policy), []
