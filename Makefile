@@ -111,7 +111,7 @@ test-lowest test-newest: test-%: .venv-%/.installed
 
 test-vllm: $(STAMP) .venv-vllm/.installed
 	HF_HUB_OFFLINE=1 AMORTLM_VLLM_PYTHON=.venv-vllm/bin/python $(BIN)/python -m pytest -n 0 $(PYTEST_ARGS) \
-	  tests/rollout/test_vllm.py
+	  tests/rollout/test_vllm.py tests/rollout/test_vllm_merged.py
 
 notebooks: $(STAMP)
 	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/execute.py

@@ -1,12 +1,15 @@
 """A stand-in for vLLM: the names that servers/vllm imports, and an engine that treats requests as vLLM's does.
 
 They enter and leave a small batch, change places in it, are interrupted and begin again with what they have written,
-and get logits of no meaning while their prompt is not read to its end. The model is the policy's own.
+and get logits of no meaning while their prompt is not read to its end. The model is the policy's own, or, for merged
+weights, a copy of the frozen one. Logits are remembered by what was read, as vLLM's cache of prefixes remembers keys:
+also after other weights are loaded, until it is reset.
 """
 
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import random
 import sys
@@ -21,13 +24,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from serving import running
+from transformers import AutoConfig
 
 from amortlm import LanguageModel, Policy, Support
 from amortlm.engine.adapter import default_lora, holding
 
-PLACES, MAX_RANK = 7, 16
+PLACES, MAX_RANK, BLOCK = 7, 16, 16
 RANK = 4  # of the server in a process of its own
-State = tuple[int, ...]  # number of an adapter, then the tokens of a text
+State = tuple[int, ...]  # number of an adapter (0: none), then the tokens of a text
 MoveDirectionality = Enum("MoveDirectionality", ["UNIDIRECTIONAL", "SWAP"])
 
 
@@ -42,10 +46,18 @@ class Engine:
     def __init__(self, policy: Policy, max_model_len: int = 64):
         self.policy, self.processor = policy, None
         size = policy.lm.vocab_size
-        self.model_config = SimpleNamespace(max_model_len=max_model_len, get_vocab_size=lambda: size)
+        self.model_config = SimpleNamespace(
+            max_model_len=max_model_len,
+            get_vocab_size=lambda: size,
+            hf_text_config=policy.lm.model.config,
+        )
+        self.vllm_config = SimpleNamespace(cache_config=SimpleNamespace(block_size=BLOCK))
         self.adapters: dict[int, dict[str, torch.Tensor]] = {}
         self.used: set[int] = set()
-        self.lost = False  # a fault: adapters are taken and not used
+        self.whole = copy.deepcopy(policy.lm.model)  # for merged weights
+        self.loads = 0  # of merged weights
+        self.lost = False  # a fault: weights are taken and not used
+        self.forgetful = True  # False is a fault: a cache of prefixes that is not reset
         self._logits: dict[State, torch.Tensor] = {}
         self._waiting: list[SimpleNamespace] = []
         self._batch: list[SimpleNamespace | None] = []
@@ -83,13 +95,34 @@ class Engine:
     async def remove_lora(self, number: int) -> bool:
         return self.adapters.pop(number, None) is not None
 
+    async def collective_rpc(self, method: str, args: tuple[str]) -> None:
+        """What `amortlm_vllm.worker` does in vLLM's processes."""
+        assert method == "load_merged"
+        half_written = [*self._waiting, *(r for r in self._batch if r is not None)]
+        assert not half_written, "other weights under a text"
+        if not self.lost:
+            found = self.whole.load_state_dict(load_file(args[0]), strict=False)
+            tied = {"lm_head.weight"} if self.whole.config.tie_word_embeddings else set()
+            if found.unexpected_keys or set(found.missing_keys) - tied:
+                raise ValueError(f"{found}")
+        self.loads += 1
+
+    async def reset_prefix_cache(self, reset_running_requests: bool, reset_connector: bool) -> bool:
+        if self.forgetful:
+            self._logits.clear()
+        return True
+
     async def generate(
-        self, prompt: dict[str, Any], params: SimpleNamespace, request_id: str, lora_request: LoRARequest
+        self,
+        prompt: dict[str, Any],
+        params: SimpleNamespace,
+        request_id: str,
+        lora_request: LoRARequest | None,
     ) -> AsyncIterator[SimpleNamespace]:
-        assert lora_request.lora_int_id in self.adapters, "a request for an adapter that was removed"
-        request = SimpleNamespace(
-            prompt=prompt["prompt_token_ids"], params=params, adapter=lora_request.lora_int_id
-        )
+        number = 0 if lora_request is None else lora_request.lora_int_id
+        known = number in self.adapters if lora_request else self.loads > 0
+        assert known, "a request for weights that are not there"
+        request = SimpleNamespace(prompt=prompt["prompt_token_ids"], params=params, adapter=number)
         request.output, request.logprobs, request.done = [], [], asyncio.Event()
         request.unread = 0
         self._waiting.append(request)
@@ -183,14 +216,22 @@ class Engine:
             if state not in self._logits:
                 groups.setdefault((state[0], len(state)), set()).add(state)
         for (adapter, _), states in groups.items():
-            with holding(self.policy.model, self.adapters[adapter]):
-                ids = torch.tensor([state[1:] for state in states])
-                logits = self.policy.model(input_ids=ids).logits[:, -1].float()
+            ids = torch.tensor([state[1:] for state in states])
+            with holding(self.policy.model, self.adapters.get(adapter, self.policy.weights())):
+                model = self.policy.model if adapter else self.whole
+                logits = model(input_ids=ids).logits[:, -1].float()
             self._logits.update(zip(states, logits, strict=True))
 
 
 def _state(request: SimpleNamespace) -> State:
     return (request.adapter, *request.prompt, *request.output)
+
+
+class AsyncEngineArgs(SimpleNamespace):
+    def create_model_config(self) -> SimpleNamespace:
+        names = AutoConfig.from_pretrained(self.model).architectures
+        registry = SimpleNamespace(resolve_model_cls=lambda names, config: (names[0], config))
+        return SimpleNamespace(architectures=names, registry=registry)
 
 
 def modules() -> dict[str, ModuleType]:
@@ -201,7 +242,9 @@ def modules() -> dict[str, ModuleType]:
         "vllm.lora.request": {"LoRARequest": LoRARequest},
         "vllm.sampling_params": {"RequestOutputKind": SimpleNamespace(FINAL_ONLY=2)},
         "vllm.engine": {},
-        "vllm.engine.arg_utils": {"AsyncEngineArgs": SimpleNamespace},
+        "vllm.engine.arg_utils": {"AsyncEngineArgs": AsyncEngineArgs},
+        "vllm.model_executor": {},
+        "vllm.model_executor.models": {"supports_lora": lambda name: "Llama" in name},
         "vllm.v1": {},
         "vllm.v1.engine": {},
         "vllm.v1.engine.async_llm": {"AsyncLLM": Engine},
@@ -220,17 +263,21 @@ def modules() -> dict[str, ModuleType]:
 
 @contextmanager
 def serving(
-    policy: Policy, folder: Path, key: str | None = None, **settings: Any
+    policy: Policy, folder: Path, key: str | None = None, merged: bool = False, **settings: Any
 ) -> Iterator[tuple[str, Engine]]:
-    """(address, engine) of the server of servers/vllm on the stand-in; its model is that of a policy of its own."""
+    """(address, engine) of the server of servers/vllm on the stand-in; its model is that of a policy of its own, or,
+    merged, a copy of that of its `lm`."""
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules().items():
             patch.setitem(sys.modules, name, module)  # not for longer: TRL asks whether there is vLLM
-        from amortlm_vllm import processor, server
+        from amortlm_vllm import processor, server, weights
 
         patch.setenv(processor.FOLDER, str(folder))
         engine = Engine(policy, **settings)
         about = {"model": "tiny", "dtype": "float32", "vocab_size": policy.lm.vocab_size}
-        app = server.create_app(server.Service(engine, folder, keep=2), about, key)
+        about |= {"tied": engine.whole.config.tie_word_embeddings, "block_size": BLOCK}
+        about["max_model_len"] = engine.model_config.max_model_len
+        kind = weights.Merged if merged else weights.Adapters
+        app = server.create_app(server.Service(engine, folder, kind(engine, folder, keep=2)), about, key)
         with running(app) as port:
             yield f"http://127.0.0.1:{port}", engine

@@ -143,9 +143,9 @@ LORA = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ("full", "loads LoRA alone, not a full copy: train LoRA, or draw locally"),
+        ("full", "loads LoRA alone, not a full copy: start it with --weights merged, train LoRA"),
         (IA3Config(task_type="CAUSAL_LM"), "loads LoRA alone, not a IA3 adapter"),
-        (LoraConfig(**LORA, use_dora=True), "cannot load LoRA with use_dora: leave it out"),
+        (LoraConfig(**LORA, use_dora=True), "cannot load LoRA with use_dora: start it with --weights merged"),
         (LoraConfig(**LORA, rank_pattern={"q_proj": 3}), "cannot load LoRA with rank_pattern"),
         (LoraConfig(**LORA, alpha_pattern={"q_proj": 3}), "cannot load LoRA with alpha_pattern"),
         (LoraConfig(**LORA, modules_to_save=["lm_head"]), "cannot load LoRA with modules_to_save"),
@@ -218,7 +218,7 @@ def test_kept_tokens_that_cannot_be_are_refused(pair, tmp_path, kept):
 
 def test_a_model_of_other_tokens_is_refused(one_lm, pair, tmp_path):
     policy, theirs = pair
-    theirs.lm = SimpleNamespace(vocab_size=50)
+    theirs.lm = SimpleNamespace(vocab_size=50, model=one_lm.model)
     message = "the server's model, tiny, has 50 tokens, that of the policy 48"
     with serving(theirs, tmp_path) as (url, _), pytest.raises(ConfigError, match=message):
         HTTPSampler(url, policy, patience=QUICK)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -73,6 +74,28 @@ def test_launch_trains_with_two_servers(spec, tmp_path, place, monkeypatch, capf
     said = capfd.readouterr().err
     assert said.count("http://") >= 2
     assert [port for port in ports(said) if answers(port)] == [], "the servers have ended"
+
+
+@pytest.mark.slow
+def test_a_full_copy_is_served_by_merged_weights(spec, tmp_path, monkeypatch, capfd):
+    """Without being told; and what is told counts."""
+    command = [
+        "launch",
+        spec,
+        "--python",
+        program(tmp_path),
+        "--set",
+        "max_steps=2",
+        "--set",
+        "max_staleness=0",
+    ]
+    text = Path(spec).read_text().replace(f"adapter: {RANK}", "adapter: full")
+    Path(spec).write_text(text)
+    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    told = [*command, "--server-options", "--weights adapter", "--output", str(tmp_path / "other")]
+    assert main(told) != 0
+    assert "loads LoRA alone, not a full copy: start it with --weights merged" in capfd.readouterr().err
 
 
 def ports(said):

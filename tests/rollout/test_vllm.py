@@ -5,13 +5,9 @@ One server per module, in little room: it interrupts requests, which then begin 
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import threading
-
 import pytest
 import torch
+from real_vllm import PYTHON, served
 from reference import tiny_policy
 from trainers import ROWS, make_trainer
 from vllm_model import save_tiny_llama
@@ -23,7 +19,6 @@ from amortlm.errors import ConfigError
 from amortlm.policy.laws import check_sampler
 from amortlm.rollout import HTTPSampler
 
-PYTHON = os.environ.get("AMORTLM_VLLM_PYTHON")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason="needs vLLM: make test-vllm")]
 
 ROW = {"x": "the cat"}
@@ -54,42 +49,8 @@ def lm(folder):
 
 @pytest.fixture(scope="module")
 def url(folder):
-    yield from served(folder)
-
-
-def served(folder, *more):
-    command = [
-        PYTHON,
-        "-m",
-        "amortlm_vllm",
-        folder,
-        "--dtype",
-        "float32",
-        "--enforce-eager",
-        "--port",
-        "0",
-        *more,
-    ]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    said, found = [], threading.Event()
-
-    def read():
-        for line in process.stderr:
-            said.append(line)
-            if line.startswith("serving "):
-                found.set()
-        found.set()
-
-    threading.Thread(target=read, daemon=True).start()
-    try:
-        assert found.wait(600)
-        address = [m[0] for line in said if (m := re.search(r"(?<=at )http://\S+", line))]
-        assert address, "".join(said)
-        yield address[0]
-    finally:
-        process.terminate()
-        process.wait(60)
+    with served(folder, "--enforce-eager") as address:
+        yield address
 
 
 @pytest.mark.parametrize("name", SUPPORTS)
@@ -122,7 +83,7 @@ def same(theirs, mine):
 
 
 def test_interrupted_requests_go_on_as_if_they_had_not_been(lm, folder):
-    for address in served(folder, "--engine", TIGHT):
+    with served(folder, "--enforce-eager", "--engine", TIGHT) as address:
         same(*compared(lm, address, 64))
 
 

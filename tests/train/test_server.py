@@ -39,9 +39,9 @@ def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def serving(lm: LanguageModel, folder: Path) -> Iterator[tuple[str, fake_vllm.Engine]]:
+def serving(lm: LanguageModel, folder: Path, merged: bool = False) -> Iterator[tuple[str, fake_vllm.Engine]]:
     policy = Policy(lm, "{x}", Support(stop=".", max_tokens=3), default_lora(4))
-    with fake_vllm.serving(policy, folder / "server") as found:
+    with fake_vllm.serving(policy, folder / "server", merged=merged) as found:
         yield found
 
 
@@ -89,11 +89,32 @@ def test_weights_may_lag_behind(one_lm: LanguageModel, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lag", [0, 2])
+def test_merged_weights_train_as_local_draws_do(one_lm: LanguageModel, tmp_path: Path, lag: int) -> None:
+    """A full copy, which no server takes as an adapter: as local draws if they are new, and never of two versions."""
+    settings = SETTINGS | {"adapter": "full", "behaviour": {"tempered": 0.25}}
+    local = make_trainer(one_lm, tmp_path / "local", **settings)
+    start = local.policy.weights()
+    local.train()
+    with serving(one_lm, tmp_path, merged=True) as (url, engine):
+        remote = make_trainer(one_lm, tmp_path / "remote", rollout=url, max_staleness=lag, **settings)
+        remote.train()
+    assert engine.loads >= 3
+    apart = max((w - start[name]).abs().max().item() for name, w in local.policy.weights().items())
+    assert (difference(remote, local) < ROUNDING) == (lag == 0)
+    assert apart > 10 * ROUNDING, "control"
+    assert max(logged(remote, "sampler_mismatch_max")[:2]) < 1e-4, "the first rate is 0"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merged", [False, True], ids=["adapters", "merged"])
 @pytest.mark.parametrize("objective", ["subtb", "vargrad"])
-def test_old_weights_do_not_move_the_optimum(one_lm: LanguageModel, tmp_path: Path, objective: str) -> None:
+def test_old_weights_do_not_move_the_optimum(
+    one_lm: LanguageModel, tmp_path: Path, objective: str, merged: bool
+) -> None:
     """From a total variation above .5 to one below .1, exact."""
     words = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=[" a", " the", " cat", " dog", "b"])
-    with serving(one_lm, tmp_path) as (url, _):
+    with serving(one_lm, tmp_path, merged) as (url, _):
         trainer = make_trainer(
             one_lm,
             tmp_path / "run",

@@ -53,15 +53,6 @@ KINDS = (
 # Settings of LoRA that start at a token of the text, mix adapters by the text, or draw noise.
 INEXACT = ("alora_invocation_tokens", "arrow_config", "monteclora_config")
 MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # peft refuses their out_proj
-# Settings of LoRA that others than peft do not know, or understand otherwise.
-NOT_PLAIN = (
-    "rank_pattern",
-    "alpha_pattern",
-    "use_dora",
-    "modules_to_save",
-    "trainable_token_indices",
-    "lora_bias",
-)
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "mica", "eva")  # do not change the frozen weights
 
 
@@ -183,40 +174,6 @@ def _load_state(model: Any, state: Mapping[str, Tensor]) -> None:
         return
     for name, own in model.state_dict().items():
         put(own, state[name])
-
-
-def plain_lora(model: Any, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, config) of the LoRA in a model made by `trainable_copy`, as the two files of a PEFT folder hold them,
-    with these trained weights: for programs that add it to the frozen model themselves.
-
-    Raises ConfigError for what is more than LoRA of linear layers with one rank and scale."""
-    from peft import get_peft_model_state_dict
-
-    config: Any = model.peft_config["default"] if hasattr(model, "peft_config") else None
-    if config is None or config.peft_type.value != "LORA":
-        kind = "a full copy" if config is None else f"a {config.peft_type.value} adapter"
-        raise ConfigError(
-            f"a server of completions loads LoRA alone, not {kind}: train LoRA, or draw locally"
-        )
-    others = [name for name in NOT_PLAIN if getattr(config, name, None)]
-    if others or getattr(model, "initial", None):
-        what = others[0] if others else f"init_lora_weights={config.init_lora_weights!r}"
-        raise ConfigError(
-            f"a server of completions cannot load LoRA with {what}: leave it out of the LoraConfig, or draw locally"
-        )
-    tensors = get_peft_model_state_dict(model, state_dict=dict(weights), save_embedding_layers=False)
-    head = next(name for name, m in model.named_modules() if m is model.get_output_embeddings())
-    odd = [
-        k for k in tensors if not k.endswith((".lora_A.weight", ".lora_B.weight")) or k.startswith(f"{head}.")
-    ]
-    if odd:
-        raise ConfigError(
-            f"a server of completions loads LoRA of linear layers inside the model alone, not {odd[0]}: give a "
-            "LoraConfig with target_modules='all-linear', or draw locally"
-        )
-    modules = {k.split(".lora_")[0].rsplit(".", 1)[-1] for k in tensors}
-    own = {"r": config.r, "lora_alpha": config.lora_alpha, "use_rslora": config.use_rslora}
-    return tensors, {"peft_type": "LORA", "bias": "none", "target_modules": sorted(modules), **own}
 
 
 @contextmanager

@@ -18,23 +18,28 @@ from amortlm.support.law import SupportLaw
 PROMPT, TOKENS, COMPLETIONS, SEED = 6, 8, 4, 0
 
 
-def probe(policy: Policy) -> Request:
-    """The completions that are compared: a few, of a fixed prompt."""
+def probe(policy: Policy, block: int = 0, room: int = 0) -> Request:
+    """The completions that are compared: a few, of a fixed prompt.
+
+    block: how many tokens a server's cache of prefixes remembers at once. If a text may have as many (room: tokens of a
+    text on the server), the prompt has more, so that a cache of other weights is found."""
     size, stop = policy.lm.vocab_size, policy.support.stop_ids[0]
+    length = max(PROMPT, min(block + 1, room - TOKENS - 1, (policy.lm.context or room) - TOKENS - 1))
     allowed = torch.arange(size) != stop
-    prompt = torch.linspace(0, size - 1, PROMPT).long().tolist()
+    prompt = torch.linspace(0, size - 1, length).long().tolist()
     return Request([prompt], [COMPLETIONS], [SEED], SupportLaw((stop,), TOKENS, TOKENS, allowed))
 
 
 @torch.no_grad()
-def check_delivery(policy: Policy, weights: Mapping[str, Tensor], drawn: Draws, tolerance: float) -> None:
-    """Compare a server's log q of the completions of `probe` with that of the policy, and with that of the frozen
-    model.
+def check_delivery(
+    policy: Policy, weights: Mapping[str, Tensor], asked: Request, drawn: Draws, tolerance: float
+) -> None:
+    """Compare a server's log q of completions, those that `probe` asked for, with that of the policy, and with that of
+    the frozen model.
 
     tolerance: nats per token, root mean square. Raises RolloutError if the server is further from the policy, or nearer
     to the frozen model than to the policy where rounding cannot explain it.
     """
-    asked = probe(policy)
     law, prompt = asked.law, asked.prompts[0]
     with holding(policy.model, weights):
         q = _log_q(policy.passes, law, prompt, drawn.tokens)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
+import torch
 from torch import Tensor
 
-from amortlm.engine.adapter import plain_lora
+from amortlm.engine.adapter import holding
 from amortlm.engine.decoding import Draws, watched
+from amortlm.engine.export import merged_file, plain_lora
 from amortlm.engine.sampler import Request
 from amortlm.errors import ConfigError
 from amortlm.policy.policy import Policy
@@ -27,8 +29,9 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.2}
 class HTTPSampler:
     """Draws completions of a policy on servers (docs/scale.md). It implements `amortlm.engine.sampler.Sampler`.
 
-    The servers have the frozen model; the policy's weights, LoRA alone, are sent to them here and at each `load`. One
-    that was started again gets them again, and one that cannot be reached leaves its work to the others. Each prompt is
+    The servers have the frozen model; the policy's weights are sent to them here and at each `load`: LoRA alone, or, to
+    servers that were started with --weights merged, all weights of the model with any adapter merged in. A server that
+    was started again gets them again, and one that cannot be reached leaves its work to the others. Each prompt is
     a request of its own, to the server that has least to do; `ask` sends it before it is needed. reproducible: in
     float32; in lower precision the rounding of a server depends on what else is in its batch, and now and then turns a
     token into another.
@@ -52,10 +55,18 @@ class HTTPSampler:
             raise ConfigError("no servers: give at least one address like http://127.0.0.1:8000")
         self._policy, self.ahead = policy, Ahead()
         self._fleet = Fleet([Server(Connection(url, patience or Patience())) for url in urls])
-        dtypes = [self._precision(server) for server in self._fleet.servers]
+        self._about = [self._checked(server.about()) for server in self._fleet.servers]
+        if len({about.packing for about in self._about}) > 1:
+            raise ConfigError(
+                "the servers take weights in different forms: start all with the same --weights, --untied and --dtype"
+            )
+        dtypes = [about.dtype for about in self._about]
         self.reproducible = set(dtypes) == {"float32"}
         most = max(TOLERANCE.get(dtype, max(TOLERANCE.values())) for dtype in dtypes)
         self._tolerance = most if tolerance is None else tolerance
+        # What is remembered of adapters is remembered under their names.
+        block = max(about.block if about.form == wire.MERGED else 0 for about in self._about)
+        self._probe = probe(policy, block, min(about.room for about in self._about))
         self._tables: tuple[SupportLaw, wire.Named] | None = None
         self._sent: tuple[Mapping[str, Tensor], list[Future[Draws | None]]] = ({}, [])
         self.load(policy.weights(), 0)
@@ -97,13 +108,12 @@ class HTTPSampler:
             raise ConfigError(
                 "the weights belong to another policy: give those of the policy of this sampler"
             )
-        self._adapter = wire.weights(*plain_lora(self._policy.model, weights))
+        self._packed = self._pack(weights)
         self.version = version
-        asked = probe(self._policy)
-        task = Task(asked, wire.tables(asked.law), self._adapter, version)
+        task = Task(self._probe, wire.tables(self._probe.law), self._packed, version)
 
         def deliver(server: Server) -> Draws:
-            server.load(task.adapter)
+            server.load(task.weights)
             return server.draw(task)
 
         self._sent = (weights, self._fleet.everywhere(deliver))
@@ -114,10 +124,10 @@ class HTTPSampler:
         self._sent = ({}, [])
         for drawn in [future.result() for future in found]:
             if drawn is not None:
-                check_delivery(self._policy, weights, drawn, self._tolerance)
+                check_delivery(self._policy, weights, self._probe, drawn, self._tolerance)
 
     def _drawing(self, request: Request, support: wire.Named) -> Future[Draws]:
-        task = Task(request, support, self._adapter, self.version)
+        task = Task(request, support, self._packed, self.version)
         return self._fleet.submit(lambda server: server.draw(task))
 
     def _support(self, law: SupportLaw) -> wire.Named:
@@ -125,12 +135,21 @@ class HTTPSampler:
             self._tables = (law, wire.tables(law))
         return self._tables[1]
 
-    def _precision(self, server: Server) -> str:
-        """The dtype of a server's model, which has to have the policy's vocabulary."""
-        name, dtype, vocab = server.about()
-        if vocab != self._policy.lm.vocab_size:
-            raise ConfigError(
-                f"the server's model, {name}, has {vocab} tokens, that of the policy {self._policy.lm.vocab_size}: "
-                "start it with the same"
+    def _pack(self, weights: Mapping[str, Tensor]) -> wire.Named:
+        """Weights in the form that the servers take."""
+        model, about = self._policy.model, self._about[0]
+        if about.form == wire.ADAPTER:
+            return wire.adapter(*plain_lora(model, weights))
+        with holding(model, weights):
+            return wire.Named(
+                merged_file(model, self._policy.lm.model, getattr(torch, about.dtype), about.tied)
             )
-        return dtype
+
+    def _checked(self, about: wire.About) -> wire.About:
+        """Raises ConfigError for a model that has not the policy's vocabulary."""
+        if about.vocab_size != self._policy.lm.vocab_size:
+            raise ConfigError(
+                f"the server's model, {about.model}, has {about.vocab_size} tokens, that of the policy "
+                f"{self._policy.lm.vocab_size}: start it with the same"
+            )
+        return about

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from dataclasses import dataclass
 
@@ -21,12 +20,12 @@ class Task:
 
     request: Request
     support: wire.Named
-    adapter: wire.Named
+    weights: wire.Named
     version: int
 
     @property
     def body(self) -> bytes:
-        return wire.request_body(self.request, self.support.name, self.adapter.name)
+        return wire.request_body(self.request, self.support.name, self.weights.name)
 
 
 class Server:
@@ -44,7 +43,7 @@ class Server:
             given = self._given
             try:
                 self._give("/supports/", task.support)
-                self.load(task.adapter)
+                self.load(task.weights)
                 answer = self.connection.call("POST", "/draw", task.body)
                 return wire.draws(answer, task.request, task.version)
             except UnknownError:
@@ -53,9 +52,9 @@ class Server:
                         self._given = set()
         raise RolloutError(f"{self.connection.url} forgets what it is given: give it a higher --keep")
 
-    def load(self, adapter: wire.Named) -> None:
+    def load(self, weights: wire.Named) -> None:
         """Send weights. Raises ConfigError if the server cannot load them."""
-        self._give("/adapters/", adapter)
+        self._give("/weights/", weights)
 
     def _give(self, path: str, named: wire.Named) -> None:
         if named.name in self._given:
@@ -65,13 +64,12 @@ class Server:
                 self.connection.call("PUT", path + named.name, named.data)
                 self._given.add(named.name)
 
-    def about(self) -> tuple[str, str, int]:
-        """(name, dtype, number of tokens) of its model. Raises RolloutError if it is no server of completions."""
+    def about(self) -> wire.About:
+        """Raises RolloutError if it is no server of completions."""
         answer = self.connection.call("GET", "/info")
         try:
-            info = json.loads(answer)
-            return str(info["model"]), str(info["dtype"]), int(info["vocab_size"])
-        except (ValueError, KeyError, TypeError) as e:
+            return wire.about(answer)
+        except ValueError as e:
             raise RolloutError(
                 f"{self.connection.url} does not answer like a server of completions: start one as docs/scale.md says"
             ) from e

@@ -1,11 +1,11 @@
 """What goes to a server of completions, and comes back: bytes of safetensors and JSON (docs/scale.md).
 
-    GET  /info                  the model, and what the server can load
+    GET  /info                  the model, and in which form the server takes weights
     PUT  /supports/{name}       the tables of a support; its name is the hash of the bytes
-    PUT  /adapters/{name}       weights of a policy; likewise
+    PUT  /weights/{name}        weights of a policy; likewise
     POST /draw                  completions; answered by `Draws`
 
-Errors are `{"error": "..."}`: 400 for what cannot be done, 410 for a support or adapter that the server does not know.
+Errors are `{"error": "..."}`: 400 for what cannot be done, 410 for a support or weights that the server does not know.
 """
 
 from __future__ import annotations
@@ -26,6 +26,27 @@ from amortlm.engine.decoding import Draws
 from amortlm.engine.sampler import Request
 from amortlm.errors import ConfigError, RolloutError
 from amortlm.support.law import SupportLaw
+
+ADAPTER, MERGED = "adapter", "merged"  # forms of weights: LoRA alone, or a whole model
+
+
+@dataclass(frozen=True)
+class About:
+    """What a server says of itself. form: of the weights that it takes; tied: has its model one tensor for embeddings
+    and output head? block: how many tokens its cache of prefixes remembers at once; room: tokens of a text."""
+
+    model: str
+    dtype: str
+    vocab_size: int
+    form: str
+    tied: bool
+    block: int
+    room: int
+
+    @property
+    def packing(self) -> tuple[object, ...]:
+        """What the bytes of weights depend on."""
+        return (self.form,) if self.form == ADAPTER else (self.form, self.dtype, self.tied)
 
 
 @dataclass(frozen=True)
@@ -58,18 +79,18 @@ def tables(law: SupportLaw) -> Named:
     return Named(save({name: x.contiguous() for name, x in tensors.items()}))
 
 
-def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Named:
+def adapter(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Named:
     """An adapter in the form of PEFT: tensors by the names in its file, with adapter_config.json as metadata."""
     on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     return Named(save(on_cpu, {"adapter_config": json.dumps(config)}))
 
 
-def request_body(request: Request, support: str, adapter: str) -> bytes:
+def request_body(request: Request, support: str, weights: str) -> bytes:
     """The JSON of a request."""
     heat = None if request.exploration is None else request.exploration.temperature
     body = {
         "support": support,
-        "adapter": adapter,
+        "weights": weights,
         "prompts": [list(prompt) for prompt in request.prompts],
         "counts": list(request.counts),
         "seeds": list(request.seeds),
@@ -78,6 +99,20 @@ def request_body(request: Request, support: str, adapter: str) -> bytes:
         "kept": None if request.kept is None else [list(z) for z in request.kept],
     }
     return json.dumps(body).encode()
+
+
+def about(data: bytes) -> About:
+    """The answer to /info. Raises ValueError if it is none."""
+    try:
+        info = json.loads(data)
+        own = (str(info["model"]), str(info["dtype"]), int(info["vocab_size"]))
+        room = (int(info["block_size"]), int(info["max_model_len"]))
+        found = About(*own, str(info["weights"]), bool(info["tied"]), *room)
+    except (KeyError, TypeError) as e:
+        raise ValueError(str(e)) from e
+    if found.form not in (ADAPTER, MERGED) or not isinstance(getattr(torch, found.dtype, None), torch.dtype):
+        raise ValueError(f"weights {found.form} in {found.dtype}")
+    return found
 
 
 def draws(data: bytes, request: Request, version: int) -> Draws:

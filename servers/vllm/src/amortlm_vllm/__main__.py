@@ -19,10 +19,12 @@ import uvicorn
 import vllm
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.model_executor.models import supports_lora
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from amortlm_vllm import server
 from amortlm_vllm.processor import FOLDER, SupportProcessor
+from amortlm_vllm.weights import ADAPTER, MERGED, Adapters, Merged
 
 # What the law of a support needs.
 OURS = {
@@ -30,10 +32,10 @@ OURS = {
     "logprobs_mode": "processed_logits",  # `law.as_logits`
     "max_logprobs": 2,
     "async_scheduling": False,  # the processor needs the tokens written so far
-    "enable_lora": True,
     "skip_tokenizer_init": True,
     "generation_config": "vllm",  # nothing of the model's own
 }
+BY_FORM = ("enable_lora", "max_loras", "max_cpu_loras", "worker_extension_cls")  # what --weights decides
 
 
 def main() -> None:
@@ -62,7 +64,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-model-len", type=int, help="tokens of a prompt with its completion and stop")
     parser.add_argument("--max-lora-rank", type=int, default=64)
-    parser.add_argument("--keep", type=int, default=2, help="adapters that are loaded at a time")
+    parser.add_argument(
+        "--weights",
+        choices=("auto", ADAPTER, MERGED),
+        default="auto",
+        help="what policies send: LoRA adapters, or whole weights with any adapter merged in; auto: adapters, if vLLM "
+        "has LoRA for the model",
+    )
+    parser.add_argument(
+        "--untied",
+        action="store_true",
+        help="merged weights whose head differs from the embeddings, of a model in which they are one tensor",
+    )
+    parser.add_argument("--keep", type=int, default=2, help="versions of the weights at a time")
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     parser.add_argument("--enforce-eager", action="store_true", help="no compilation: starts faster")
@@ -80,23 +94,31 @@ def _mapping(text: str) -> dict[str, Any]:
     found = json.loads(text)
     if not isinstance(found, dict):
         raise argparse.ArgumentTypeError(f"{text!r} is not a mapping")
-    if taken := sorted(found.keys() & OURS.keys()):
+    if taken := sorted(found.keys() & {*OURS, *BY_FORM}):
         raise argparse.ArgumentTypeError(f"{taken[0]} is set by the server")
     return found
 
 
 def _arguments(given: argparse.Namespace) -> AsyncEngineArgs:
-    passed = (
-        "model",
-        "dtype",
-        "max_model_len",
-        "max_lora_rank",
-        "tensor_parallel_size",
-        "gpu_memory_utilization",
-    )
+    passed = ("model", "dtype", "max_model_len", "tensor_parallel_size", "gpu_memory_utilization")
     settings = {name: getattr(given, name) for name in (*passed, "enforce_eager")}
-    settings |= {"max_loras": given.keep, "max_cpu_loras": given.keep}
-    return AsyncEngineArgs(**settings | given.engine, **OURS)
+    if given.untied:  # vLLM would look for a head in the model's files, and whatever it reads is replaced
+        settings |= {"hf_overrides": {"tie_word_embeddings": False}, "load_format": "dummy"}
+    settings |= {**given.engine, **OURS}
+    if given.weights == "auto":
+        given.weights = ADAPTER if _has_lora(AsyncEngineArgs(**settings)) else MERGED
+    if given.weights == MERGED:
+        return AsyncEngineArgs(**settings, worker_extension_cls="amortlm_vllm.worker.Loading")
+    if given.untied:
+        sys.exit("--untied is for merged weights: add --weights merged")
+    lora = {"max_lora_rank": given.max_lora_rank, "max_loras": given.keep, "max_cpu_loras": given.keep}
+    return AsyncEngineArgs(**settings, enable_lora=True, **lora)
+
+
+def _has_lora(arguments: AsyncEngineArgs) -> bool:
+    """Can vLLM put adapters into the model?"""
+    config = arguments.create_model_config()
+    return supports_lora(config.registry.resolve_model_cls(config.architectures, config)[0])
 
 
 def _listening(given: argparse.Namespace) -> socket.socket:
@@ -110,7 +132,9 @@ def _listening(given: argparse.Namespace) -> socket.socket:
 async def _serve(given: argparse.Namespace, taken: socket.socket, folder: Path, key: str | None) -> None:
     engine = AsyncLLM.from_engine_args(_arguments(given))
     try:
-        app = server.create_app(server.Service(engine, folder, given.keep), _about(engine), key)
+        kind = Merged if given.weights == MERGED else Adapters
+        service = server.Service(engine, folder, kind(engine, folder, given.keep))
+        app = server.create_app(service, _about(engine), key)
         if not key:  # a foreign page must not reach the server under a name of its own
             app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", given.host])
         where = f"[{given.host}]" if ":" in given.host else given.host
@@ -131,6 +155,8 @@ def _about(engine: AsyncLLM) -> dict[str, Any]:
         "dtype": str(config.dtype).removeprefix("torch."),
         "vocab_size": config.get_vocab_size(),
         "max_model_len": config.max_model_len,
+        "block_size": engine.vllm_config.cache_config.block_size,
+        "tied": bool(getattr(config.hf_text_config, "tie_word_embeddings", False)),
         "versions": {"vllm": vllm.__version__, "torch": torch.__version__},
     }
 

@@ -6,17 +6,15 @@ import asyncio
 import hashlib
 import hmac
 import json
-import shutil
 import uuid
-from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterable, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from vllm import SamplingParams
@@ -26,32 +24,24 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from amortlm_vllm.law import Law, from_logits
 from amortlm_vllm.processor import ARGUMENT
+from amortlm_vllm.refusals import RefusalError
+from amortlm_vllm.weights import Adapters, Merged
 
 KEY = "AMORTLM_API_KEY"
+DAMAGED = "the name is not the hash of the bytes: they were damaged on their way"
 SUPPORTS = 256  # tables kept; of a run, there are a few
 
 
-class RefusalError(Exception):
-    """An answer that is an error: 400, what cannot be done; 410, the server does not have what the request names."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
-
-
 class Service:
-    """What the server keeps: supports and adapters, by the hash of their bytes, in files that vLLM's processes read."""
+    """What the server keeps: supports and weights, by the hash of their bytes, in files that vLLM's processes read."""
 
-    def __init__(self, engine: AsyncLLM, folder: Path, keep: int):
-        """keep: adapters that are loaded at a time; the one not used for longest makes room for a new one."""
-        self.engine, self.folder, self.keep = engine, folder, keep
+    def __init__(self, engine: AsyncLLM, folder: Path, weights: Adapters | Merged):
+        self.engine, self.folder, self.weights = engine, folder, weights
         self.laws: OrderedDict[str, Law] = OrderedDict()
-        self.adapters: OrderedDict[str, LoRARequest] = OrderedDict()
-        self.drawing: Counter[str] = Counter()  # requests that use each adapter
-        self.loaded, self.loading = 0, asyncio.Lock()
 
     def put_support(self, name: str, data: bytes) -> None:
-        _check_name(name, data)
+        if hashlib.sha256(data).hexdigest() != name:
+            raise RefusalError(400, DAMAGED)
         try:
             law = Law.from_bytes(data)
         except ValueError as e:
@@ -64,46 +54,29 @@ class Service:
         while len(self.laws) > SUPPORTS:
             self.laws.popitem(last=False)
 
-    async def put_adapter(self, name: str, data: bytes) -> None:
-        """Load an adapter under a name and number that vLLM has not seen: its caches know prefixes by these."""
-        _check_name(name, data)
-        async with self.loading:
-            if name in self.adapters:
-                return
-            while len(self.adapters) >= self.keep:
-                await self._make_room()
-            self.loaded += 1
-            path = self.folder / f"adapter-{self.loaded}"
-            request = LoRARequest(f"{name}-{self.loaded}", self.loaded, str(path))
-            try:
-                _write_adapter(path, data)
-                done = await self.engine.add_lora(request)
-            except Exception as e:  # of many types: a rank, a module or a model that vLLM has no LoRA for
-                shutil.rmtree(path, ignore_errors=True)
-                raise RefusalError(400, f"vLLM cannot load these weights: {e}") from e
-            if not done:
-                raise RefusalError(400, "vLLM has not loaded these weights: see the server's terminal")
-            self.adapters[name] = request
-
-    async def _make_room(self) -> None:
-        """Unload the adapter that was not used for longest, once one is not in use."""
-        idle = next((name for name in self.adapters if not self.drawing[name]), None)
-        if idle is None:
-            await asyncio.sleep(0.05)
-            return
-        old = self.adapters.pop(idle)
-        await self.engine.remove_lora(old.lora_int_id)
-        shutil.rmtree(old.lora_path, ignore_errors=True)
+    async def put_weights(self, name: str, pieces: AsyncIterable[bytes]) -> None:
+        """Weights are large: they go to a file as they come."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part, found = self.folder / f"{uuid.uuid4().hex}.part", hashlib.sha256()
+        try:
+            with part.open("wb") as file:
+                async for piece in pieces:
+                    found.update(piece)
+                    file.write(piece)
+            if found.hexdigest() != name:
+                raise RefusalError(400, DAMAGED)
+            await self.weights.put(name, part)
+        finally:
+            part.unlink(missing_ok=True)
 
     async def draw(self, body: dict[str, Any]) -> bytes:
         """The completions that a request asks for, as safetensors."""
-        law, adapter = self.laws.get(body["support"]), self.adapters.get(body["adapter"])
-        if law is None or adapter is None:
+        law, name = self.laws.get(body["support"]), body["weights"]
+        if law is None or name not in self.weights:
             raise RefusalError(
-                410, f"the server does not know this {'support' if law is None else 'adapter'}"
+                410, f"the server does not know {'this support' if law is None else 'these weights'}"
             )
         self.laws.move_to_end(body["support"])
-        self.adapters.move_to_end(body["adapter"])
         counts, length = body["counts"], law.max_tokens + 1
         streams = _streams(body["seeds"], counts, length)
         prompts = [p for p, n in zip(body["prompts"], counts, strict=True) for _ in range(n)]
@@ -121,18 +94,15 @@ class Service:
                 "higher --max-model-len",
             )
         every = {"support": body["support"], "epsilon": body["epsilon"]}
-        jobs = [
-            self._complete(law, adapter, prompt, {**every, "kept": z, "uniforms": u, "heat": heat})
-            for prompt, z, u, heat in zip(prompts, kept, streams.tolist(), heats, strict=True)
-        ]
-        self.drawing[body["adapter"]] += 1
-        try:
+        async with self.weights.using(name) as adapter:
+            jobs = [
+                self._complete(law, adapter, prompt, {**every, "kept": z, "uniforms": u, "heat": heat})
+                for prompt, z, u, heat in zip(prompts, kept, streams.tolist(), heats, strict=True)
+            ]
             return save(_gathered(law, await _all(jobs)))
-        finally:
-            self.drawing[body["adapter"]] -= 1
 
     async def _complete(
-        self, law: Law, adapter: LoRARequest, prompt: Sequence[int], own: dict[str, Any]
+        self, law: Law, adapter: LoRARequest | None, prompt: Sequence[int], own: dict[str, Any]
     ) -> tuple[list[int], int, list[tuple[float, float]]]:
         """(tokens, kept ones of them, what `from_logits` says of each drawn one and of the stop)."""
         kept = own["kept"]
@@ -172,16 +142,16 @@ def create_app(service: Service, about: dict[str, Any], key: str | None) -> Fast
 
     @app.get("/info", dependencies=guard)
     async def info() -> Response:
-        return JSONResponse(about)
+        return JSONResponse(about | {"weights": service.weights.form})
 
     @app.put("/supports/{name}", dependencies=guard)
     async def put_support(name: str, request: Request) -> Response:
         service.put_support(name, await request.body())
         return JSONResponse({})
 
-    @app.put("/adapters/{name}", dependencies=guard)
-    async def put_adapter(name: str, request: Request) -> Response:
-        await service.put_adapter(name, await request.body())
+    @app.put("/weights/{name}", dependencies=guard)
+    async def put_weights(name: str, request: Request) -> Response:
+        await service.put_weights(name, request.stream())
         return JSONResponse({})
 
     @app.post("/draw", dependencies=guard)
@@ -263,27 +233,9 @@ def _gathered(
     return {"tokens": tokens, "lengths": lengths, "stops": stops, "log_pf": log_pf, "log_pterm": log_pterm}
 
 
-def _check_name(name: str, data: bytes) -> None:
-    if hashlib.sha256(data).hexdigest() != name:
-        raise RefusalError(400, "the name is not the hash of the bytes: they were damaged on their way")
-
-
 def _write(path: Path, data: bytes) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     part.write_bytes(data)
     part.replace(path)
-
-
-def _write_adapter(folder: Path, data: bytes) -> None:
-    """A PEFT folder; its config travels as metadata of its weights. Raises ValueError if it is none."""
-    folder.mkdir(parents=True)
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(data)
-    try:
-        with safe_open(str(weights), framework="pt") as file:
-            config = json.loads((file.metadata() or {})["adapter_config"])
-    except (SafetensorError, KeyError) as e:
-        raise ValueError(f"not the weights of an adapter ({type(e).__name__}: {e})") from e
-    (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 
 from amortlm.cli.commands import train
+from amortlm.engine.adapter import FULL
 from amortlm.errors import ConfigError
 from amortlm.rollout.launch import Program, servable, servers, servers_on_ray
 
@@ -18,7 +19,9 @@ def run(args: Namespace) -> None:
         raise ConfigError(f"--servers {args.servers}: give at least one, or use amortlm train")
     spec = train.spec_of(args, rollout=TO_COME)
     with servable(spec.model) as model:
-        program = Program(args.python, model, shlex.split(args.server_options))
+        # What is given counts more: the last of equal options does.
+        own = ["--weights", "merged"] if spec.adapter == FULL else []
+        program = Program(args.python, model, [*own, *shlex.split(args.server_options)])
         started = (
             servers(program, args.servers)
             if args.ray is None
