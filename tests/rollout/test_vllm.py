@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from real_vllm import PYTHON, served
+from real_vllm import PYTHON, check_training, served
 from reference import tiny_policy
-from trainers import ROWS, make_trainer
 from vllm_model import save_tiny_llama
 
 from amortlm import LanguageModel, Support
@@ -97,25 +96,4 @@ def test_a_rank_above_the_servers_is_refused(lm, url):
 
 @pytest.mark.parametrize("lag", [0, 4])
 def test_training_nears_the_exact_posterior(lm, url, tmp_path, lag):
-    """From a total variation above .5 to one below .1, with weights on the server that are new, or old."""
-    words = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=["a", "b", "at", " cat", " dog"])
-    trainer = make_trainer(
-        lm,
-        tmp_path,
-        target=lm.log_prob("{z}{y}", given="{x}") * 2.0,
-        support=words,
-        rows=ROWS[:2],
-        max_steps=80,
-        num_samples=32,
-        warmup_steps=5,
-        epsilon=0.1,
-        rollout=url,
-        max_staleness=lag,
-    )
-    before = trainer.posterior.diagnose(ROWS[:2], 32).mean("total_variation")
-    trainer.train()
-    after = trainer.posterior.diagnose(ROWS[:2], 32).mean("total_variation")
-    assert before > 0.5, before
-    assert after < 0.1, after
-    mismatch = [e["sampler_mismatch"] for e in trainer.state.log_history if "sampler_mismatch" in e]
-    assert (max(mismatch) < 1e-3) == (lag == 0)
+    check_training(lm, url, tmp_path, lag)

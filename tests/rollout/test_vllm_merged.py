@@ -10,8 +10,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from peft import LoraConfig
-from real_vllm import PYTHON, served
-from trainers import ROWS, make_trainer
+from real_vllm import PYTHON, check_training, served
 from vllm_model import save_tiny_gpt2, save_tiny_llama
 
 from amortlm import LanguageModel, Policy, Support
@@ -137,27 +136,4 @@ def test_one_tensor_cannot_be_both(lms, urls):
     ("name", "lag", "kind"), [("gpt2", 0, "plain"), ("gpt2", 2, "full"), ("llama", 0, "dora")]
 )
 def test_training_nears_the_exact_posterior(lms, urls, tmp_path, name, lag, kind):
-    """From a total variation above .5 to one below .1, with weights on the server that are new, or old."""
-    lm = lms[name]
-    words = Support(stop=".", min_tokens=1, max_tokens=2, allowed_tokens=["a", "b", "at", " cat", " dog"])
-    trainer = make_trainer(
-        lm,
-        tmp_path,
-        target=lm.log_prob("{z}{y}", given="{x}") * 2.0,
-        adapter=adapter(kind, lm),
-        support=words,
-        rows=ROWS[:2],
-        max_steps=80,
-        num_samples=32,
-        warmup_steps=5,
-        epsilon=0.1,
-        rollout=urls[name],
-        max_staleness=lag,
-    )
-    before = trainer.posterior.diagnose(ROWS[:2], 32).mean("total_variation")
-    trainer.train()
-    after = trainer.posterior.diagnose(ROWS[:2], 32).mean("total_variation")
-    assert before > 0.5, before
-    assert after < 0.1, after
-    mismatch = [e["sampler_mismatch"] for e in trainer.state.log_history if "sampler_mismatch" in e]
-    assert (max(mismatch) < 1e-3) == (lag == 0)
+    check_training(lms[name], urls[name], tmp_path, lag, adapter=adapter(kind, lms[name]))
