@@ -19,7 +19,7 @@ from amortlm import (
     exact,
     narrow,
 )
-from amortlm.errors import SupportError
+from amortlm.errors import DataError, SupportError
 from amortlm.support import token_tables
 
 FEW = ("a", "t", " a", " cat", " dog", " ", "c")
@@ -108,6 +108,35 @@ def test_what_a_support_cannot_say_stays_a_term(
     assert said.endswith(f"stays a term of the target alone: {why}")
 
 
+def test_only_the_empty_completion_is_no_support(one_lm: LanguageModel) -> None:
+    found, [said] = narrow(FREE, one_lm.log_prob("{z}", given="{x}") + constraint.length(0, 0), one_lm)
+    assert found == FREE
+    assert said.endswith("a support cannot state it")
+
+
+def test_a_support_that_leaves_out_parts_of_characters_is_not_narrowed(embedded: LanguageModel) -> None:
+    """With all tokens the tables of its pattern are too large for them; with few they would come back."""
+    quoted = embedded.encode_continuation(" “a”")
+    support = Support(stop="</s>", max_tokens=8, pattern=r"“a”|.*\w.{8}")
+    assert not support.bind(embedded).contains(quoted)
+    few = embedded.log_prob("{z}", given="{x}") + constraint.allowed_tokens(*quoted)
+    found, [said] = narrow(support, few, embedded)
+    assert found == support
+    assert "which is too much" in said
+
+
+def test_mistakes_in_a_constraint_keep_their_message(embedded: LanguageModel) -> None:
+    target = embedded.log_prob("{z}", given="{x}") + constraint.allowed_tokens("zz")
+    with pytest.raises(SupportError, match="in this support: 'zz' is 2 tokens"):
+        narrow(Support(stop="."), target, embedded)
+
+
+def test_gold_that_violates_a_constraint_is_refused(one_lm: LanguageModel, tmp_path) -> None:
+    with pytest.raises(DataError, match="hard constraints of a target are taken into the support, unless"):
+        make_trainer(one_lm, tmp_path, gold=[[" cat"]])
+    make_trainer(one_lm, tmp_path, gold=[[" cat"]], narrow_support=False)
+
+
 def test_a_list_can_be_narrowed_by_its_length(one_lm: LanguageModel) -> None:
     support = Support(stop=".", max_tokens=5, allowed_tokens=("a", "t"), separator=" ")
     target = one_lm.log_prob("{z}{y}", given="{x}") + constraint.length(2, 3)
@@ -141,7 +170,7 @@ def test_what_is_too_large_stays_a_term(embedded: LanguageModel, monkeypatch, tm
     ],
 )
 def test_what_nothing_satisfies_is_an_error(one_lm: LanguageModel, term: Target) -> None:
-    with pytest.raises(SupportError, match="no completion of the support satisfies"):
+    with pytest.raises(SupportError, match="in this support: .*(allows nothing|matches)"):
         narrow(
             Support(stop=".", max_tokens=4, allowed_tokens=FEW),
             one_lm.log_prob("{z}", given="{x}") + term,
@@ -161,7 +190,7 @@ def test_characters_in_parts_are_kept(embedded: LanguageModel) -> None:
     assert law.contains(half), "as the constraint has it"
 
 
-def make_trainer(lm: LanguageModel, folder, **settings) -> GFNTrainer:
+def make_trainer(lm: LanguageModel, folder, gold=None, **settings) -> GFNTrainer:
     return GFNTrainer(
         lm,
         target=lm.log_prob("{z}{y}", given="{x}") + constraint.contains("cat", "dog"),
@@ -172,6 +201,7 @@ def make_trainer(lm: LanguageModel, folder, **settings) -> GFNTrainer:
             output_dir=str(folder), use_cpu=True, diagnose_steps=0, max_steps=4, save_steps=2, **settings
         ),
         adapter=4,
+        gold=gold,
     )
 
 

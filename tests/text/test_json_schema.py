@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from typing import Any
 
 import jsonschema
 import pytest
 
 from amortlm import LanguageModel, Support, constraint, narrow
-from amortlm.errors import ConfigError, MissingExtraError
+from amortlm.errors import ConfigError
 from amortlm.text.json_schema import json_pattern
 from amortlm.text.positions import Positions
 
@@ -32,6 +31,25 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         "$defs": {"Point": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}},
     },
     "string": {"type": "string", "minLength": 2, "maxLength": 5},
+    "through two": {
+        "$ref": "#/$defs/A",
+        "$defs": {
+            "A": {"type": "object", "properties": {"q": {"$ref": "#/$defs/B"}}, "required": ["q"]},
+            "B": {"type": "object", "properties": {"q": {"$ref": "#/$defs/C"}}, "required": ["q"]},
+            "C": {"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#/$defs/D"}, "maxItems": 2}]},
+            "D": {"type": "boolean"},
+        },
+    },
+    "alternatives": {"type": "string", "pattern": "^ab|c\\$d$"},
+    "odd names": {
+        "type": "object",
+        "properties": {'a"b': {"type": "null"}, "c\\d": {"type": "null"}, "e\nf": {"type": "null"}, "(g|": {"type": "null"}},
+        "required": ['a"b', "e\nf"],
+    },
+    "large and small": {"enum": [10**30, 2**64 + 1, -(2**63) - 1, 9.248652516259453e-05, 0.1, 1e300]},
+    "typed values": {"type": "string", "enum": ["ab", "c"], "title": "a note"},
+    "empty array": {"type": "array", "items": {"type": "null"}, "maxItems": 0},
+    "two to three": {"type": "array", "items": {"anyOf": [{"const": 1}, {"const": 22}]}, "minItems": 2, "maxItems": 3},
     "either": {"anyOf": [{"type": "null"}, TEXT, {"const": {"a": 'say "b"'}}]},
     "enum of signs": {"enum": ["a|b", "(c)", "[d]", "\\e", "é", "1.5", True, False, 2.5, "$", "^"]},
     "date": {"type": "string", "format": "date"},
@@ -73,6 +91,13 @@ INSTANCES: dict[str, list[Any]] = {
     "any length": [[], ["x"], [1, None, "x", "x"]],
     "nested": [{"at": {"x": 1}, "to": []}, {"at": {"x": 1}, "to": [{"x": 0.5}, {"x": 2}]}],
     "string": ["ab", "é…z!", 'a"\\/'],
+    "through two": [{"q": {"q": None}}, {"q": {"q": []}}, {"q": {"q": [True, False]}}],
+    "alternatives": ["ab", "c$d"],
+    "odd names": [{'a"b': None, "e\nf": None}, {'a"b': None, "c\\d": None, "e\nf": None, "(g|": None}],
+    "large and small": [10**30, 2**64 + 1, -(2**63) - 1, 9.248652516259453e-05, 0.1, 1e300],
+    "typed values": ["ab", "c"],
+    "empty array": [[]],
+    "two to three": [[1, 22], [22, 22, 1]],
     "either": [None, "ab.", {"a": 'say "b"'}],
     "enum of signs": ["a|b", "(c)", "\\e", 2.5, True],
     "date": ["2026-11-28"],
@@ -83,6 +108,11 @@ WRONG: dict[str, list[str]] = {
     "array": ["[]", "[1, 2, 3, 4]", "[1 2]"],
     "any length": ['["y"]', "[,]"],
     "string": ['"a"', '"abcdef"', '"a"b"', "ab"],
+    "through two": ['{"q": {}}', '{"q": null}', '{"q": {"q": [true, false, true]}}'],
+    "alternatives": ['"ab', 'c$d"', '"ab|c$d"'],
+    "odd names": ['{"a"b": null, "e\\nf": null}'],
+    "large and small": ["1e30", "1"],
+    "two to three": ["[1]", "[1, 1, 1, 1]"],
     "either": ["nul", '"AB"', '{"a": "say b"}'],
     "enum of signs": ['"a"', '"(c"', '"15"'],
 }
@@ -98,38 +128,66 @@ def test_instances_match_and_others_do_not(name: str) -> None:
     assert not any(pattern.matches(text) for text in WRONG.get(name, []))
 
 
-@pytest.mark.parametrize(
-    ("schema", "message"),
-    [
-        ({"type": "integer", "minimum": 0}, "'minimum' cannot be a regular expression here"),
-        ({"type": "array", "items": TEXT, "uniqueItems": True}, "'uniqueItems'"),
-        ({"oneOf": [TEXT]}, "'oneOf'"),
-        ({"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 2}}}, "#/properties/a: 'multipleOf'"),
-        ({"type": ["string", "null"]}, "for several, write anyOf"),
-        ({"type": "object"}, "an object needs properties"),
-        ({"type": "array"}, "an array needs items"),
-        ({"type": "object", "properties": {"a": TEXT}, "required": ["b"]}, "'b' is required, but not in properties"),
-        ({"type": "object", "properties": {"a": TEXT}, "additionalProperties": TEXT}, "must be false"),
-        ({"type": "string", "format": "date-time"}, "format must be one of"),
-        ({"type": "string", "pattern": ".*"}, "has to escape"),
-        ({"type": "string", "pattern": 5}, "a pattern is text"),
-        ({"$ref": "#/$defs/T", "$defs": {"T": {"type": "array", "items": {"$ref": "#/$defs/T"}}}}, "refers to itself"),
-        ({"$ref": "#/$defs/T"}, "is not in the schema"),
-        ({"$ref": "http://example.org/x"}, "is not in the schema"),
-        ({"type": "array", "items": True}, "must be a mapping with a type"),
-        ([], "a JSON schema is a mapping"),
-        ({}, "type must be one of"),
-    ],
-)  # fmt: skip
+NULL = {"type": "null"}
+REFUSED: list[tuple[Any, str]] = [
+    ({"type": "integer", "minimum": 0}, "#: 'minimum' is not translated beside type"),
+    ({"type": "array", "items": NULL, "uniqueItems": True}, "'uniqueItems'"),
+    ({"oneOf": [NULL]}, "type must be one of"),
+    (
+        {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 2}}},
+        "#/properties/a: 'multipleOf'",
+    ),
+    ({"type": ["string", "null"]}, "for several, write anyOf"),
+    ({"type": "object"}, "an object needs properties"),
+    ({"type": "object", "properties": 5}, "an object needs properties"),
+    ({"type": "object", "properties": ["a"]}, "an object needs properties"),
+    ({"type": "array"}, "an array needs items"),
+    ({"type": "object", "properties": {"a": NULL}, "required": ["b"]}, "names that are in properties"),
+    ({"type": "object", "properties": {"a": NULL}, "required": "a"}, "names that are in properties"),
+    ({"type": "object", "properties": {"a": NULL}, "required": 5}, "names that are in properties"),
+    ({"type": "object", "properties": {"a": NULL}, "additionalProperties": NULL}, "must be false"),
+    ({"type": "string", "properties": {"a": NULL}}, "'properties' is not translated"),
+    ({"type": "string", "format": "date-time"}, "format must be one of"),
+    ({"type": "string", "pattern": ".*"}, "has to escape"),
+    ({"type": "string", "pattern": 5}, "a pattern is text"),
+    ({"type": "string", "pattern": "a^b"}, "cannot contain"),
+    (
+        {"type": "string", "pattern": "a+", "maxLength": 2},
+        "'maxLength' is not translated beside pattern, type",
+    ),
+    ({"type": "string", "minLength": 3, "maxLength": 2}, "minLength=3 is above maxLength=2"),
+    ({"type": "string", "minLength": 2.0}, "minLength must be a whole number"),
+    ({"type": "array", "items": NULL, "maxItems": -1}, "maxItems must be a whole number"),
+    ({"type": "array", "items": NULL, "minItems": True}, "minItems must be a whole number"),
+    ({"enum": []}, "at least one entry"),
+    ({"anyOf": []}, "at least one entry"),
+    ({"anyOf": 5}, "at least one entry"),
+    ({"type": "integer", "enum": ["a"]}, "not of type 'integer'"),
+    ({"type": "string", "enum": ["ab"], "maxLength": 1}, "'maxLength' is not translated"),
+    ({"const": 1, "enum": [2]}, "'enum' is not translated beside const"),
+    ({"const": float("nan")}, "a value is not JSON"),
+    ({"const": {1, 2}}, "a value is not JSON"),
+    ({"anyOf": [NULL], "type": "string"}, "'type' is not translated beside anyOf"),
+    ({"$ref": "#/$defs/T", "maxLength": 2, "$defs": {"T": NULL}}, "'maxLength' is not translated"),
+    (
+        {"$ref": "#/$defs/T", "$defs": {"T": {"type": "array", "items": {"$ref": "#/$defs/T"}}}},
+        "refers to itself",
+    ),
+    ({"$ref": "#/$defs/T", "$defs": {"T": {"$id": "x", "type": "null"}}}, r"'\$id' is not translated"),
+    ({"$ref": "#/$defs/T"}, "is not in the schema"),
+    ({"$ref": "#/$defs/a~1b", "$defs": {"a~1b": NULL}}, "is not in the schema"),
+    ({"$ref": "http://example.org/x"}, "is not in the schema"),
+    ({"$ref": 5}, "is not in the schema"),
+    ({"type": "array", "items": True}, "must be a mapping with a type"),
+    ([], "a JSON schema is a mapping"),
+    ({}, "type must be one of"),
+]
+
+
+@pytest.mark.parametrize(("schema", "message"), REFUSED)
 def test_what_is_not_translated_is_refused(schema: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         json_pattern(schema)
-
-
-def test_the_extra_is_named(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "outlines_core.json_schema", None)
-    with pytest.raises(MissingExtraError, match=r"amortlm\[schema\]"):
-        json_pattern({"type": "null"})
 
 
 def test_a_posterior_over_json(embedded: LanguageModel) -> None:

@@ -222,7 +222,8 @@ class Policy(nn.Module):
             text = (
                 ""
                 if not self.support.patterns
-                else f", a text that does not match {' and '.join(map(repr, self.support.patterns))}"
+                else f", a text that does not match {' and '.join(map(repr, self.support.patterns))} (hard constraints "
+                "of a target are taken into the support, unless GFNConfig has narrow_support=False)"
             )
             raise DataError(
                 f"completion {completion!r} is outside the support: {len(tokens)} tokens where "

@@ -311,6 +311,8 @@ class Length(Constraint):
 
     def narrowed(self, support: Support, allowed: Sequence[int]) -> Support | None:
         high = support.max_tokens if self.maximum is None else min(support.max_tokens, self.maximum)
+        if high == 0:
+            return None  # a support has more than the empty completion
         return replace(support, min_tokens=max(support.min_tokens, self.minimum), max_tokens=high)
 
     def settings(self) -> tuple[str, Any]:
@@ -410,8 +412,7 @@ def allowed_tokens(*tokens: str | int, penalty: float | None = None) -> AllowedT
 def json_schema(schema: Mapping[str, Any], penalty: float | None = None) -> Matches:
     """The text is JSON that is valid under a schema, in one way of writing it (`text.json_schema.json_pattern`).
 
-    It is saved as its regular expression. Raises ConfigError for a schema that is not translated, MissingExtraError
-    without the extra `[schema]`.
+    It is saved as its regular expression. Raises ConfigError for a schema that is not translated.
     """
     return Matches(json_pattern(schema), penalty)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from amortlm.errors import ConfigError, SupportError
+from amortlm.errors import SupportError
 from amortlm.support.patterns import pattern_automaton
 from amortlm.support.spec import Support
 from amortlm.support.spelling import UnsuitableError
@@ -31,10 +31,8 @@ def narrow(support: Support, target: Target, lm: Codec) -> tuple[Support, list[s
             said.append(f"the support holds only what satisfies {term!r}")
         except UnsuitableError as e:
             said.append(f"{term!r} stays a term of the target alone: {e.reason}")
-        except (SupportError, ConfigError) as e:
-            raise SupportError(
-                f"no completion of the support satisfies {term!r} and what is asked besides: {e}"
-            ) from e
+        except SupportError as e:
+            raise SupportError(f"{term!r} in this support: {e}") from e
     return support, said
 
 
@@ -46,8 +44,7 @@ def _narrowed(support: Support, term: Constraint, lm: Codec) -> Support:
     found = term.narrowed(support, law.allowed.nonzero().squeeze(1).tolist())
     if found is None:
         raise UnsuitableError("a support cannot state it", "state a regular expression")
-    if found.patterns != support.patterns:
-        pattern_automaton(found.patterns, lm, law.allowed, found.min_tokens, found.max_tokens, strict=True)
-    else:
-        found.bind(lm)
+    for patterns in {support.patterns, found.patterns} - {()}:  # neither leaves out parts of characters
+        pattern_automaton(patterns, lm, law.allowed, found.min_tokens, found.max_tokens, strict=True)
+    found.bind(lm)
     return found
