@@ -14,6 +14,7 @@ import argparse
 import os
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -71,6 +72,7 @@ def main() -> None:
                     if turn:
                         loading[form].append(load)
                         took[form].append(draw)
+                    print(f"round {turn}, {form}: load {load:.1f} s, draw {draw:.1f} s", file=sys.stderr)
     middle = {form: statistics.median(took[form]) for form in FORMS}
     rows = []
     for form in FORMS:
