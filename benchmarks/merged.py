@@ -17,6 +17,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -28,6 +30,7 @@ from amortlm.rollout.launch import Program, servable, servers
 
 FORMS = ("adapter", "merged")
 RANK = 16
+ROW = {"x": "Once upon a time"}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -63,12 +66,9 @@ def main() -> None:
             for turn in range(given.rounds + 1):  # the first one is not counted
                 weights = {name: w * (1 + 0.01 * turn) for name, w in policy.weights().items()}
                 for form, sampler in samplers.items():
-                    load = seconds(lambda s=sampler, w=weights, t=turn: s.load(w, t + 1))
-                    draw = seconds(
-                        lambda s=sampler, t=turn: policy.sample(
-                            [{"x": "Once upon a time"}], given.completions, seed=t, sampler=s
-                        )
-                    )
+                    load = seconds(partial(sampler.load, weights, turn + 1))
+                    asked: dict[str, Any] = {"seed": turn, "sampler": sampler}
+                    draw = seconds(partial(policy.sample, [ROW], given.completions, **asked))
                     if turn:
                         loading[form].append(load)
                         took[form].append(draw)
