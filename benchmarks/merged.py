@@ -14,8 +14,11 @@ import argparse
 import os
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -27,6 +30,7 @@ from amortlm.rollout.launch import Program, servable, servers
 
 FORMS = ("adapter", "merged")
 RANK = 16
+ROW = {"x": "Once upon a time"}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -62,15 +66,13 @@ def main() -> None:
             for turn in range(given.rounds + 1):  # the first one is not counted
                 weights = {name: w * (1 + 0.01 * turn) for name, w in policy.weights().items()}
                 for form, sampler in samplers.items():
-                    load = seconds(lambda s=sampler, w=weights, t=turn: s.load(w, t + 1))
-                    draw = seconds(
-                        lambda s=sampler, t=turn: policy.sample(
-                            [{"x": "Once upon a time"}], given.completions, seed=t, sampler=s
-                        )
-                    )
+                    load = seconds(partial(sampler.load, weights, turn + 1))
+                    asked: dict[str, Any] = {"seed": turn, "sampler": sampler}
+                    draw = seconds(partial(policy.sample, [ROW], given.completions, **asked))
                     if turn:
                         loading[form].append(load)
                         took[form].append(draw)
+                    print(f"round {turn}, {form}: load {load:.1f} s, draw {draw:.1f} s", file=sys.stderr)
     middle = {form: statistics.median(took[form]) for form in FORMS}
     rows = []
     for form in FORMS:
