@@ -57,6 +57,7 @@ def train(lm: LanguageModel, target: Target, objective: str, folder: Path, **set
         "epsilon": 0.1,  # so that no mode depends on luck in the first updates
         "save_strategy": "no",
         "diagnose_steps": 0,
+        "narrow_support": False,  # all distances are over one support
         **settings,
     }
     return GFNTrainer(
