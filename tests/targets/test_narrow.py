@@ -125,6 +125,17 @@ def test_a_support_that_leaves_out_parts_of_characters_is_not_narrowed(embedded:
     assert "which is too much" in said
 
 
+def test_nor_by_a_pattern_that_would_make_its_tables_small(
+    embedded: LanguageModel, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.setenv("AMORTLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(token_tables, "MAX_CELLS", 300_000)
+    support = Support(stop="</s>", max_tokens=8, pattern=r"“a”|.*[aeiou].{6}")
+    target = embedded.log_prob("{z}", given="{x}") + constraint.matches("“a”")
+    assert not support.bind(embedded).contains(embedded.encode_continuation("“a”"))
+    assert narrow(support, target, embedded)[0] == support
+
+
 def test_mistakes_in_a_constraint_keep_their_message(embedded: LanguageModel) -> None:
     target = embedded.log_prob("{z}", given="{x}") + constraint.allowed_tokens("zz")
     with pytest.raises(SupportError, match="in this support: 'zz' is 2 tokens"):
