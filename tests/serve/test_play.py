@@ -403,9 +403,22 @@ def test_hostile_text_stays_text_in_a_browser(one_lm: LanguageModel, monkeypatch
         assert page.title() == "Playground – amortlm"
 
 
+def hold_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings wait there to be stopped: a fast machine would replace figures before the browser looks at them."""
+    on_step_end = training._Progress.on_step_end
+
+    def held(self: training._Progress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step + 1:
+            until(lambda: self.training.stop)
+        on_step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(training._Progress, "on_step_end", held)
+
+
 @needs_chromium
 @pytest.mark.slow
-def test_a_training_in_a_browser(one_lm: LanguageModel) -> None:
+def test_a_training_in_a_browser(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    hold_at(5, monkeypatch)
     app = create_play(one_lm, api_key="secret")
     with running(app) as port, browser() as chromium:
         page, complaints = open_page(chromium, f"http://127.0.0.1:{port}/")
