@@ -37,6 +37,7 @@ ROWS: list[tuple[str, str, str, int]] = [
 # Columns of the table of passes: label, method, curve.
 COLUMNS: list[tuple[str, str, str]] = [
     *((label, label.lower(), label.lower()) for label in ("rejection", "SIR", "MH", "SMC")),
+    ("guided + SIR", "guided", "sir"),
     *((f"{MAIN} + {c.upper()}", MAIN, c) for c in ("sir", "mh", "smc")),
     *((f"{name} + SIR", name, "sir") for name in ("forward-kl", "sft")),
 ]
@@ -46,6 +47,7 @@ LINES: list[tuple[str, str, str]] = [
     ("SIR, prompted", "sir", "sir"),
     ("MH, prompted", "mh", "mh"),
     ("SMC, prompted", "smc", "smc"),
+    ("SIR, guided", "guided", "sir"),
     ("GFlowNet + SIR", MAIN, "sir"),
     ("GFlowNet + SMC", MAIN, "smc"),
 ]

@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Target, default_lora
+from amortlm import (
+    GFNConfig,
+    GFNTrainer,
+    LanguageModel,
+    Policy,
+    Posterior,
+    Target,
+    default_lora,
+    guided,
+    narrow,
+)
 from amortlm.lab.experiment import Context, Settings, Trained
 from amortlm.lab.training import Gold, train_gflownet, train_reinforced, train_supervised
 from amortlm.lab.training import Problem as Posed
@@ -203,6 +213,13 @@ def gflownet(context: Context, problem: Problem, objective: str) -> Trained:
     return train_gflownet(context, problem.posed(), config)
 
 
+def guided_model(context: Context, problem: Problem) -> Trained:
+    """The prompted model, looking ahead to what the target's constraints ask for. Nothing is trained."""
+    support, _ = narrow(problem.case.support(), problem.target, problem.lm)
+    policy = guided(Policy(problem.lm, problem.case.prompt, support, default_lora(1)), [ROW], context.seed)
+    return Trained(Posterior(policy, problem.target))
+
+
 def sft(context: Context, problem: Problem) -> Trained:
     """On exact draws of the posterior, which only an oracle has: as many as the others draw completions."""
     settings, truth = context.settings, problem.truth
@@ -247,7 +264,8 @@ MAIN = "gflownet-vargrad"  # judges finished text, too; the one that the claims 
 UNTRAINED = {"prompted": "q"} | {
     name: name for name in ("rejection", "best-of-n", "sir", "mh", "smc")
 }  # their curves
-TRAINED: dict[str, tuple[Train, tuple[str, ...]]] = {  # with what corrects them
+TRAINED: dict[str, tuple[Train, tuple[str, ...]]] = {  # and the guided model, with what corrects them
+    "guided": (guided_model, ("sir", "mh")),
     "sft": (sft, ("sir",)),
     **{name: (partial(reinforced, method=name), ("sir",)) for name in ("ppo", "grpo")},
     "forward-kl": (partial(gflownet, objective="forward_kl"), ("sir",)),

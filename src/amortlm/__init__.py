@@ -18,6 +18,7 @@ _HOMES = {
     "narrow": "amortlm.targets.narrow",
     "Support": "amortlm.support.spec",
     "Policy": "amortlm.policy.policy",
+    "guided": "amortlm.policy.guide",
     "Exploration": "amortlm.engine.decoding",
     "Tool": "amortlm.support.tools",
     "Calculator": "amortlm.support.tools",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from amortlm.errors import AmortLMError as AmortLMError
     from amortlm.inference import exact as exact
     from amortlm.language_model import LanguageModel as LanguageModel
+    from amortlm.policy.guide import guided as guided
     from amortlm.policy.policy import Policy as Policy
     from amortlm.posterior import Posterior as Posterior
     from amortlm.posterior import Sample as Sample

@@ -402,8 +402,11 @@ class Posterior:
         model card, README.md (`save_card`, for rows and diagnosis).
 
         The tokenizer is saved for other programs; amortlm loads the model's own. A target with a function that cannot
-        be imported by name is not saved, nor is a tool of your own: pass them to from_pretrained again.
+        be imported by name is not saved, nor is a tool of your own: pass them to from_pretrained again. Raises
+        ConfigError for a guided policy.
         """
+        if self.policy.support.is_guided:
+            raise ConfigError("a guided policy cannot be saved: make it again with amortlm.guided")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         before = card.read(folder)

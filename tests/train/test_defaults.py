@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from trainers import ROWS, make_trainer
 
-from amortlm import LanguageModel, verifier
+from amortlm import LanguageModel, Support, constraint, verifier
 from amortlm.errors import ConfigError, RewardError
 from amortlm.objectives import parse
+from amortlm.train.behaviour import DEFAULT, full_mix
 from amortlm.types import Row
 
 FEW = {"subtb": {"states": 4}}
@@ -80,3 +81,20 @@ def test_what_is_chosen_has_to_fit_as_what_is_given(one_lm: LanguageModel, tmp_p
         make_trainer(one_lm, tmp_path, objective="forward_kl", num_samples=0)
     with pytest.raises(ConfigError, match="num_samples=-1"):
         make_trainer(one_lm, tmp_path, num_samples=-1)
+
+
+def test_with_a_pattern_the_prior_looks_ahead(one_lm: LanguageModel, tmp_path: Path) -> None:
+    """Unless the user says how prompts are drawn, or the objective takes draws of the policy alone."""
+    told = Support(stop=".", max_tokens=3, pattern="a.*")
+    trainer = make_trainer(one_lm, tmp_path, support=told)
+    assert trainer.args.behaviour["prior"] == 0.125
+    assert sum(trainer.args.behaviour.values()) == 1
+    assert any(sentence.startswith("behaviour=") for sentence in trainer.chosen)
+    narrowed = one_lm.log_prob("{z}{y}", given="{x}") + constraint.contains("a")
+    assert make_trainer(one_lm, tmp_path, target=narrowed).args.behaviour["prior"] == 0.125
+    assert make_trainer(one_lm, tmp_path).args.behaviour == DEFAULT
+    own = {"policy": 0.5, "replay": 0.5}
+    assert make_trainer(one_lm, tmp_path, support=told, behaviour=own).args.behaviour == full_mix(own)
+    own = {"policy": 1.0}
+    trainer = make_trainer(one_lm, tmp_path, support=told, objective="forward_kl", behaviour=own)
+    assert trainer.args.behaviour == full_mix(own)

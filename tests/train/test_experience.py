@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from stats import LEVEL, g_test
+from torch import Tensor
 from trainers import ROWS, make_trainer
 
 from amortlm import LanguageModel, Support, types
@@ -16,6 +18,8 @@ from amortlm.engine.decoding import Draws
 from amortlm.engine.sampler import Request, Sampler
 from amortlm.inference.exact import policy_log_probs
 from amortlm.policy.laws import support_completions
+from amortlm.seeds import seed_of
+from amortlm.support import SupportLaw
 from amortlm.train.metrics import Metrics
 from amortlm.train.source import Experience
 
@@ -61,6 +65,36 @@ def test_prior_draws_are_of_the_model_before_training(one_lm: LanguageModel, tmp
     drawn = torch.tensor([order[tuple(z)] for z in found.rollouts.completions()])
     counts = torch.bincount(drawn, minlength=len(before))
     assert g_test(counts, before) > LEVEL > g_test(counts, after)
+
+
+def test_prior_draws_look_ahead(one_lm: LanguageModel, tmp_path: Path) -> None:
+    """Of p(token)^(1/temperature) h(after it), by plain passes; a false alarm as rare as `stats.LEVEL` says, and the law
+    that does not look ahead as control."""
+    support = Support(stop=".", max_tokens=3, allowed_tokens=("a", "t", " cat"), pattern=r"a.*t|t( cat)*")
+    settings = {"support": support, "num_samples": 2000}
+    source = make_trainer(one_lm, tmp_path, behaviour={"prior": 1.0}, rows=ROWS[:1], **settings).source
+    step = (3, 0)
+    heat = random.Random(seed_of(("prior", source.config.seed, step))).uniform(1, 2)
+    prompt = source.policy.encode_rows(ROWS[:1])[0]
+    guide, plain = source._guided, source.policy.support
+    every = [z for n in range(1, 4) for z in plain.completions(n)]
+
+    def law(of: SupportLaw) -> Tensor:
+        """[M] chances of all completions, at this temperature of p."""
+        out = []
+        for z in every:
+            chance, node = 1.0, torch.tensor([0])
+            for t, token in enumerate([*z, plain.stop_ids[0]][:3]):
+                logits = one_lm.model(torch.tensor([[*prompt, *z[:t]]])).logits[:, -1] / heat
+                chance *= of.step(logits, torch.tensor([t]), node).log_q[0, token].exp().item()
+                node = plain.advance(node, torch.tensor([token]))
+            out.append(chance)
+        return torch.tensor(out)
+
+    drawn = source.collect(ROWS[:1], step).rollouts.completions()
+    counts = torch.bincount(torch.tensor([every.index(z) for z in drawn]), minlength=len(every))
+    assert law(guide).sum().item() == pytest.approx(1, abs=1e-4)
+    assert g_test(counts, law(guide)) > LEVEL > g_test(counts, law(plain))
 
 
 def test_each_prompt_has_one_behaviour(one_lm: LanguageModel, tmp_path: Path) -> None:

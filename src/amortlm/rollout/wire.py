@@ -62,11 +62,13 @@ class Named:
 
 
 def tables(law: SupportLaw) -> Named:
-    """A support's tables. Raises ConfigError for a support with a tool."""
+    """A support's tables. Raises ConfigError for a support with a tool, and for a guided law."""
     if law.tool is not None:
         raise ConfigError(
             "a server cannot draw on a support with a tool, whose code is here: leave the tool out, or draw locally"
         )
+    if law.is_guided:
+        raise ConfigError("a server does not look ahead: draw from a guided policy locally")
     tensors = {
         "stop_ids": torch.tensor(law.stop_ids),
         "lengths": torch.tensor([law.min_tokens, law.max_tokens]),

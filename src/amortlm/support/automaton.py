@@ -21,7 +21,11 @@ class Automaton:
     accepts [S]      bool: may a completion end at the node
 
     A token is legal at a node only if some completion continues with it, so every legal prefix can be finished.
+    log_h [T+2, S+1]: with look-ahead, log of the chance that a text becomes a completion, in nats, after 0..T+1 tokens
+    at each node; 0 where it cannot (`looking_ahead`).
     """
+
+    log_h: Tensor | None = None
 
     def __init__(self, step: Tensor, token_class: Tensor, accepts: Tensor, min_tokens: int, max_tokens: int):
         size, classes = step.shape
@@ -66,6 +70,35 @@ class Automaton:
         for token in self.token_class[tokens].unbind(1):
             out.append(self.step[out[-1], token])
         return torch.stack(out, 1)
+
+    def looking_ahead(self, log_token: Tensor, log_stop: float) -> Automaton:
+        """The same automaton with `log_h`, for texts each of whose tokens is of class c with chance exp(log_token[c])
+        [C], and which end with chance exp(log_stop), whatever was written before."""
+        log_h = torch.full((self.max_tokens + 2, len(self.step)), -torch.inf, dtype=torch.float64)
+        ends = self.reach[0] & (torch.arange(self.max_tokens + 1)[:, None] >= self.min_tokens)
+        for t in range(self.max_tokens, -1, -1):
+            if t < self.max_tokens:
+                log_h[t] = (log_token.double() + log_h[t + 1, self.step]).logsumexp(1)
+            log_h[t] = torch.logaddexp(log_h[t], torch.where(ends[t], log_stop, -torch.inf))
+        return self._with(log_h.masked_fill(log_h.isneginf(), 0.0))
+
+    def sharpened(self, factor: float) -> Automaton:
+        """The same automaton with h to the power of `factor`."""
+        assert self.log_h is not None
+        return self._with(factor * self.log_h)
+
+    def _with(self, log_h: Tensor) -> Automaton:
+        found = copy.copy(self)
+        found.log_h, found._on = log_h, {}
+        return found
+
+    def ahead(self, t: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
+        """How much likelier a text becomes a completion by a token, [n, V], or by ending, [n], after t [n] tokens at
+        nodes [n]: the change of `log_h`, which is 0 after the end. Nats; of no meaning where they are not legal."""
+        assert self.log_h is not None
+        before = self.log_h[t, node]
+        after = self.log_h[t[:, None] + 1, self.step[node]]
+        return (after - before[:, None])[:, self.token_class], -before
 
     def legal_tokens(self, t: Tensor, node: Tensor) -> Tensor:
         """[n, V] bool: the tokens that are legal at nodes [n] after t [n] tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -44,8 +44,8 @@ class SupportLaw:
     """A support resolved for one tokenizer. Holds no model, and can be pickled.
 
     allowed [V] bool: the tokens that may occur inside a completion; with `lists`, inside a statement. With lists or a
-    pattern, an automaton gives the legal tokens. In the methods, `node` is a node of the automaton, and t the number of
-    tokens written.
+    pattern, an automaton gives the legal tokens; if it looks ahead, the law is guided. In the methods, `node` is a node
+    of the automaton, and t the number of tokens written.
     """
 
     stop_ids: tuple[int, ...]
@@ -56,6 +56,30 @@ class SupportLaw:
     lists: Lists | None = None
     patterns: tuple[str, ...] = ()
     automaton: Automaton | None = None
+
+    @property
+    def is_guided(self) -> bool:
+        return self.automaton is not None and self.automaton.log_h is not None
+
+    def guided(self, log_token: Tensor, log_stop: float) -> SupportLaw:
+        """The same support with another law: q(token) is proportional to p(token) h(text so far, with the token).
+
+        h is the chance that a text becomes a completion if tokens follow with chances exp(log_token) [V], and the end
+        with exp(log_stop), whatever was written before. So what an automaton asks for is written where p invites it,
+        not only where nothing else is legal any more. Without an automaton, the law itself. (As in Zhang et al. 2023,
+        "Tractable control for autoregressive language generation", where a hidden Markov model gives h.)
+        """
+        if self.automaton is None:
+            return self
+        classes = self.automaton.step.shape[1]
+        mass = torch.zeros(classes, dtype=torch.float64)
+        mass.index_add_(0, self.automaton.token_class, log_token.double().exp())
+        return replace(self, automaton=self.automaton.looking_ahead(mass.log(), log_stop))
+
+    def sharpened(self, factor: float) -> SupportLaw:
+        """A guided law with h to the power of `factor`: drawn from at this temperature, p is tempered, and h is not."""
+        assert self.automaton is not None
+        return replace(self, automaton=self.automaton.sharpened(factor))
 
     def size(self) -> int:
         """Number of completions in the support (with a tool: an upper bound)."""
@@ -129,7 +153,7 @@ class SupportLaw:
         tokens and stop symbols."""
         legal = self.legal(t, node)
         precise = torch.promote_types(logits.dtype, torch.float32)
-        logits = logits.to(precise).masked_fill(~legal, -torch.inf)
+        logits = self._looking_ahead(logits.to(precise), t, node).masked_fill(~legal, -torch.inf)
         log_q = logits.log_softmax(-1)
         log_stop = log_q[:, list(self.stop_ids)].logsumexp(-1)
         return Step(legal, logits, log_q, log_stop.masked_fill(t >= self.max_tokens, 0.0))
@@ -148,12 +172,23 @@ class SupportLaw:
             legal = Legal(allowed, symbols, t < self.max_tokens, t >= self.min_tokens)
         else:
             automaton, node = self.automaton.to(logits.device), self.nodes(tokens)[:, : shape[1]]
+            raised = self._looking_ahead(logits.flatten(0, 1), t.flatten(), node.flatten())
+            logits = raised.view(logits.shape)
             legal = Legal(
                 allowed, symbols, automaton.goes[t, node], automaton.ends[t, node], automaton, t, node
             )
         after = torch.nn.functional.pad(tokens, (0, shape[1] - tokens.shape[1]))
         log_p, log_pterm = SupportLogProbs.apply(logits, after, legal)
         return log_p[:, : tokens.shape[1]], log_pterm
+
+    def _looking_ahead(self, logits: Tensor, t: Tensor, node: Tensor) -> Tensor:
+        """Logits [b, V] after t [b] tokens at nodes [b], raised by what the automaton sees ahead."""
+        if not self.is_guided:
+            return logits
+        assert self.automaton is not None
+        token, stop = self.automaton.to(logits.device).ahead(t, node)
+        token[:, list(self.stop_ids)] = stop[:, None]
+        return logits + token.float()
 
     def rollouts(
         self,

@@ -112,7 +112,8 @@ class GFNConfig(TrainingArguments):
             "help": "Shares of the prompts whose completions come from the policy, from the policy at a random "
             "temperature (tempered), from the buffer (replay), from the model before training with the policy's "
             "prompt (prior), or from importance resampling of policy and buffer, near the posterior (corrected). They "
-            "sum to one. Paper: {replay: 0.25, tempered: 0.5025}."
+            "sum to one. The default has prior: 0.125 where the support has a pattern, and completions are drawn here. "
+            "Paper: {replay: 0.25, tempered: 0.5025}."
         },
     )
     corrected_method: str = field(

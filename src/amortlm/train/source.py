@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from amortlm.engine.sampler import LocalSampler, Request
 from amortlm.errors import ConfigError
 from amortlm.inference.smc import smc
 from amortlm.objectives import Objective
+from amortlm.policy.guide import guided_law
 from amortlm.policy.policy import Policy
 from amortlm.rollout import HTTPSampler
 from amortlm.seeds import seed_of
+from amortlm.support import SupportLaw
 from amortlm.targets.base import Target
 from amortlm.train.behaviour import CORRECTED, Choice, chances, choose
 from amortlm.train.config import GFNConfig
@@ -85,11 +88,12 @@ class ExperienceSource:
         buffer: ReplayBuffer,
         objective: Objective,
         config: GFNConfig,
+        rows: Sequence[Row],
         server: HTTPSampler | None = None,
     ):
-        """target: the rewards used in training, finite everywhere (`Softened`). server: what draws in place of the
-        policy's own sampler."""
-        self.policy, self.target, self.buffer = policy, target, buffer
+        """target: the rewards used in training, finite everywhere (`Softened`). rows: those to train on. server: what
+        draws in place of the policy's own sampler."""
+        self.policy, self.target, self.buffer, self.rows = policy, target, buffer, rows
         self.objective, self.config = objective, config
         self.server = server
         self._asked = -1  # the last update whose draws the server was asked for
@@ -172,8 +176,7 @@ class ExperienceSource:
             for old, choice in zip(given, choices, strict=True)
         ]
         if any(prior):
-            seed = (self.config.seed, step)
-            parts.append(self.policy.sample(rows, prior, seed=seed, sampler=self._prior)[0])
+            parts.append(self._from_prior(rows, prior, step))
         if any(given):
             parts.append(self.policy.rollouts(rows, given))
         log_q += [
@@ -181,6 +184,21 @@ class ExperienceSource:
         ]
         order = torch.cat([part.row_index for part in parts]).argsort(stable=True)
         return Rollouts.cat(parts), torch.cat(log_q)[order], version  # in the order of `cat`
+
+    def _from_prior(self, rows: Sequence[Row], counts: Sequence[int], step: Step) -> Rollouts:
+        """Completions of the model before training; where the support has an automaton, of the guided model at a random
+        temperature: so what the automaton asks for is found, also where neither policy nor model would write it."""
+        request = self.policy.request(rows, counts, [(self.config.seed, step)] * len(rows))
+        if self._guided.is_guided:
+            most = max(1.0, self.config.temperature_range[1])
+            heat = random.Random(seed_of(("prior", self.config.seed, step))).uniform(1.0, most)
+            hot = Exploration(torch.full((sum(counts),), heat, device=self.policy.device))
+            request = replace(request, law=self._guided.sharpened(heat), exploration=hot)
+        return self.policy.drawn(rows, request, self._prior.sample(request))[0]
+
+    @cached_property
+    def _guided(self) -> SupportLaw:
+        return guided_law(self.policy, self.rows, self.config.seed)
 
     def choices(self, rows: Sequence[Row], step: Step) -> list[Choice]:
         """The behaviour of each prompt."""

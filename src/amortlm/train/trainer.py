@@ -101,7 +101,7 @@ class GFNTrainer(ResumableTrainer):
         self.lm, self.policy = lm, Policy(lm, prompt, support, adapter)
         rows = self._checked_rows(train_dataset, "train_dataset")
         held_out = None if eval_dataset is None else self._checked_rows(eval_dataset, "eval_dataset")
-        args, chosen = settled(args, len(rows), self.target)
+        args, chosen = settled(args, len(rows), self.target, self.policy.support)
         self.chosen = [*narrowed, *chosen]
         for sentence in self.chosen:
             logger.info("chosen: %s", sentence)
@@ -166,7 +166,7 @@ class GFNTrainer(ResumableTrainer):
         if server is not None:
             self.stores = (*self.stores, server.ahead)
         self.source = ExperienceSource(
-            self.policy, self.training_target, self.buffer, self.objective, args, server
+            self.policy, self.training_target, self.buffer, self.objective, args, rows, server
         )
         self.floor = FloorCheck(self.policy.support)
         self._metrics = Metrics()
