@@ -18,13 +18,22 @@ from amortlm import GFNConfig, errors
 NAMES = """
 AmortLMError Calculator Diagnosis EM Exploration GFNConfig GFNTrainer LanguageModel LogProb Lookup MStep
 Policy PolicyLogProbs Posterior Prediction ReplayBuffer Rollouts Sample Samples Support Target Tool Unordered Verifier Votes
-__version__ bounds constraint default_lora errors exact importance narrow objectives verifier
+__version__ bounds constraint default_lora errors exact guided importance narrow objectives verifier
 """
 SETTINGS = """
 behaviour buffer_prioritized buffer_size corrected_method corrected_particles diagnose_steps epsilon hard_penalty
 max_staleness narrow_support num_samples objective reward_temperature rollout stop_at_gap temperature_range
 """
-CONSTRAINTS = ("allowed_tokens", "canonical", "contains", "json_schema", "length", "matches", "predicate")
+CONSTRAINTS = (
+    "allowed_tokens",
+    "canonical",
+    "contains",
+    "grammar",
+    "json_schema",
+    "length",
+    "matches",
+    "predicate",
+)
 
 
 def own_settings() -> list[str]:

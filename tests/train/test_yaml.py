@@ -84,9 +84,8 @@ def test_a_target_survives_yaml(one_lm: LanguageModel, kind: str) -> None:
 
 def test_every_kind_of_term_is_covered(one_lm: LanguageModel) -> None:
     written = {name for make in KINDS.values() for term in make(one_lm).to_spec() for name in term}
-    assert set(_builders(one_lm)) == (written - {"weight", "penalty"}) | {
-        "json_schema"
-    }  # written as `matches`
+    as_matches = {"json_schema", "grammar"}
+    assert set(_builders(one_lm)) == (written - {"weight", "penalty"}) | as_matches
 
 
 def test_a_json_schema_is_its_expression(one_lm: LanguageModel) -> None:
@@ -95,6 +94,15 @@ def test_a_json_schema_is_its_expression(one_lm: LanguageModel) -> None:
     assert found.to_spec() == (1.0 * constraint.json_schema(schema)).to_spec()
     with pytest.raises(ConfigError, match="target term 'json_schema'"):
         target_from_spec([{"json_schema": "integer"}], one_lm, HERE)
+
+
+def test_a_grammar_is_its_expression(one_lm: LanguageModel) -> None:
+    nested = {"source": 'root ::= "a" root? "t"', "depth": 2}
+    for given, arguments in (('root ::= "a" | "t"', ['root ::= "a" | "t"']), (nested, list(nested.values()))):
+        found = target_from_spec([{"grammar": given}], one_lm, HERE)
+        assert found.to_spec() == (1.0 * constraint.grammar(*arguments)).to_spec()
+    with pytest.raises(ConfigError, match="depth"):
+        target_from_spec([{"grammar": {"source": "root ::= root", "depth": "deep"}}], one_lm, HERE)
 
 
 def scored(lm: LanguageModel, text: str) -> torch.Tensor:

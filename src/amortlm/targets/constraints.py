@@ -30,6 +30,7 @@ from amortlm.targets.functions import (
     require_reference,
     takes_row,
 )
+from amortlm.text.grammar import grammar_pattern
 from amortlm.text.json_schema import json_pattern
 from amortlm.text.positions import Positions
 from amortlm.text.regular import check_pattern
@@ -415,6 +416,16 @@ def json_schema(schema: Mapping[str, Any], penalty: float | None = None) -> Matc
     It is saved as its regular expression. Raises ConfigError for a schema that is not translated.
     """
     return Matches(json_pattern(schema), penalty)
+
+
+def grammar(source: str, depth: int | None = None, penalty: float | None = None) -> Matches:
+    """The text is derived by a grammar (`text.grammar.grammar_pattern`), with no rule more than `depth` times inside
+    itself.
+
+    It is saved as its regular expression. Raises ConfigError for what is no grammar, and for a grammar with rules that
+    refer to themselves if depth is left out.
+    """
+    return Matches(grammar_pattern(source, depth), penalty)
 
 
 matches, canonical, length, predicate, verifier = Matches, Canonical, Length, Predicate, Verifier

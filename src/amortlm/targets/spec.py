@@ -6,6 +6,7 @@
   penalty: 10
 - matches: "[A-Z].*"
 - json_schema: {type: object, properties: ...}  # saved as `matches`
+- grammar: 'root ::= "yes" | "no"'  # or {source: ..., depth: 2}; saved as `matches`
 - length: {minimum: 3, maximum: 12}
 - allowed_tokens: [" a", " b"]
 - canonical: true
@@ -39,6 +40,7 @@ ARGUMENTS: dict[str, Any] = {
     "contains": str | list[str],
     "matches": str,
     "json_schema": dict[str, Any],
+    "grammar": {"source": str, "depth": int | None},
     "allowed_tokens": str | int | list[str | int],
     "canonical": bool,
     "length": {"minimum": int, "maximum": int | None},
@@ -47,6 +49,8 @@ ARGUMENTS: dict[str, Any] = {
     "verifier": {"function": str, "every_prefix": bool, "timeout": float | None},
 }
 
+SHORT = {"predicate": "function", "grammar": "source"}  # terms that may be written as this argument alone
+
 
 def _builders(lm: CausalLM, trust: Trust = NOBODY) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
     return {
@@ -54,6 +58,7 @@ def _builders(lm: CausalLM, trust: Trust = NOBODY) -> dict[str, Callable[[Any, d
         "contains": lambda a, k: c.Contains(_listed(a), **k),
         "matches": lambda a, k: c.Matches(a, **k),
         "json_schema": lambda a, k: c.json_schema(a, **k),
+        "grammar": lambda a, k: c.grammar(**a, **k),
         "allowed_tokens": lambda a, k: c.AllowedTokens(_listed(a), **k),
         "canonical": lambda a, k: _canonical(a, **k),
         "length": lambda a, k: c.Length(**a, **k),
@@ -76,8 +81,8 @@ def _listed(value: Any) -> list[Any]:
 def _arguments(name: str, given: Any) -> Any:
     """The arguments of a term, converted to the types of `ARGUMENTS`. Raises ConfigError."""
     declared, where = ARGUMENTS[name], f"target term {name!r}"
-    if name == "predicate" and not isinstance(given, dict):
-        given = {"function": given}
+    if name in SHORT and not isinstance(given, dict):
+        given = {SHORT[name]: given}
     if not isinstance(declared, dict):
         return typed_value(given, declared, where)
     if not isinstance(given, dict):
