@@ -20,7 +20,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "SIR, prompted": {"color": "#E69F00", "ls": "--"},
     "MH, prompted": {"color": "#CC79A7", "ls": "--"},
     "SMC, prompted": {"color": "#D55E00"},
-    "SIR, guided": {"color": "#009E73"},
+    "SIR, guided": {"color": "#56B4E9"},
     "GFlowNet + SIR": {"color": "#0072B2", "lw": 2.2},
     "GFlowNet + SMC": {"color": "#009E73"},
 }
