@@ -56,8 +56,12 @@ def read_stories(path: Path) -> list[Row]:
 
 
 def five_sentences(story: str) -> Row | None:
-    """x, gold, y of the first five sentences; None where the last two are not plain statements."""
-    found = re.split(r"(?<=[.!?])\s+", " ".join(story.split()))[:5]
+    """x, gold, y of the first five sentences; None where the last two are not plain statements.
+
+    White space before punctuation, as tokenised corpora have it, is removed: " ." is another token than ".".
+    """
+    text = re.sub(r"\s+([.,!?;:])", r"\1", " ".join(story.split()))
+    found = re.split(r"(?<=[.!?])\s+", text)[:5]
     if len(found) < 5 or not all(re.fullmatch(r"[\w ,']+\.", s) for s in found[3:]):
         return None
     return {"x": " ".join(found[:3]), "gold": " " + found[3], "y": found[4]}
