@@ -24,6 +24,7 @@ import torch
 from tabulate import tabulate
 
 from amortlm import LanguageModel, Policy, Support
+from amortlm.cli.status import ending_on_signals
 from amortlm.engine.adapter import default_lora
 from amortlm.rollout import HTTPSampler
 from amortlm.rollout.launch import Program, servable, servers
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_on_signals():  # the servers end with the block that started them
+        main()

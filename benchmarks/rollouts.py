@@ -25,6 +25,7 @@ from tabulate import tabulate
 from transformers import TrainerCallback
 
 from amortlm import GFNConfig, GFNTrainer, LanguageModel
+from amortlm.cli.status import ending_on_signals
 from amortlm.lab.tasks import numbers
 from amortlm.rollout.launch import Program, servable, servers
 from amortlm.targets.spec import target_from_spec
@@ -137,4 +138,5 @@ def pinned(folder: Path, python: str, core: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with ending_on_signals():  # the servers end with the block that started them
+        main()
