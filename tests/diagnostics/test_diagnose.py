@@ -18,7 +18,7 @@ from amortlm.diagnostics.bounds import Interval
 from amortlm.diagnostics.certificate import finite
 from amortlm.diagnostics.diagnose import AVOID, CORRECT, LEVEL, TRUST, UNDECIDED, Diagnosis
 from amortlm.errors import ConfigError, DataError
-from amortlm.inference import truth
+from amortlm.inference import pool, truth
 
 T = TypeVar("T")
 SLOW = pytest.mark.slow
@@ -49,8 +49,8 @@ def test_intervals_hold_at_their_level(
     one_lm: LanguageModel, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if source == "mcmc":  # weights may not be used
-        monkeypatch.setattr(truth, "KHAT", -math.inf)
-        monkeypatch.setattr(truth, "REPEATS", math.inf)
+        monkeypatch.setattr(pool, "KHAT", -math.inf)
+        monkeypatch.setattr(pool, "REPEATS", math.inf)
     posterior, limit = off(one_lm, 0.4 if source == "mcmc" else 0.8), 84 if source == "enumeration" else 0
     assert posterior.diagnose(ROW, n=48, limit=limit).truth.source == source
     found = misses(posterior, 15, 48, limit)

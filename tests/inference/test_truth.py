@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amortlm import LanguageModel, Posterior, Support, constraint
 from amortlm.errors import ConfigError, DataError
+from amortlm.inference import pool
 from amortlm.inference import truth as module
 from amortlm.inference.exact import enumerate_posterior
 from amortlm.inference.truth import Truth, posterior_draws
@@ -61,13 +62,13 @@ def test_one_draw_of_each_group_by_weight() -> None:
     """Law and independence: no position is drawn twice, and a group without R > 0 gives nothing."""
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     groups = weights.log().expand(4000, 4)
-    index = module._one_per_group(groups, torch.Generator().manual_seed(0))
+    index = pool.one_of_each(groups, torch.Generator().manual_seed(0))
     assert torch.equal(index // 4, torch.arange(4000))
     counts = torch.bincount(index % 4, minlength=4)
     assert g_test(counts, weights) > LEVEL
     assert g_test(counts, torch.ones(4)) < LEVEL
     some = torch.tensor([[-math.inf, -math.inf], [0.0, -math.inf], [-math.inf, 1.0]])
-    assert module._one_per_group(some, torch.Generator()).tolist() == [2, 5]
+    assert pool.one_of_each(some, torch.Generator()).tolist() == [2, 5]
 
 
 def test_groups_grow_with_the_distance(one_lm: LanguageModel) -> None:
@@ -80,8 +81,8 @@ def test_groups_grow_with_the_distance(one_lm: LanguageModel) -> None:
 
 
 def test_chains_that_agree_are_trusted(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KHAT", -math.inf)  # weights may not be used
-    monkeypatch.setattr(module, "REPEATS", math.inf)
+    monkeypatch.setattr(pool, "KHAT", -math.inf)  # weights may not be used
+    monkeypatch.setattr(pool, "REPEATS", math.inf)
     posterior = off(one_lm, 0.4)
     found = [draws(posterior, 32, limit=0, seed=s) for s in range(2)]
     assert [f.label for f in found] == ["mcmc"] * 2
