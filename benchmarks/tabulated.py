@@ -18,12 +18,21 @@ from amortlm.engine.sampler import LocalSampler
 from amortlm.support import SupportLaw
 from amortlm.targets.base import Scoring, Target
 from amortlm.text.template import PromptTemplate
-from amortlm.types import Row
+from amortlm.seeds import seed_of
+from amortlm.types import PolicyLogProbs, Rollouts, Row
 
 from .posteriors.laws import Array, Space
 
 LEAST = -200.0  # nats: no softmax gives a probability of 0
 WHOLE = Sharing(steps=False, spans=False, packed=False)
+
+
+def nodes(width: int, tokens: Tensor) -> Tensor:
+    """[B, T+1] the nodes that the prefixes of tokens [B, T] lead to; after the end of a completion, others."""
+    found = [torch.zeros(len(tokens), dtype=torch.long)]
+    for token in tokens.T:
+        found.append(width * found[-1] + 1 + token)
+    return torch.stack(found, 1)
 
 
 class TableModel(nn.Module):
@@ -47,6 +56,9 @@ class TableModel(nn.Module):
             table = np.stack([*below[1:].reshape(-1, space.width).T, own[:inner]]) / below[:inner]
             logits = np.log(np.nan_to_num(table)).clip(min=LEAST).T
         self.register_buffer("table", torch.from_numpy(np.pad(logits, ((0, 0), (0, 1)))).float())
+        self.register_buffer("steps", self.table[:, :-1].log_softmax(1))
+        self.register_buffer("cdf", torch.from_numpy(own.cumsum()))
+        self.strings = space.strings
         self.config = PretrainedConfig()
         self._head = nn.Embedding(space.width + 2, 1)
 
@@ -54,16 +66,15 @@ class TableModel(nn.Module):
         return self._head
 
     def forward(self, input_ids: Tensor, use_cache: bool = False, logits_to_keep: int = 0) -> Any:
-        node = torch.zeros(len(input_ids), dtype=torch.long)
-        out = [self.table[node]]
-        for token in input_ids[:, 1:].T:
-            node = (self.width * node + 1 + token).clamp(max=len(self.table) - 1)  # beyond it: padding
-            out.append(self.table[node])
-        return SimpleNamespace(logits=torch.stack(out, 1)[:, -logits_to_keep:])
+        node = nodes(self.width, input_ids[:, 1:]).clamp(max=len(self.table) - 1)
+        return SimpleNamespace(logits=self.table[node][:, -logits_to_keep:])
 
 
 class TablePolicy(Policy):
-    """The policy with law q [M], of a frozen model with law prior [M]."""
+    """The policy with law q [M], of a frozen model with law prior [M].
+
+    Whole completions are looked up; chains and particles go through the passes of any model.
+    """
 
     def __init__(self, space: Space, q: Array, prior: Array):
         nn.Module.__init__(self)
@@ -77,18 +88,32 @@ class TablePolicy(Policy):
     def encode_rows(self, rows: Sequence[Row]) -> list[list[int]]:
         return [[self.model.width + 1] for _ in rows]
 
+    def sample(self, rows: Sequence[Row], num_samples: int | Sequence[int] = 1, **given: Any) -> Any:
+        """Of one row; `seed` of Policy.sample, and none of its other options."""
+        assert isinstance(num_samples, int)
+        generator = torch.Generator().manual_seed(seed_of(("table", given["seed"], self.model is self.lm.model)))
+        u = torch.rand(num_samples, dtype=torch.float64, generator=generator)
+        node = torch.searchsorted(self.model.cdf, u * self.model.cdf[-1], right=True)
+        tokens = torch.from_numpy(self.model.strings[node.numpy()])
+        lengths = (tokens >= 0).sum(1)
+        rollouts = self.support.rollouts(rows, torch.zeros_like(lengths), tokens.clamp(min=0), lengths)
+        return rollouts, self.evaluate(rollouts)
+
+    def evaluate(self, rollouts: Rollouts) -> PolicyLogProbs:
+        node = nodes(self.model.width, rollouts.tokens)
+        steps = self.model.steps[node.clamp(max=len(self.model.steps) - 1)]
+        log_pf = steps[:, :-1].gather(2, rollouts.tokens[:, :, None]).squeeze(2)
+        log_pterm = torch.where(node < len(self.model.steps), steps[:, :, self.model.width], 0.0)
+        return PolicyLogProbs(log_pf.masked_fill(~rollouts.action_mask, 0.0), log_pterm)
+
 
 class TableTarget(Target):
     """log R [M] of every completion of a space."""
 
     def __init__(self, space: Space, log_r: Array, every_prefix: bool = True):
-        self.width, self.every_prefix = space.width, every_prefix
+        self.space, self.every_prefix = space, every_prefix
         self.log_r = torch.from_numpy(space.nodes(log_r, -np.inf)).float()
 
     def score_batch(self, scoring: Scoring) -> Tensor:
-        node = torch.zeros(len(scoring.rollouts), dtype=torch.long)
-        out = [self.log_r[node]]
-        for token in scoring.rollouts.tokens.T:
-            node = (self.width * node + 1 + token).clamp(max=len(self.log_r) - 1)
-            out.append(self.log_r[node])
-        return torch.stack(out, 1)
+        node = nodes(self.space.width, scoring.rollouts.tokens)
+        return self.log_r[node.clamp(max=len(self.log_r) - 1)]

@@ -107,6 +107,25 @@ def upper_bound(log_w: Tensor, log_w_true: Tensor, delta: float) -> float:
     return min(found)
 
 
+def resampled_tv(log_w: Tensor, log_w_true: Tensor, level: float = 0.99, margin: float = 0.0) -> float:
+    """An upper bound, at `level`, on the total variation between p and a draw that is resampled by weight from as many
+    draws of q as log_w [n] has. log_w_true [m], margin: as in `bounds`.
+
+    Such a draw is z with probability p(z) E[n Z / (w(z) + sum of n - 1 weights of q)], which is at least
+    p(z) n Z / (w(z) + (n - 1) Z) by Jensen's inequality. So the total variation is at most the mean under p of
+    (w - Z)+ / (w + (n - 1) Z). This lies in [0, 1] and falls with Z; Z is replaced by its lower bound, at half of the
+    error rate, and the mean of 1 minus it bounded by betting, at the other half.
+    """
+    delta, n = (1 - level) / 2, len(log_w)
+    log_z = lower_bound(check_log_weights(log_w), delta)
+    if log_z == -math.inf:
+        return 1.0
+    ratio = (log_w_true.double().cpu() - log_z).exp()
+    log_kept = math.log(n) - (ratio + (n - 1)).log()
+    found = -math.expm1(_largest_rejected(log_kept.clamp(max=0.0), delta))
+    return min(1.0, math.exp(margin) * found)
+
+
 def _largest_rejected(log_x: Tensor, delta: float) -> float:
     """The largest log mu for which E[x] <= mu is rejected at error rate delta, given independent x [m] >= 0; -inf if
     none is rejected. The capital is averaged over BETS; it falls as mu grows, so bisection finds the value."""

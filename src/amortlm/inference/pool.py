@@ -27,7 +27,7 @@ from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row
 from amortlm.weights import effective_sample_size, log_mean_exp, pareto_khat
 
-OF_Q, OF_PRIOR = 4, 2  # draws in a unit
+OF_Q, OF_PRIOR = 4, 4  # draws in a unit
 K = OF_Q + OF_PRIOR
 KHAT = 0.7  # importance weights with a heavier tail cannot be resampled (Vehtari et al. 2024)
 REPEATS = 10  # if the largest weight occurs so often, it is not from a heavy tail, which shows it once

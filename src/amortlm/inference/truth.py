@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 LEFT_OUT = "chains left out"
 MORE = 3  # times as many units are added where those are too few
 BIAS = 0.02  # nats by which the distribution of an SIR draw may differ from p
+ENOUGH = 48  # draws of the posterior: with fewer, more units are drawn
 MIN_DRAWS = 16  # with fewer draws of the posterior, bounds are too wide to be of use
 PARTICLES = 4  # of sequential Monte Carlo, for each chain that starts at one
 CHAINS = 32  # one draw from each; they start in two different ways
@@ -168,7 +169,7 @@ def _resampled(
             break
         size = max(1, math.ceil(pool.spread / BIAS)) if pool.found else len(pool.log_w) + 1
         count = min(n, len(pool.log_w) // size)
-        if count >= min(n, MIN_DRAWS):
+        if count >= min(n, ENOUGH if more else MIN_DRAWS):
             index = pool.one_of_each(size, count, _generator("sir", seed, row))
             # Twice the leading term, because the spread is itself an estimate.
             margin = math.log1p(2 * pool.spread / size)
