@@ -91,7 +91,9 @@ class TablePolicy(Policy):
     def sample(self, rows: Sequence[Row], num_samples: int | Sequence[int] = 1, **given: Any) -> Any:
         """Of one row; `seed` of Policy.sample, and none of its other options."""
         assert isinstance(num_samples, int)
-        generator = torch.Generator().manual_seed(seed_of(("table", given["seed"], self.model is self.lm.model)))
+        generator = torch.Generator().manual_seed(
+            seed_of(("table", given["seed"], self.model is self.lm.model))
+        )
         u = torch.rand(num_samples, dtype=torch.float64, generator=generator)
         node = torch.searchsorted(self.model.cdf, u * self.model.cdf[-1], right=True)
         tokens = torch.from_numpy(self.model.strings[node.numpy()])

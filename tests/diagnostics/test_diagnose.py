@@ -173,11 +173,11 @@ def test_the_table_is_for_people(one_lm: LanguageModel) -> None:
     assert "nats" in legend
     assert "0.99" in legend
     assert "256 samples" in legend
-    assert "never visits" not in legend, "nothing is unseen where everything was listed"
+    assert "neither visits" not in legend, "nothing is unseen where everything was listed"
     sampled = off(one_lm, 1.2).diagnose(ROW, limit=0)
     kl_qp = sampled.bounds.kl_qp
     assert f"{kl_qp.lower:.3g} .. {kl_qp.upper:.3g}".replace("0.0 ", "0 ") in str(sampled)
-    assert "never visits" in str(sampled)
+    assert "neither visits" in str(sampled)
     unknown = replace(sampled, bounds=replace(sampled.bounds, kl_qp=Interval(0.5, math.inf)))
     assert "0.5 .. ?" in str(unknown)
     assert str(Diagnosis([unknown])) == str(unknown)
@@ -214,6 +214,7 @@ def test_reports_are_json(one_lm: LanguageModel) -> None:
         "rhat",
         "pool_khat",
         "pool_ess",
+        "sir_tv_high",
         "exact_log_z",
         "total_variation",
         "kl_qp",

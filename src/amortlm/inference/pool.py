@@ -90,7 +90,9 @@ class Pool:
     @property
     def usable(self) -> bool:
         """May completions be chosen by these weights?"""
-        often = int((self.log_w > self.log_w.max() - 1e-4).sum()) >= REPEATS  # in a heavy tail it would be once
+        often = (
+            int((self.log_w > self.log_w.max() - 1e-4).sum()) >= REPEATS
+        )  # in a heavy tail it would be once
         return self.khat < KHAT or often
 
     @cached_property
