@@ -15,10 +15,10 @@ from amortlm import Policy
 from amortlm.engine.memory import Memory
 from amortlm.engine.packs import Sharing
 from amortlm.engine.sampler import LocalSampler
+from amortlm.seeds import seed_of
 from amortlm.support import SupportLaw
 from amortlm.targets.base import Scoring, Target
 from amortlm.text.template import PromptTemplate
-from amortlm.seeds import seed_of
 from amortlm.types import PolicyLogProbs, Rollouts, Row
 
 from .posteriors.laws import Array, Space

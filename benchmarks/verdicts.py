@@ -4,11 +4,12 @@ nothing can be enumerated and there are no gold completions: `python -m benchmar
 The targets of `benchmarks/posteriors`. The sampler is the posterior itself, but for one mode, the completions that hold
 one word, whose probability it has scaled by a factor: its own weights look perfect. Laws are tables (`tabulated`).
 A verdict is false if it says "trust it" or "use with correction", and the samples, corrected as it says, are further
-from the posterior than CORRECTED_TV in total variation. A certificate at any mark (`stop_at_gap`) is false only if the gap
-that is reported is below the true one.
+from the posterior than CORRECTED_TV in total variation. A certificate at any mark (`stop_at_gap`) is false only if the
+gap that is reported is below the true one.
 
-A mode is in reach if the frozen model writes what it consists of with a probability of at least REACH. --blind: the frozen model has
-lost the mode by the same factor, so that it is out of everybody's reach; such samplers cannot be told from right ones.
+A mode is in reach if the frozen model writes what it consists of with a probability of at least REACH. --blind: the
+frozen model has lost the mode by the same factor, so that it is out of everybody's reach; such samplers cannot be told
+from right ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from scipy.stats import beta
 from tabulate import tabulate
 

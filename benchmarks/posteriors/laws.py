@@ -88,7 +88,7 @@ class Space:
     def strings(self) -> NDArray[np.int64]:
         """[nodes, max_tokens] the numbers of their tokens, -1 beyond their length."""
         out = [np.full((1, 0), -1)]
-        for length in range(1, self.max_tokens + 1):
+        for _ in range(self.max_tokens):
             choices = np.tile(np.arange(self.width), len(out[-1]))[:, None]
             out.append(np.concatenate([out[-1].repeat(self.width, 0), choices], 1))
         return np.concatenate(

@@ -277,9 +277,9 @@ def _legend(rows: Sequence[RowDiagnosis]) -> str:
     ]
     if any(row.distance is None for row in rows):
         lines.append(
-            "Truth from sir and mcmc starts from q and the frozen model: it cannot show a mode that neither visits, unless"
+            "Truth from sir and mcmc starts from q and the frozen model: it cannot show a mode that neither visits,"
         )
-        lines.append("a gold completion lies in that mode.")
+        lines.append("unless a gold completion lies in that mode.")
     if any(row.verdict == AVOID for row in rows):
         lines.append(
             f"{AVOID}: not even corrected samples were shown to be right. Train for longer (max_steps), draw more"

@@ -4,8 +4,9 @@ The upper bound on log Z (`amortlm.diagnostics.bounds`) and KL(p || q) need inde
 first of these sources that works is used:
 
 - "enumeration": the support is small enough to list. The draws are exact and independent.
-- "sir": a pool of draws of q and of the frozen model (`amortlm.inference.pool`) is divided into disjoint groups, and one
-  draw of each group is chosen by importance weight, so the draws are independent. Their distribution differs from p by
+- "sir": a pool of draws of q and of the frozen model (`amortlm.inference.pool`) is divided into disjoint groups, and
+  one draw of each group is chosen by importance weight, so the draws are independent. Their distribution differs from
+  p by
   about the relative variance of a group's mean weight. Groups are so large that, by its estimate, this difference is at
   most BIAS nats; `margin` is twice the estimated difference, as a log factor. The source is used if k-hat of the pool
   is below KHAT, or if the largest weight occurs at least REPEATS times. If a gold completion outweighs the whole pool,
