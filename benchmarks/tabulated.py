@@ -43,6 +43,7 @@ class TableModel(nn.Module):
 
     dtype = torch.float32
     device = torch.device("cpu")
+    table: Tensor
 
     def __init__(self, space: Space, q: Array):
         super().__init__()

@@ -19,7 +19,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta
+from numpy.typing import NDArray
+from scipy.stats import beta  # type: ignore[import-untyped]
 from tabulate import tabulate
 
 from amortlm import LanguageModel
@@ -31,6 +32,7 @@ from .posteriors.methods import Problem
 from .tabulated import TablePolicy, TableTarget
 
 FACTORS = (0.0, 1e-6, 1e-3, 1.0)  # 1: the control, a sampler that is right
+Mask = NDArray[np.bool_]
 CERTIFIED = (TRUST, CORRECT)
 SHARE = 0.4  # of the posterior that the lost mode should hold; the word that comes nearest is taken
 REACH = 0.005
@@ -41,7 +43,7 @@ class Lost:
     """A sampler that has scaled a mode by a factor: laws over the completions of a problem."""
 
     problem: Problem
-    mode: Array  # [M] bool
+    mode: Mask  # [M]
     factor: float
     blind: bool
 
@@ -93,12 +95,12 @@ class Lost:
         return min(Law(self.q).kl(self.p))
 
 
-def scaled(law: Array, mode: Array, factor: float) -> Array:
+def scaled(law: Array, mode: Mask, factor: float) -> Array:
     out = np.where(mode, factor * law, law)
     return out / out.sum()
 
 
-def mode_of(truth: Truth) -> Array:
+def mode_of(truth: Truth) -> Mask:
     """[M] the completions that hold the word by which the posterior is best cut into SHARE and the rest."""
     strings = truth.space.strings[truth.space.first :]
     holds = np.stack([(strings == word).any(1) for word in range(truth.space.width)])

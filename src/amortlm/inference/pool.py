@@ -30,7 +30,8 @@ from amortlm.weights import effective_sample_size, log_mean_exp, pareto_khat
 OF_Q, OF_PRIOR = 4, 4  # draws in a unit
 K = OF_Q + OF_PRIOR
 KHAT = 0.7  # importance weights with a heavier tail cannot be resampled (Vehtari et al. 2024)
-REPEATS = 10  # if the largest weight occurs so often, it is not from a heavy tail, which shows it once
+# If so many weights are above half of the largest, it is not from a heavy tail, which shows it once.
+REPEATS = 10
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,7 @@ class Pool:
     @property
     def usable(self) -> bool:
         """May completions be chosen by these weights?"""
-        often = (
-            int((self.log_w > self.log_w.max() - 1e-4).sum()) >= REPEATS
-        )  # in a heavy tail it would be once
+        often = int((self.log_w > self.log_w.max() - math.log(2)).sum()) >= REPEATS
         return self.khat < KHAT or often
 
     @cached_property

@@ -9,7 +9,8 @@ first of these sources that works is used:
   p by
   about the relative variance of a group's mean weight. Groups are so large that, by its estimate, this difference is at
   most BIAS nats; `margin` is twice the estimated difference, as a log factor. The source is used if k-hat of the pool
-  is below KHAT, or if the largest weight occurs at least REPEATS times. If a gold completion outweighs the whole pool,
+  is below KHAT, or if at least REPEATS weights are above half of the largest. If a gold completion outweighs the whole
+  pool,
   it lies in a mode that the pool has not found, and the source is not used.
 - "mcmc": the last states of Metropolis-Hastings chains, one draw per chain. Half of the chains start at particles of
   sequential Monte Carlo, which come from q. The others start at completions of the pool, resampled by weight; half of
