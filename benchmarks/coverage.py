@@ -2,6 +2,7 @@
 
     python -m benchmarks.coverage
     python -m benchmarks.coverage --sampled infill-short regex-common contrastive
+    python -m benchmarks.coverage --verdicts [TARGET ..] [--blind]
 
 The targets of `benchmarks/posteriors`, each with two proposals: the prompted model, and a half-trained sampler,
 the even mixture of it and the posterior. Every run has its own draws of both, by their exact laws, and is a miss where
@@ -10,6 +11,8 @@ of its intervals miss?
 
 --sampled: `Posterior.diagnose` as it is where nothing can be enumerated. The draws of the posterior come from the
 sampler itself, a policy trained for 100 updates, by SIR or by chains.
+
+--verdicts: how often a sampler that has lost a mode is called right (`benchmarks/verdicts.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from transformers.utils import logging as hf_logging
 from amortlm import LanguageModel
 from amortlm.diagnostics.bounds import Interval, log_z_bounds
 
+from . import verdicts
 from .posteriors.cases import BY_NAME, CASES, ROW
 from .posteriors.laws import Array, log_weights
 from .posteriors.methods import PENALTY, Problem, trainer_of
@@ -70,11 +74,17 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=256, help="draws of the proposal")
     parser.add_argument("--m", type=int, default=64, help="draws of the posterior")
     parser.add_argument("--sampled", nargs="+", choices=list(BY_NAME), metavar="TARGET")
+    parser.add_argument("--verdicts", nargs="*", choices=list(BY_NAME), metavar="TARGET")
+    parser.add_argument("--chained", type=int, default=10, help="of the runs, how many may run chains")
+    parser.add_argument("--blind", action="store_true", help="the frozen model has lost the mode, too")
     args = parser.parse_args()
     torch.set_num_threads(1)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     lm = LanguageModel.from_pretrained("embedded")
+    if args.verdicts is not None:
+        verdicts.measure(lm, args)
+        return
     if args.sampled:
         rows = []
         for name in args.sampled:

@@ -84,6 +84,17 @@ class Space:
         counts = [self.width**n for n in range(self.max_tokens + 1)]
         return np.repeat(np.arange(self.max_tokens + 1), counts)
 
+    @cached_property
+    def strings(self) -> NDArray[np.int64]:
+        """[nodes, max_tokens] the numbers of their tokens, -1 beyond their length."""
+        out = [np.full((1, 0), -1)]
+        for _ in range(self.max_tokens):
+            choices = np.tile(np.arange(self.width), len(out[-1]))[:, None]
+            out.append(np.concatenate([out[-1].repeat(self.width, 0), choices], 1))
+        return np.concatenate(
+            [np.pad(s, ((0, 0), (0, self.max_tokens - s.shape[1])), constant_values=-1) for s in out]
+        )
+
     def nodes(self, values: Array, missing: float) -> Array:
         """Values of the completions [M] -> of all nodes."""
         return np.concatenate([np.full(self.first, missing), values])

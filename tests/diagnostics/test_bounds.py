@@ -9,8 +9,10 @@ import torch
 from stats import LEVEL, binomial_tail
 from torch import Tensor
 
-from amortlm.diagnostics.bounds import bounds, log_z_bounds, lower_bound, upper_bound
+from amortlm.diagnostics import bounds as module
+from amortlm.diagnostics.bounds import bounds, log_z_bounds, lower_bound, resampled_tv, upper_bound
 from amortlm.errors import ConfigError, DataError
+from amortlm.weights import log_mean_exp
 
 RUNS, DRAWS, LOG_Z = 500, 256, 1.7
 
@@ -79,6 +81,76 @@ def test_rejected_draws_and_no_truth() -> None:
     assert found.kl_qp.upper == math.inf
     assert found.kl_pq.upper == math.inf
     assert bounds(torch.full((8,), -math.inf), None).log_z.lower == -math.inf
+
+
+def heavy(name: str, size: int = 4000) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, q, log w) with log Z = LOG_Z and weights that differ by orders of magnitude; q is even over the outcomes."""
+    u = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    if name == "lognormal":
+        log_w = 2.0 * torch.special.ndtri(u)
+    elif name == "pareto":
+        log_w = -u.log() / 1.2  # no variance, were it not cut off
+    else:
+        log_w = torch.where(u < 0.004, 4.0, -0.5).double()  # "lost": a mode that q visits once in 250
+    log_q = torch.full((size,), -math.log(size), dtype=torch.float64)
+    log_p = (log_q + log_w).log_softmax(0)
+    return log_p.exp(), log_q.exp(), LOG_Z + log_p - log_q
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lognormal", "pareto", "lost"])
+def test_each_end_holds_for_heavy_tails(name: str) -> None:
+    p, q, log_w = heavy(name)
+    runs, delta, misses = 100, 0.1, [0, 0]
+    for run in range(runs):
+        drawn, true = draws(q, log_w, run), draws(p, log_w, runs + run, 64)
+        misses[0] += lower_bound(drawn, delta) > LOG_Z
+        misses[1] += upper_bound(drawn, true, delta) < LOG_Z
+    assert all(binomial_tail(found, runs, delta) > LEVEL for found in misses), misses
+
+
+@pytest.mark.slow
+def test_a_broken_bet_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test above: a sum of capitals in the place of their mean does not keep its level."""
+    monkeypatch.setattr(module, "log_mean_exp", lambda x: x.logsumexp(0) if x.dim() == 1 else log_mean_exp(x))
+    x = torch.tensor([0.0, -math.inf], dtype=torch.float64)
+    q = torch.tensor([0.99, 0.01], dtype=torch.float64)
+    misses = sum(lower_bound(draws(q, x, run, 64), 0.05) > math.log(0.99) for run in range(100))
+    assert binomial_tail(misses, 100, 0.05) < LEVEL, misses
+    monkeypatch.undo()
+    misses = sum(lower_bound(draws(q, x, run, 64), 0.05) > math.log(0.99) for run in range(100))
+    assert binomial_tail(misses, 100, 0.05) > LEVEL, misses
+
+
+def test_near_the_posterior_the_interval_is_narrow() -> None:
+    """At a total variation of .1, from 256 draws of q and 64 of p."""
+    p, q, log_w = proposal(0.25)
+    assert 0.09 < (p - q).abs().sum() / 2 < 0.12
+    widths = [log_z_bounds(draws(q, log_w, run), draws(p, log_w, 99 + run, 64)).width for run in range(9)]
+    assert sorted(widths)[4] <= 0.3
+
+
+def resampled_law(q: Tensor, w: Tensor, n: int, runs: int = 20_000) -> Tensor:
+    """The law of one of n draws of q by weight, from `runs` pools."""
+    pools = torch.multinomial(q.expand(runs, -1), n, True, generator=torch.Generator().manual_seed(0))
+    place = torch.multinomial(w[pools], 1, generator=torch.Generator().manual_seed(1))
+    return torch.bincount(pools.gather(1, place).squeeze(1), minlength=len(q)) / runs
+
+
+@pytest.mark.parametrize("scale", [0.25, 1.0, 2.0])
+def test_the_total_variation_of_resampled_draws(scale: float) -> None:
+    """It is never below the truth, tells near from far, and knows the mode that q has lost."""
+    p, q, log_w = proposal(scale)
+    true = (resampled_law(q, log_w.exp(), 32) - p).abs().sum().item() / 2
+    found = [resampled_tv(draws(q, log_w, run, 32), draws(p, log_w, 99 + run)) for run in range(20)]
+    noise = 0.01  # of the frequencies
+    assert all(x > true - noise for x in found), (found, true)
+    if scale == 0.25:
+        assert max(found) < 0.2
+    lost = torch.tensor([0.4, 0.6], dtype=torch.float64)
+    q = torch.tensor([1e-6, 1.0], dtype=torch.float64)
+    log_w = lost.log() - q.log()
+    assert resampled_tv(draws(q, log_w, 0), draws(lost, log_w, 1)) > 0.4
 
 
 def test_one_sided_bounds_agree_with_the_interval() -> None:

@@ -18,7 +18,7 @@ from amortlm.diagnostics.bounds import Interval
 from amortlm.diagnostics.certificate import finite
 from amortlm.diagnostics.diagnose import AVOID, CORRECT, LEVEL, TRUST, UNDECIDED, Diagnosis
 from amortlm.errors import ConfigError, DataError
-from amortlm.inference import truth
+from amortlm.inference import pool, truth
 
 T = TypeVar("T")
 SLOW = pytest.mark.slow
@@ -49,8 +49,8 @@ def test_intervals_hold_at_their_level(
     one_lm: LanguageModel, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if source == "mcmc":  # weights may not be used
-        monkeypatch.setattr(truth, "KHAT", -math.inf)
-        monkeypatch.setattr(truth, "REPEATS", math.inf)
+        monkeypatch.setattr(pool, "KHAT", -math.inf)
+        monkeypatch.setattr(pool, "REPEATS", math.inf)
     posterior, limit = off(one_lm, 0.4 if source == "mcmc" else 0.8), 84 if source == "enumeration" else 0
     assert posterior.diagnose(ROW, n=48, limit=limit).truth.source == source
     found = misses(posterior, 15, 48, limit)
@@ -173,11 +173,11 @@ def test_the_table_is_for_people(one_lm: LanguageModel) -> None:
     assert "nats" in legend
     assert "0.99" in legend
     assert "256 samples" in legend
-    assert "never visits" not in legend, "nothing is unseen where everything was listed"
+    assert "neither visits" not in legend, "nothing is unseen where everything was listed"
     sampled = off(one_lm, 1.2).diagnose(ROW, limit=0)
     kl_qp = sampled.bounds.kl_qp
     assert f"{kl_qp.lower:.3g} .. {kl_qp.upper:.3g}".replace("0.0 ", "0 ") in str(sampled)
-    assert "never visits" in str(sampled)
+    assert "neither visits" in str(sampled)
     unknown = replace(sampled, bounds=replace(sampled.bounds, kl_qp=Interval(0.5, math.inf)))
     assert "0.5 .. ?" in str(unknown)
     assert str(Diagnosis([unknown])) == str(unknown)
@@ -214,6 +214,7 @@ def test_reports_are_json(one_lm: LanguageModel) -> None:
         "rhat",
         "pool_khat",
         "pool_ess",
+        "sir_tv_high",
         "exact_log_z",
         "total_variation",
         "kl_qp",

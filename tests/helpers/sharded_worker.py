@@ -42,6 +42,10 @@ UPDATES: dict[str, dict[str, Any]] = {
     "log_z": {"objective": {"tb": {"log_z": "learned"}}, "max_grad_norm": 1e-2},
     "checkpointing": {"objective": "vargrad", "activation_checkpointing": True},
     "accumulated": {"objective": "vargrad", "gradient_accumulation_steps": 2},
+    "guided": {
+        "behaviour": {"prior": 0.5},
+        "support": Support(stop=".", max_tokens=4, allowed_tokens=("a", "t"), pattern="a.*t|t"),
+    },
     "corrected": {"behaviour": {"corrected": 0.5}, "corrected_method": "smc", "corrected_particles": 8},
 }
 REFUSED: dict[str, dict[str, Any]] = {
@@ -75,8 +79,8 @@ def trainer(lm: LanguageModel, folder: Path, **settings: Any) -> GFNTrainer:
     own = {"per_device_train_batch_size": prompts, "ddp_timeout": bound, "adapter": default_lora(4)}
     if layout == "sharded":
         own["fsdp"] = True
-    support = Support(stop=".", min_tokens=1, max_tokens=6)
-    return make_trainer(lm, folder, rows=ROWS, support=support, **own | settings)
+    own["support"] = Support(stop=".", min_tokens=1, max_tokens=6)
+    return make_trainer(lm, folder, rows=ROWS, **own | settings)
 
 
 def updates() -> None:

@@ -8,11 +8,14 @@ import pytest
 import torch
 from reference import tiny_policy
 from stats import LEVEL, g_test
-from tilted import ROW, blind, off, perfect
+from tilted import ROW, SUPPORT, Tilted, blind, off, perfect
 from torch import Tensor
+from torch.nn import functional as F
 
-from amortlm import LanguageModel, Posterior, Support, constraint
+from amortlm import LanguageModel, Policy, Posterior, Support, constraint
+from amortlm.diagnostics.diagnose import CORRECT, TRUST
 from amortlm.errors import ConfigError, DataError
+from amortlm.inference import pool
 from amortlm.inference import truth as module
 from amortlm.inference.exact import enumerate_posterior
 from amortlm.inference.truth import Truth, posterior_draws
@@ -61,27 +64,29 @@ def test_one_draw_of_each_group_by_weight() -> None:
     """Law and independence: no position is drawn twice, and a group without R > 0 gives nothing."""
     weights = torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
     groups = weights.log().expand(4000, 4)
-    index = module._one_per_group(groups, torch.Generator().manual_seed(0))
+    index = pool.one_of_each(groups, torch.Generator().manual_seed(0))
     assert torch.equal(index // 4, torch.arange(4000))
     counts = torch.bincount(index % 4, minlength=4)
     assert g_test(counts, weights) > LEVEL
     assert g_test(counts, torch.ones(4)) < LEVEL
     some = torch.tensor([[-math.inf, -math.inf], [0.0, -math.inf], [-math.inf, 1.0]])
-    assert module._one_per_group(some, torch.Generator()).tolist() == [2, 5]
+    assert pool.one_of_each(some, torch.Generator()).tolist() == [2, 5]
 
 
 def test_groups_grow_with_the_distance(one_lm: LanguageModel) -> None:
     """Fewer draws where each needs more of the pool, and a margin that says what bias is left."""
     good, near, far = (draws(p, limit=0) for p in (perfect(one_lm), off(one_lm, 0.8), off(one_lm, 1.5)))
-    assert good.margin == pytest.approx(0.0, abs=1e-6)
-    assert near.margin > 0
+    assert good.ess > near.ess > far.ess
+    assert 0 < good.margin < math.log1p(2 * module.BIAS) + 1e-9, "the frozen model is another proposal"
     assert far.margin <= math.log1p(2 * module.BIAS) + 1e-9
-    assert len(good.log_w) == DRAWS > len(near.log_w) > len(far.log_w) >= module.MIN_DRAWS
+    assert DRAWS >= len(good.log_w) > len(near.log_w) >= module.ENOUGH
+    # Of four times the pool, since the first had too few for `far`.
+    assert len(far.log_w) / 4 < len(near.log_w)
 
 
 def test_chains_that_agree_are_trusted(one_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "KHAT", -math.inf)  # weights may not be used
-    monkeypatch.setattr(module, "REPEATS", math.inf)
+    monkeypatch.setattr(pool, "KHAT", -math.inf)  # weights may not be used
+    monkeypatch.setattr(pool, "REPEATS", math.inf)
     posterior = off(one_lm, 0.4)
     found = [draws(posterior, 32, limit=0, seed=s) for s in range(2)]
     assert [f.label for f in found] == ["mcmc"] * 2
@@ -102,6 +107,25 @@ def test_a_mode_that_q_misses_is_caught_by_gold(one_lm: LanguageModel) -> None:
     assert unseen.trusted, "the control: q's own draws look perfect"
     everyday = posterior.policy.sample([ROW], 4)[0].completions()
     assert draws(posterior, 64, limit=0, gold=everyday).source == "sir", "gold that q knows changes nothing"
+
+
+def test_a_mode_that_only_the_frozen_model_reaches_is_caught(one_lm: LanguageModel) -> None:
+    """q is the frozen model, and the posterior; then it loses its likeliest first token."""
+    policy = Policy(one_lm, "{x}", SUPPORT, 2)
+    posterior = Posterior(policy, Tilted(policy.prior, lambda z: 0.0))
+    assert posterior.diagnose(ROW, limit=0, chains=False).verdict == TRUST
+    first = [z[0] for z in policy.sample([ROW], 400)[0].completions()]
+    lost = max(set(first), key=first.count)
+    assert first.count(lost) > 120
+    head = policy.model.get_output_embeddings()
+    head.register_forward_hook(
+        lambda module, given, logits: logits - 20.0 * F.one_hot(torch.tensor(lost), 48)
+    )
+    assert all(lost not in z for z in policy.sample([ROW], 400)[0].completions())
+    assert any(lost in z for z in policy.prior.sample([ROW], 400)[0].completions())
+    found = posterior.diagnose(ROW, limit=0, chains=False)
+    assert found.verdict not in (TRUST, CORRECT)
+    assert found.importance.ess > 0.5, "the control: little in q's own weights tells"
 
 
 def test_r_hat_of_stuck_chains() -> None:

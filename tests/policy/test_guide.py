@@ -42,7 +42,9 @@ def with_constant_logits(law: SupportLaw, logits: Tensor, tokens: list[int]) -> 
     return log_q
 
 
-@pytest.mark.parametrize("support", [WORDS, LIST], ids=["pattern", "list"])
+@pytest.mark.parametrize(
+    "support", [WORDS, replace(WORDS, min_tokens=2), LIST], ids=["pattern", "longer", "list"]
+)
 def test_where_context_does_not_matter_the_guided_law_is_the_posterior(
     one_lm: LanguageModel, support: Support
 ) -> None:

@@ -84,6 +84,50 @@ def test_the_notation(source: str, right: list[str], wrong: list[str]) -> None:
         assert Positions(pattern).matches(text) == (text in right), text
 
 
+def derived(rules: dict[str, list[str]], text: str, inside: dict[str, int], depth: int) -> set[str]:
+    """What is left of a text after any beginning that the rule `inside` was last entered for could have derived: by
+    trying every alternative. Rules are capital letters."""
+    rests = set()
+    for alternative in rules[[*inside][-1]]:
+        left = {text}
+        for sign in alternative:
+            if sign.isupper():
+                if inside.get(sign, 0) > depth:
+                    left = set()
+                    break
+                entered = {k: v for k, v in inside.items() if k != sign} | {sign: inside.get(sign, 0) + 1}
+                left = {rest for t in left for rest in derived(rules, t, entered, depth)}
+            else:
+                left = {t[1:] for t in left if t.startswith(sign)}
+        rests |= left
+    return rests
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_rules_that_refer_to_each_other(depth: int) -> None:
+    """The same rule stands in places that are differently deep."""
+    rules = {"R": ["XYX"], "X": ["(Y)", "a"], "Y": ["[X]", "[YX]", "b"]}
+    lines = [
+        f"{'root' if k == 'R' else k} ::= "
+        + " | ".join(" ".join(s if s.isupper() else f'"{s}"' for s in a) for a in v)
+        for k, v in rules.items()
+    ]
+    pattern = re.compile(grammar_pattern("\n".join(lines), depth))
+    rng, found = random.Random(depth), 0
+    longer = list(texts("ab()[]", 5)) + ["".join(rng.choices("ab()[]", k=9)) for _ in range(20_000)]
+    for _ in range(3000):  # texts that are derived at some depth
+        text = "R"
+        while any(s.isupper() for s in text) and len(text) < 40:
+            at = next(i for i, s in enumerate(text) if s.isupper())
+            text = text[:at] + rng.choice(rules[text[at]]) + text[at + 1 :]
+        longer.append(text)
+    for text in {t for t in longer if not any(s.isupper() for s in t)}:
+        right = "" in derived(rules, text, {"R": 1}, depth)
+        assert (pattern.fullmatch(text) is not None) == right, text
+        found += right
+    assert found > 5
+
+
 def test_a_part_that_is_too_deep_is_left_out() -> None:
     source = 'root ::= "a" root? | "b" root | "c" root{0,2} | "d" root+ | "e"'
     assert set(filter(re.compile(grammar_pattern(source, 0)).fullmatch, texts("abcde", 2))) == {"a", "c", "e"}

@@ -7,10 +7,16 @@ expectation from below by betting (Waudby-Smith & Ramdas 2024). If E[x] <= mu, t
 
     prod_i (1 + lambda (x_i / mu - 1)),    0 < lambda < 1
 
-is non-negative with expectation at most 1, so the capital exceeds 1 / delta with probability at most delta. Every mu
-for which the capital exceeds 1 / delta is rejected, and the largest rejected mu is the lower bound on E[x]. Nothing is
-assumed about the variance or the tail of w. A small K is better for a good q, a large K for a bad one; each K of a grid
-is tried, with an equal share of delta.
+is non-negative with expectation at most 1: the x_i are independent, so the expectation of the product is the product of
+1 + lambda (E[x] / mu - 1) <= 1. By Markov's inequality the capital exceeds 1 / delta with probability at most delta.
+Every mu for which it does is rejected, and the largest rejected mu is the lower bound on E[x]: where it is above E[x],
+mu = E[x] is rejected too, because the capital falls as mu grows, and that happens with probability at most delta.
+Nothing is assumed about the variance or the tail of w.
+
+Which lambda and which K are good depends on q: a small K and a large lambda for a good q, the opposite for a bad one. A
+mean of capitals over them, with weights that are fixed beforehand, has an expectation of at most 1 again, whatever they
+have to do with each other. So the bound is that of the mean capital, and many lambdas and K cost little: log of the
+inverse weight of the best of them, in nats of capital.
 
 The lower bound on log Z needs only draws of q. The upper bound also needs draws of the posterior, and is only as valid
 as these: exact draws come from enumeration, approximate draws from resampling or Markov chains.
@@ -19,6 +25,7 @@ as these: exact draws come from enumeration, approximate draws from resampling o
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +34,7 @@ from torch import Tensor
 from amortlm.errors import ConfigError
 from amortlm.weights import check_log_weights, log_mean_exp
 
-GRID = 16  # ratio between the group sizes K that are tried
+GRID = 4  # ratio between the group sizes K; the k-th has a weight in proportion to 2^-k
 # Values of lambda: 0.97 is good for nearly equal weights, 0.002 for weights that differ by orders of magnitude.
 BETS = 1 / (1 + 2.0 ** torch.arange(-5, 10, dtype=torch.float64))
 
@@ -88,39 +95,64 @@ def log_z_bounds(log_w: Tensor, log_w_true: Tensor | None, level: float = 0.99) 
 
 def lower_bound(log_w: Tensor, delta: float) -> float:
     """A number that exceeds log Z with probability at most delta (module docstring)."""
-    sizes = _grid(len(log_w))
-    return max(_largest_rejected(log_mean_exp(_groups(log_w, size)), delta / len(sizes)) for size in sizes)
+    return _largest_rejected([log_mean_exp(_groups(log_w, size)) for size in _grid(len(log_w))], delta)
 
 
 def upper_bound(log_w: Tensor, log_w_true: Tensor, delta: float) -> float:
     """A number that is below log Z with probability at most delta. log_w_true [m]: log weights of independent draws of
     the posterior."""
-    sizes = _grid(len(log_w))
     found = []
-    for size in sizes:
+    for size in _grid(len(log_w)):
         groups = log_w_true[:, None]
         if size > 1:
             others = _groups(log_w, size - 1)
             count = min(len(others), len(log_w_true))
             groups = torch.cat([log_w_true[:count, None], others[:count]], dim=1)
-        found.append(-_largest_rejected(-log_mean_exp(groups), delta / len(sizes)))
-    return min(found)
+        found.append(-log_mean_exp(groups))
+    return -_largest_rejected(found, delta)
 
 
-def _largest_rejected(log_x: Tensor, delta: float) -> float:
-    """The largest log mu for which E[x] <= mu is rejected at error rate delta, given independent x [m] >= 0; -inf if
-    none is rejected. The capital is averaged over BETS; it falls as mu grows, so bisection finds the value."""
+def resampled_tv(log_w: Tensor, log_w_true: Tensor, level: float = 0.99, margin: float = 0.0) -> float:
+    """An upper bound, at `level`, on the total variation between p and a draw that is resampled by weight from as many
+    draws of q as log_w [n] has. log_w_true [m], margin: as in `bounds`.
+
+    Such a draw is z with probability p(z) E[n Z / (w(z) + sum of n - 1 weights of q)], which is at least
+    p(z) n Z / (w(z) + (n - 1) Z) by Jensen's inequality. So the total variation is at most the mean under p of
+    (w - Z)+ / (w + (n - 1) Z). This lies in [0, 1] and falls with Z; Z is replaced by its lower bound, at half of the
+    error rate, and the mean of 1 minus it bounded by betting, at the other half.
+    """
+    delta, n = (1 - level) / 2, len(log_w)
+    log_z = lower_bound(check_log_weights(log_w), delta)
+    if log_z == -math.inf:
+        return 1.0
+    ratio = (log_w_true.double().cpu() - log_z).exp()
+    log_kept = math.log(n) - (ratio + (n - 1)).log()
+    found = -math.expm1(_largest_rejected([log_kept.clamp(max=0.0)], delta))
+    return min(1.0, math.exp(margin) * found)
+
+
+def _largest_rejected(estimates: Sequence[Tensor], delta: float) -> float:
+    """The largest log mu for which E[x] <= mu is rejected at error rate delta; -inf if none is.
+
+    estimates: tensors of independent log x, x >= 0, one for each K of the grid; all x have the same expectation. The
+    capital is averaged over these, weighed by 2^-k, and over BETS. It falls as mu grows, so bisection finds the value.
+    """
+    shares = torch.tensor([2.0**-k for k in range(len(estimates))], dtype=torch.float64)
+    log_shares = (shares / shares.sum()).log()
 
     def rejects(log_mu: float) -> bool:
-        gain = torch.log1p(BETS[:, None] * torch.expm1((log_x - log_mu).clamp(max=600.0))).sum(1)
-        return bool(log_mean_exp(gain) > -math.log(delta))
+        capital = [
+            log_mean_exp(torch.log1p(BETS[:, None] * torch.expm1((x - log_mu).clamp(max=600.0))).sum(1))
+            for x in estimates
+        ]
+        return bool((torch.stack(capital) + log_shares).logsumexp(0) > -math.log(delta))
 
-    high = log_x.max().item()
+    high = max(x.max().item() for x in estimates)
     # A bet on the largest x alone multiplies the capital enough to reject any mu below this.
-    low = high - 50.0 - math.log(len(log_x)) + math.log(delta)
+    low = high - 60.0 - math.log(max(map(len, estimates))) + math.log(delta)
     if high == -math.inf or not rejects(low):
         return -math.inf
-    for _ in range(60):
+    for _ in range(32):  # to 1e-7 nats
         middle = (low + high) / 2
         low, high = (middle, high) if rejects(middle) else (low, middle)
     return low

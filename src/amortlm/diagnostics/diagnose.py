@@ -9,9 +9,10 @@ Verdicts:
 
 - "trust it": the samples may be used as they are. The exact total variation is at most TRUST_TV; or, if it is unknown,
   the gap is at most TRUST_KL.
-- "use with correction": the samples may be used after a correction. Either by importance weights ("sir"): they need
-  about exp(KL(p || q)) samples (Chatterjee and Diaconis 2018), so n must be at least EFFECTIVE times as many, and the
-  effective sample size at least EFFECTIVE. Or by Metropolis-Hastings ("mh"): chains from different starts agreed.
+- "use with correction": the samples may be used after a correction. Either by importance weights ("sir"): a draw that
+  is resampled from n draws of q has a total variation from the posterior of at most CORRECTED_TV, by its upper bound
+  (`amortlm.diagnostics.bounds.resampled_tv`), and the effective sample size is at least EFFECTIVE. Or by
+  Metropolis-Hastings ("mh"): chains from different starts agreed.
 - "do not use": no rule above was shown to hold. More samples, gold completions or training may change that.
 - "not decided": Markov chains would have decided, and were left out (chains=False). The other verdicts are the same
   with and without chains.
@@ -24,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from amortlm.diagnostics.bounds import Bounds, Interval, bounds
+from amortlm.diagnostics.bounds import Bounds, Interval, bounds, resampled_tv
 from amortlm.diagnostics.diversity import Diversity, diversity
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.errors import DataError, nearest
@@ -38,6 +39,7 @@ from amortlm.types import Row
 LEVEL = 0.99
 TRUST_TV = 0.1  # exact total variation: the probability of any event is off by at most 10 percentage points
 TRUST_KL = 0.1  # upper end of a KL, nats: the total variation is at most 0.22, and commonly a third of that
+CORRECTED_TV = math.sqrt(TRUST_KL / 2)  # of corrected draws: as much as TRUST_KL allows
 EFFECTIVE = 10  # least effective sample size after reweighting: below it, estimates have errors above a third
 
 TRUST, CORRECT, AVOID = "trust it", "use with correction", "do not use"
@@ -74,6 +76,7 @@ class RowDiagnosis:
     diversity    of these n completions
     bounds       intervals for log Z, KL(q || p) and KL(p || q) that hold jointly at bounds.level; nats
     truth        the draws of the posterior from which the upper ends are computed
+    sir_tv_high  total variation of draws resampled from n draws of q is at most this, at bounds.level
     exact_log_z  log Z by enumeration, nats; None if the support is too large
     distance     total variation and both KL divergences by enumeration; None if the support is too large
     """
@@ -82,6 +85,7 @@ class RowDiagnosis:
     diversity: Diversity
     bounds: Bounds
     truth: Evidence
+    sir_tv_high: float = 1.0
     exact_log_z: float | None = None
     distance: Distance | None = None
 
@@ -123,10 +127,8 @@ class RowDiagnosis:
     def _correction(self) -> str | None:
         if self.truth.source == "mcmc":
             return "mh"
-        kl_pq = self.bounds.kl_pq.upper if self.distance is None else self.distance.kl_pq
-        n, effective = self.importance.n, self.importance.n * self.importance.ess
-        enough = EFFECTIVE * math.exp(min(kl_pq, 700)) <= n and effective >= EFFECTIVE
-        return "sir" if self.truth.draws > 0 and enough else None
+        effective = self.importance.n * self.importance.ess
+        return "sir" if self.sir_tv_high <= CORRECTED_TV and effective >= EFFECTIVE else None
 
     def to_dict(self) -> dict[str, Any]:
         """All figures by name, as in certificates and in the file of `amortlm evaluate --output`
@@ -137,6 +139,7 @@ class RowDiagnosis:
             figures |= {f"{name}_low": interval.lower, f"{name}_high": interval.upper}
         figures |= {"level": self.bounds.level, "truth": self.truth.source, "truth_draws": self.truth.draws}
         figures |= {name: getattr(self.truth, name) for name in ("rhat", "pool_khat", "pool_ess")}
+        figures["sir_tv_high"] = self.sir_tv_high
         if self.distance is not None:
             figures["exact_log_z"] = self.exact_log_z
             figures |= {name: getattr(self.distance, name) for name in ("total_variation", "kl_qp", "kl_pq")}
@@ -214,6 +217,9 @@ def diagnose_row(
         importance=estimate(pool.log_weights, pool.log_reward),
         diversity=diversity(pool.rollouts.completions()),
         bounds=bounds(pool.log_weights, log_w_true, level, truth.margin),
+        sir_tv_high=1.0
+        if log_w_true is None
+        else resampled_tv(pool.log_weights, log_w_true, level, truth.margin),
         truth=Evidence(truth.label, draws, truth.rhat, truth.khat, truth.ess),
         exact_log_z=None if truth.exact is None else truth.exact.log_z,
         distance=truth.distance,
@@ -271,9 +277,9 @@ def _legend(rows: Sequence[RowDiagnosis]) -> str:
     ]
     if any(row.distance is None for row in rows):
         lines.append(
-            "Truth from sir and mcmc starts from q: it cannot show a mode that q never visits, unless a gold completion"
+            "Truth from sir and mcmc starts from q and the frozen model: it cannot show a mode that neither visits,"
         )
-        lines.append("lies in that mode.")
+        lines.append("unless a gold completion lies in that mode.")
     if any(row.verdict == AVOID for row in rows):
         lines.append(
             f"{AVOID}: not even corrected samples were shown to be right. Train for longer (max_steps), draw more"

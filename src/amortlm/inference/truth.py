@@ -4,16 +4,20 @@ The upper bound on log Z (`amortlm.diagnostics.bounds`) and KL(p || q) need inde
 first of these sources that works is used:
 
 - "enumeration": the support is small enough to list. The draws are exact and independent.
-- "sir": a pool of draws of q is divided into disjoint groups, and one draw of each group is chosen by importance
-  weight, so the draws are independent. Their distribution differs from p by about chi^2(p || q) / group size. Groups
-  are so large that, by the estimated chi^2, this difference is at most BIAS nats; `margin` is twice the estimated
-  difference, as a log factor. The source is used if k-hat of the pool is below KHAT, or if the largest weight occurs at
-  least REPEATS times. The pool does not show a mode that q never visits. If a gold completion outweighs the whole pool,
-  there is such a mode, and the source is not used.
+- "sir": a pool of draws of q and of the frozen model (`amortlm.inference.pool`) is divided into disjoint groups, and
+  one draw of each group is chosen by importance weight, so the draws are independent. Their distribution differs from
+  p by
+  about the relative variance of a group's mean weight. Groups are so large that, by its estimate, this difference is at
+  most BIAS nats; `margin` is twice the estimated difference, as a log factor. The source is used if k-hat of the pool
+  is below KHAT, or if at least REPEATS weights are above half of the largest. If a gold completion outweighs the whole
+  pool,
+  it lies in a mode that the pool has not found, and the source is not used.
 - "mcmc": the last states of Metropolis-Hastings chains, one draw per chain. Half of the chains start at particles of
-  sequential Monte Carlo, half at gold completions (at draws of q if there are none). The draws are trusted if R-hat of
-  log R and of log w, over the second half of the run, is below RHAT. A mode where no chain starts and that q never
-  proposes stays unseen; gold completions can show it.
+  sequential Monte Carlo, which come from q. The others start at completions of the pool, resampled by weight; half of
+  these at gold completions, if there are any. The draws are trusted if R-hat of log R and of log w, over the second
+  half of the run, is below RHAT.
+
+A mode that neither q nor the frozen model reaches stays unseen; gold completions can show it.
 
 Draws that cannot be trusted have `trusted` false, and no bound may be computed from them. Chains take most of the time;
 a caller may leave them out, and then the source that they would have been is "chains left out".
@@ -32,7 +36,6 @@ from torch import Tensor
 
 from amortlm.engine.prefix import pad_right
 from amortlm.errors import ConfigError
-from amortlm.inference.correct import weigh
 from amortlm.inference.exact import (
     LIMIT,
     Distance,
@@ -42,20 +45,21 @@ from amortlm.inference.exact import (
     policy_log_probs,
 )
 from amortlm.inference.mcmc import metropolis_hastings
+from amortlm.inference.pool import Pool, log_prob, mixed
 from amortlm.inference.smc import smc
 from amortlm.policy.policy import Policy
 from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
 from amortlm.types import Rollouts, Row, row_key
-from amortlm.weights import effective_sample_size, pareto_khat
+from amortlm.weights import resample
 
 logger = logging.getLogger(__name__)
 LEFT_OUT = "chains left out"
-POOL, LARGE_POOL = 4, 16  # draws of q for each draw of the posterior; the second where the first are too few
-KHAT = 0.7  # importance weights with a heavier tail cannot be resampled (Vehtari et al. 2024)
-REPEATS = 10  # if the largest weight occurs so often, it is not from a heavy tail, which shows it once
+MORE = 3  # times as many units are added where those are too few
 BIAS = 0.02  # nats by which the distribution of an SIR draw may differ from p
+ENOUGH = 48  # draws of the posterior: with fewer, more units are drawn
 MIN_DRAWS = 16  # with fewer draws of the posterior, bounds are too wide to be of use
+PARTICLES = 4  # of sequential Monte Carlo, for each chain that starts at one
 CHAINS = 32  # one draw from each; they start in two different ways
 THIN = 4  # Metropolis-Hastings steps between two recorded states
 RECORDED = 16  # states, the first half of them burn-in
@@ -73,7 +77,7 @@ class Truth:
     trusted             may the completions be used as independent draws of p?
     margin              nats by which log Z may be off because their distribution is not exactly p; 0 for enumeration,
                         and for chains, where it is not known
-    khat, ess           of the weights of the pool of draws of q (ess as a share); NaN for enumeration
+    khat, ess           of the weights of the pool (ess as a share); NaN for enumeration
     rhat                R-hat of the chains; NaN for other sources
     exact, distance     the enumerated posterior, and the distance of q from it; None for other sources
     """
@@ -126,13 +130,13 @@ def posterior_draws(
     if policy.support.size() <= limit:
         return _enumerated(policy, target, row, n, seed, limit)
     known = policy.rollouts([row], [gold]) if len(gold) > 0 else None
-    resampled = _resampled(policy, target, row, n, seed, _log_w(policy, target, known))
+    pool, resampled = _resampled(policy, target, row, n, seed, known)
     if resampled.trusted or policy.support.tool is not None:
         return resampled
     if not chains:
         return replace(resampled, source=LEFT_OUT)
     logger.info("Markov chains start, which take most of the time")
-    return _chains(policy, target, row, n, seed, known, resampled)
+    return _chains(policy, target, row, n, seed, known, pool)
 
 
 def _enumerated(policy: Policy, target: Target, row: Row, n: int, seed: object, limit: int) -> Truth:
@@ -154,65 +158,42 @@ def _enumerated(policy: Policy, target: Target, row: Row, n: int, seed: object, 
     )
 
 
-def _resampled(policy: Policy, target: Target, row: Row, n: int, seed: object, log_w_gold: Tensor) -> Truth:
-    """One draw by weight from each disjoint group of a pool. If the weights are too uneven: no draws, not trusted."""
-    nothing = torch.zeros(0, dtype=torch.float64)
-    log_r, log_q, parts = nothing, nothing, []
-    khat = share = math.nan
-    for k, total in enumerate((POOL * max(n, 2 * MIN_DRAWS), LARGE_POOL * max(n, 2 * MIN_DRAWS))):
-        more = weigh(policy, target, row, total - len(log_r), seed=("truth", seed, k))
-        parts.append(more.rollouts)
-        log_r = torch.cat([log_r, more.log_reward.double()])
-        log_q = torch.cat([log_q, more.log_q.double()])
-        log_w = log_r - log_q
-        found = torch.isfinite(log_w)
-        if not found.any():
-            continue
-        share = effective_sample_size(log_w) / total
-        khat, chi2 = pareto_khat(log_w[found]), 1 / share - 1
-        size = max(POOL, math.ceil(chi2 / BIAS))
-        count = min(n, total // size)
-        # A gold completion that outweighs the whole pool lies in a mode that q has not found.
-        usable = khat < KHAT or _seen_often(log_w)
-        if not usable or (log_w_gold > log_w.logsumexp(0)).any():
+def _resampled(
+    policy: Policy, target: Target, row: Row, n: int, seed: object, gold: Rollouts | None
+) -> tuple[Pool, Truth]:
+    """A pool, and one draw by weight from each disjoint group of it. If the weights are too uneven: no draws, not
+    trusted."""
+    units = max(n, 2 * MIN_DRAWS)
+    heaviest = -math.inf if gold is None else _log_w(policy, target, gold).max().item()
+    pool = Pool.drawn(policy, target, row, units, (seed, 0))
+    for more in (MORE, 0):
+        if pool.found and (not pool.usable or heaviest > pool.log_sum):
             break
-        if count >= min(n, MIN_DRAWS):
-            index = _one_per_group(log_w[: count * size].view(count, size), _generator("sir", seed, row))
-            # Twice the leading term, because chi^2 is itself an estimate.
-            margin = math.log1p(2 * chi2 / size)
-            drawn = Rollouts.cat(parts).select(index.to(policy.device))
-            return Truth(drawn, log_r[index], log_q[index], "sir", True, margin, khat, share)
-    return Truth(None, nothing, nothing, "none", False, khat=khat, ess=share)
-
-
-def _seen_often(log_w: Tensor) -> bool:
-    """Does the largest weight occur at least REPEATS times? In a heavy tail it would occur once."""
-    return int((log_w > log_w.max() - 1e-4).sum()) >= REPEATS
-
-
-def _one_per_group(groups: Tensor, generator: torch.Generator) -> Tensor:
-    """[at most m] positions in the flattened log_w [m, K]: one of each group, by weight; none of a group with R = 0
-    for all K."""
-    uniform = torch.rand(groups.shape, generator=generator, dtype=torch.float64).clamp_min(1e-300)
-    chosen = (groups - (-uniform.log()).log()).argmax(1)  # Gumbel-max
-    first = torch.arange(len(groups)) * groups.shape[1]
-    return (first + chosen)[torch.isfinite(groups).any(1)]
+        size = max(1, math.ceil(pool.spread / BIAS)) if pool.found else len(pool.log_w) + 1
+        count = min(n, len(pool.log_w) // size)
+        if count >= min(n, ENOUGH if more else MIN_DRAWS):
+            index = pool.one_of_each(size, count, _generator("sir", seed, row))
+            # Twice the leading term, because the spread is itself an estimate.
+            margin = math.log1p(2 * pool.spread / size)
+            drawn = pool.rollouts.select(index.to(policy.device))
+            log_r, log_q = pool.log_reward.flatten()[index], pool.log_q.flatten()[index]
+            return pool, Truth(drawn, log_r, log_q, "sir", True, margin, pool.khat, pool.ess)
+        if more:
+            pool = pool + Pool.drawn(policy, target, row, more * units, (seed, 1))
+    nothing = torch.zeros(0, dtype=torch.float64)
+    return pool, Truth(None, nothing, nothing, "none", False, khat=pool.khat, ess=pool.ess)
 
 
 def _chains(
-    policy: Policy, target: Target, row: Row, n: int, seed: object, gold: Rollouts | None, pool: Truth
+    policy: Policy, target: Target, row: Row, n: int, seed: object, gold: Rollouts | None, pool: Pool
 ) -> Truth:
-    """The last states of Metropolis-Hastings chains that start at particles and at gold completions (or draws of q)."""
-    half = max(MIN_DRAWS, min(n, CHAINS)) // 2
-    particles = smc(policy, target, row, num_particles=POOL * half, seed=("truth", seed))
-    near = None if particles.log_z == -math.inf else particles.resample(half, ("truth", seed))
-    fresh = policy.sample([row], 2 * half, seed=("chains", seed))[0]
-    starts = [*_cycled(near or fresh, half), *_cycled(gold or fresh, half, from_end=gold is None)]
-    state = policy.rollouts([row], [starts])
+    """The last states of Metropolis-Hastings chains."""
+    count = 2 * (max(MIN_DRAWS, min(n, CHAINS)) // 2)
+    state = policy.rollouts([row], [_starts(policy, target, row, count // 2, seed, gold, pool)])
     trace_r, trace_w = [], []
     for k in range(RECORDED):
         chains = metropolis_hastings(
-            policy, target, row, num_chains=2 * half, num_steps=THIN, seed=(seed, "truth", k), initial=state
+            policy, target, row, num_chains=count, num_steps=THIN, seed=(seed, "truth", k), initial=state
         )
         state = chains.rollouts
         trace_r.append(chains.log_reward.cpu())
@@ -230,11 +211,25 @@ def _chains(
     )
 
 
-def _cycled(rollouts: Rollouts, n: int, from_end: bool = False) -> list[list[int]]:
+def _starts(
+    policy: Policy, target: Target, row: Row, half: int, seed: object, gold: Rollouts | None, pool: Pool
+) -> list[list[int]]:
+    """2 half completions with their stop symbols: particles, completions of the pool by weight, gold completions."""
+    near, far = (policy.sample([row], half, seed=("chains", seed, k))[0] for k in range(2))
+    particles = smc(policy, target, row, num_particles=PARTICLES * half, seed=("truth", seed))
+    if particles.log_z > -math.inf:
+        near = particles.resample(half, ("truth", seed))
+    if pool.found:
+        index = resample(pool.log_w.flatten(), half, _generator("starts", seed, row))
+        far = pool.rollouts.select(index.to(policy.device))
+    known = [] if gold is None else _cycled(gold, half // 2)
+    return [*_cycled(near, half), *_cycled(far, half)[len(known) :], *known]
+
+
+def _cycled(rollouts: Rollouts, n: int) -> list[list[int]]:
     """n completions with their stop symbols; if there are fewer, they are repeated."""
     pairs = zip(rollouts.completions(), rollouts.stops.tolist(), strict=True)
     completions = [[*tokens, stop] for tokens, stop in pairs]
-    completions = completions[::-1] if from_end else completions
     return [completions[i % len(completions)] for i in range(n)]
 
 
@@ -252,12 +247,10 @@ def _rhat(trace: Tensor) -> float:
     return rhat if math.isfinite(rhat) else math.inf
 
 
-def _log_w(policy: Policy, target: Target, rollouts: Rollouts | None) -> Tensor:
-    if rollouts is None:
-        return torch.zeros(0, dtype=torch.float64)
-    with torch.no_grad():
-        log_q = policy.evaluate(rollouts).final(rollouts.lengths)
-    return (target.score_final(rollouts) - log_q).double().cpu()
+def _log_w(policy: Policy, target: Target, rollouts: Rollouts) -> Tensor:
+    """[B] log weights of given completions, as those of a pool."""
+    log_m = mixed(log_prob(policy, rollouts), log_prob(policy.prior, rollouts))
+    return target.score_final(rollouts).double().cpu() - log_m
 
 
 def _generator(name: str, seed: object, row: Row) -> torch.Generator:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amortlm.engine.adapter import default_lora
-from amortlm.engine.sampler import LocalSampler
 from amortlm.policy.policy import Policy
 from amortlm.support import SupportLaw
 from amortlm.types import Row
@@ -25,8 +23,8 @@ def guided(policy: Policy, rows: Sequence[Row], seed: object = 0) -> Policy:
     draw from it. rows: a few rows that it will be used on. Without an automaton (no pattern, no list) it is the frozen
     model itself.
     """
-    frozen = Policy(policy.lm, policy.prompt.source, policy.support_spec, default_lora(1))
-    frozen.support = guided_law(frozen, rows, seed)
+    frozen = policy.prior
+    frozen.support = guided_law(policy, rows, seed)
     return frozen
 
 
@@ -46,10 +44,9 @@ def guided_law(policy: Policy, rows: Sequence[Row], seed: object = 0) -> Support
 @torch.no_grad()
 def _frequencies(policy: Policy, rows: Sequence[Row], seed: object) -> Tensor:
     """[V] float64: chances of tokens, on the CPU."""
-    lm, passes = policy.lm, policy.lm.passes
-    frozen = LocalSampler(lm.model, lm.sharing, lm.memory)
-    rollouts, _ = policy.sample(rows, TEXTS // len(rows), seed=("guide", seed), sampler=frozen)
-    total, count = torch.zeros(lm.vocab_size, dtype=torch.float64), 0
+    passes = policy.lm.passes
+    rollouts, _ = policy.prior.sample(rows, TEXTS // len(rows), seed=("guide", seed))
+    total, count = torch.zeros(policy.lm.vocab_size, dtype=torch.float64), 0
     prompts = policy.encode_rows(rows)
     for block in passes.blocks(prompts):
         prefix = passes.encode(prompts[block])

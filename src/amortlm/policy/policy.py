@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -77,6 +78,15 @@ class Policy(nn.Module):
     def passes(self) -> Passes:
         """The forward passes of q, which shares prompts as p does."""
         return Passes(self.model, self.sharing, self.lm.memory)
+
+    @property
+    def prior(self) -> Policy:
+        """The frozen model under the same prompt, on the same support. It shares all tensors with this policy, and is
+        not to be trained."""
+        other = copy.copy(self)
+        other._modules = {**self._modules, "model": self.lm.model}
+        other.sampler = LocalSampler(self.lm.model, self.sharing, self.lm.memory)
+        return other
 
     def train(self, mode: bool = True) -> Policy:
         """As for any module, but the model stays in evaluation mode, also with gradients. So the sampling and the

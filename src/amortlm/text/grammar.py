@@ -38,7 +38,7 @@ class Ref(NamedTuple):
 
 class Repeated(NamedTuple):
     part: Node
-    count: str  # as in a regular expression
+    times: str  # as in a regular expression
 
 
 class Sequenced(NamedTuple):
@@ -88,14 +88,14 @@ class _Expansion:
         if isinstance(node, Repeated):
             part = self.of(node.part, inside)
             if part is None:
-                return "" if _may_be_none(node.count) else None
-            return _short(f"(?:{part}){node.count}")
+                return "" if _may_be_none(node.times) else None
+            return _short(f"(?:{part}){node.times}")
         if isinstance(node, OneOf):
             left = [found for part in node.parts if (found := self.of(part, inside)) is not None]
             return _short(f"(?:{'|'.join(left)})") if left else None
         found = ""
-        for part in node.parts:
-            if (more := self.of(part, inside)) is None:
+        for each in node.parts:
+            if (more := self.of(each, inside)) is None:
                 return None
             found = _short(found + more)
         return found
@@ -115,8 +115,8 @@ class _Expansion:
         return self._known[key]
 
 
-def _may_be_none(count: str) -> bool:
-    return count in ("*", "?") or (count[0] == "{" and int(re.split("[{},]", count)[1]) == 0)
+def _may_be_none(times: str) -> bool:
+    return times in ("*", "?") or (times[0] == "{" and int(re.split("[{},]", times)[1]) == 0)
 
 
 def _short(expression: str) -> str:
