@@ -20,7 +20,6 @@ from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, RowDiagnosis, d
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
 from amortlm.engine.adapter import FULL
 from amortlm.engine.decoding import Watch
-from amortlm.engine.sampler import LocalSampler
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
 from amortlm.inference.correct import BATCH, check_method, check_n, corrected, draw, require_target, weigh
 from amortlm.inference.exact import LIMIT
@@ -177,9 +176,8 @@ class Posterior:
         Raises DataError for a missing column, PromptTooLongError for a prompt that does not fit.
         """
         check_n(n)
-        sampler = LocalSampler(self.lm.model, self.lm.sharing, self.lm.memory)
         return self._weighted(
-            *draw(self.policy, self.target, self._checked(as_row(row))[0], n, seed=seed, sampler=sampler)
+            *draw(self.policy.prior, self.target, self._checked(as_row(row))[0], n, seed=seed)
         )
 
     def sample_each(self, asks: Sequence[Ask], *, watch: Watch | None = None) -> list[Samples]:

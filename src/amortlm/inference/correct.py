@@ -15,7 +15,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from amortlm.engine.sampler import Sampler
 from amortlm.errors import ConfigError, nearest
 from amortlm.inference.mcmc import Chains, metropolis_hastings
 from amortlm.inference.paths import refuse_tool
@@ -133,16 +132,14 @@ def check_n(n: int) -> None:
 
 
 def draw(
-    policy: Policy, target: Target | None, row: Row, n: int, *, seed: object, sampler: Sampler | None = None
+    policy: Policy, target: Target | None, row: Row, n: int, *, seed: object
 ) -> tuple[Rollouts, Tensor, Tensor | None]:
-    """n draws of the policy, their log q [n] and, with a target, log R [n], on the CPU; nats.
-
-    sampler: draws in place of the policy's own (`Policy.sample`). Raises ConfigError for n < 1.
-    """
+    """n draws of the policy, their log q [n] and, with a target, log R [n], on the CPU; nats. Raises ConfigError for
+    n < 1."""
     check_n(n)
     parts, log_q, log_r = [], [], []
     for start in range(0, n, BATCH):
-        rollouts, log_probs = policy.sample([row], min(BATCH, n - start), seed=(seed, start), sampler=sampler)
+        rollouts, log_probs = policy.sample([row], min(BATCH, n - start), seed=(seed, start))
         parts.append(rollouts)
         log_q.append(log_probs.final(rollouts.lengths).float().cpu())
         if target is not None:

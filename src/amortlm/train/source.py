@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amortlm.buffer import ReplayBuffer
 from amortlm.engine.decoding import Exploration
-from amortlm.engine.sampler import LocalSampler, Request
+from amortlm.engine.sampler import Request
 from amortlm.errors import ConfigError
 from amortlm.inference.smc import smc
 from amortlm.objectives import Objective
@@ -100,7 +100,6 @@ class ExperienceSource:
         # Corrected completions of a prompt. The loss compares half of them with fresh ones of q, unless it takes all as
         # draws of the posterior.
         self._resampled = config.num_samples if objective.posterior_only else config.num_samples // 2
-        self._prior = LocalSampler(policy.lm.model, policy.lm.sharing, policy.lm.memory)
         if (
             config.behaviour[CORRECTED] > 0
             and config.corrected_method == "smc"
@@ -188,13 +187,14 @@ class ExperienceSource:
     def _from_prior(self, rows: Sequence[Row], counts: Sequence[int], step: Step) -> Rollouts:
         """Completions of the model before training; where the support has an automaton, of the guided model at a random
         temperature: so what the automaton asks for is found, also where neither policy nor model would write it."""
-        request = self.policy.request(rows, counts, [(self.config.seed, step)] * len(rows))
+        prior = self.policy.prior
+        request = prior.request(rows, counts, [(self.config.seed, step)] * len(rows))
         if self._guided.is_guided:
             most = max(1.0, self.config.temperature_range[1])
             heat = random.Random(seed_of(("prior", self.config.seed, step))).uniform(1.0, most)
             hot = Exploration(torch.full((sum(counts),), heat, device=self.policy.device))
             request = replace(request, law=self._guided.sharpened(heat), exploration=hot)
-        return self.policy.drawn(rows, request, self._prior.sample(request))[0]
+        return prior.drawn(rows, request, prior.sampler.sample(request))[0]
 
     @cached_property
     def _guided(self) -> SupportLaw:
