@@ -12,7 +12,7 @@ from tilted import ROW, SUPPORT, Tilted, blind, off, perfect
 from torch import Tensor
 from torch.nn import functional as F
 
-from amortlm import LanguageModel, Policy, Posterior, Support, constraint
+from amortlm import LanguageModel, Policy, Posterior, Support, constraint, narrow
 from amortlm.diagnostics.diagnose import CORRECT, TRUST
 from amortlm.errors import ConfigError, DataError
 from amortlm.inference import pool
@@ -169,3 +169,33 @@ def test_bad_input(one_lm: LanguageModel) -> None:
         draws(perfect(one_lm), 0)
     with pytest.raises(DataError, match="outside the support"):
         draws(perfect(one_lm), 8, limit=0, gold=[" ran"])
+
+
+def test_the_frozen_model_looks_ahead(embedded: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither q nor the masked model can be resampled; the draws are those of the posterior, with a false alarm as
+    rare as `stats.LEVEL` says."""
+    target = embedded.log_prob("{z}", given="{x}") + constraint.contains("brave")
+    words = (
+        " little",
+        " big",
+        " brave",
+        " young",
+        " happy",
+        " girl",
+        " boy",
+        " man",
+        " bird",
+        " and",
+        " named",
+    )
+    support, _ = narrow(Support(stop=".", min_tokens=1, max_tokens=3, allowed_tokens=words), target, embedded)
+    row, policy = {"x": "Once upon a time there was a"}, Policy(embedded, "{x}", support)
+    truth = enumerate_posterior(target.bind(embedded), policy.support, row)
+    found = posterior_draws(policy, target, row, 256, seed=0, limit=0, chains=False)
+    assert found.source == "sir"
+    assert found.rollouts is not None
+    order = {tuple(z): i for i, z in enumerate(truth.completions)}
+    drawn = torch.tensor([order[tuple(z)] for z in found.rollouts.completions()])
+    assert g_test(torch.bincount(drawn, minlength=len(order)), truth.log_p.exp()) > LEVEL
+    monkeypatch.setattr(module, "guided", lambda policy, rows, seed: policy.prior)
+    assert not posterior_draws(policy, target, row, 256, seed=0, limit=0, chains=False).trusted

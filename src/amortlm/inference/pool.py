@@ -1,10 +1,11 @@
 """A pool of draws of two proposals, the policy q and the frozen model, from which draws of the posterior are chosen.
 
-The frozen model under the same prompt and support (`Policy.prior`) is a proposal that is always at hand. Training can
-make q lose a mode of the posterior; where the prior reaches it, the pool still shows it. A draw of either has the
-weight R / m, where m is the mixture of both in the shares in which they are drawn (Hesterberg 1995; Veach and Guibas
-1995, "balance heuristic"). So the mean weight is an unbiased estimate of Z, and no weight is above K / OF_Q times
-that by q alone: a prior that is no good costs its share of the draws, and no more.
+The frozen model under the same prompt and support, which looks ahead where the support has an automaton
+(`amortlm.guided`), is a proposal that is always at hand. Training can make q lose a mode of the posterior; where the
+prior reaches it, the pool still shows it. A draw of either has the weight R / m, where m is the mixture of both in the
+shares in which they are drawn (Hesterberg 1995; Veach and Guibas 1995, "balance heuristic"). So the mean weight is an
+unbiased estimate of Z, and no weight is above K / OF_Q times that by q alone: a prior that is no good costs its share
+of the draws, and no more.
 
 The draws come in units of OF_Q draws of q and OF_PRIOR of the prior. A draw of the posterior is one of the completions
 of one or several units, by weight. These groups are disjoint, so the draws are independent. Their distribution differs
@@ -48,8 +49,7 @@ class Pool:
     log_w: Tensor
 
     @classmethod
-    def drawn(cls, policy: Policy, target: Target, row: Row, units: int, seed: object) -> Pool:
-        prior = policy.prior
+    def drawn(cls, policy: Policy, prior: Policy, target: Target, row: Row, units: int, seed: object) -> Pool:
         ours = weigh(policy, target, row, OF_Q * units, seed=("truth", seed))
         theirs = weigh(prior, target, row, OF_PRIOR * units, seed=("prior", seed))
         place = torch.arange(K * units)

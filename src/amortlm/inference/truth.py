@@ -5,13 +5,11 @@ first of these sources that works is used:
 
 - "enumeration": the support is small enough to list. The draws are exact and independent.
 - "sir": a pool of draws of q and of the frozen model (`amortlm.inference.pool`) is divided into disjoint groups, and
-  one draw of each group is chosen by importance weight, so the draws are independent. Their distribution differs from
-  p by
-  about the relative variance of a group's mean weight. Groups are so large that, by its estimate, this difference is at
-  most BIAS nats; `margin` is twice the estimated difference, as a log factor. The source is used if k-hat of the pool
-  is below KHAT, or if at least REPEATS weights are above half of the largest. If a gold completion outweighs the whole
-  pool,
-  it lies in a mode that the pool has not found, and the source is not used.
+  one draw of each group is chosen by importance weight, so the draws are independent. Their distribution differs from p
+  by about the relative variance of a group's mean weight. Groups are so large that, by its estimate, this difference is
+  at most BIAS nats; `margin` is twice the estimated difference, as a log factor. The source is used if k-hat of the
+  pool is below KHAT, or if at least REPEATS weights are above half of the largest. If a gold completion outweighs the
+  whole pool, it lies in a mode that the pool has not found, and the source is not used.
 - "mcmc": the last states of Metropolis-Hastings chains, one draw per chain. Half of the chains start at particles of
   sequential Monte Carlo, which come from q. The others start at completions of the pool, resampled by weight; half of
   these at gold completions, if there are any. The draws are trusted if R-hat of log R and of log w, over the second
@@ -47,6 +45,7 @@ from amortlm.inference.exact import (
 from amortlm.inference.mcmc import metropolis_hastings
 from amortlm.inference.pool import Pool, log_prob, mixed
 from amortlm.inference.smc import smc
+from amortlm.policy.guide import guided
 from amortlm.policy.policy import Policy
 from amortlm.seeds import seed_of
 from amortlm.targets.base import Target
@@ -130,7 +129,8 @@ def posterior_draws(
     if policy.support.size() <= limit:
         return _enumerated(policy, target, row, n, seed, limit)
     known = policy.rollouts([row], [gold]) if len(gold) > 0 else None
-    pool, resampled = _resampled(policy, target, row, n, seed, known)
+    prior = guided(policy, [row], seed)
+    pool, resampled = _resampled(policy, prior, target, row, n, seed, known)
     if resampled.trusted or policy.support.tool is not None:
         return resampled
     if not chains:
@@ -159,13 +159,13 @@ def _enumerated(policy: Policy, target: Target, row: Row, n: int, seed: object, 
 
 
 def _resampled(
-    policy: Policy, target: Target, row: Row, n: int, seed: object, gold: Rollouts | None
+    policy: Policy, prior: Policy, target: Target, row: Row, n: int, seed: object, gold: Rollouts | None
 ) -> tuple[Pool, Truth]:
     """A pool, and one draw by weight from each disjoint group of it. If the weights are too uneven: no draws, not
     trusted."""
     units = max(n, 2 * MIN_DRAWS)
-    heaviest = -math.inf if gold is None else _log_w(policy, target, gold).max().item()
-    pool = Pool.drawn(policy, target, row, units, (seed, 0))
+    heaviest = -math.inf if gold is None else _log_w(policy, prior, target, gold).max().item()
+    pool = Pool.drawn(policy, prior, target, row, units, (seed, 0))
     for more in (MORE, 0):
         if pool.found and (not pool.usable or heaviest > pool.log_sum):
             break
@@ -179,7 +179,7 @@ def _resampled(
             log_r, log_q = pool.log_reward.flatten()[index], pool.log_q.flatten()[index]
             return pool, Truth(drawn, log_r, log_q, "sir", True, margin, pool.khat, pool.ess)
         if more:
-            pool = pool + Pool.drawn(policy, target, row, more * units, (seed, 1))
+            pool = pool + Pool.drawn(policy, prior, target, row, more * units, (seed, 1))
     nothing = torch.zeros(0, dtype=torch.float64)
     return pool, Truth(None, nothing, nothing, "none", False, khat=pool.khat, ess=pool.ess)
 
@@ -247,9 +247,9 @@ def _rhat(trace: Tensor) -> float:
     return rhat if math.isfinite(rhat) else math.inf
 
 
-def _log_w(policy: Policy, target: Target, rollouts: Rollouts) -> Tensor:
+def _log_w(policy: Policy, prior: Policy, target: Target, rollouts: Rollouts) -> Tensor:
     """[B] log weights of given completions, as those of a pool."""
-    log_m = mixed(log_prob(policy, rollouts), log_prob(policy.prior, rollouts))
+    log_m = mixed(log_prob(policy, rollouts), log_prob(prior, rollouts))
     return target.score_final(rollouts).double().cpu() - log_m
 
 
