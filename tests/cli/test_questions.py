@@ -17,7 +17,7 @@ import torch
 from reference import tiny_policy
 
 from amortlm import LanguageModel, Posterior, Support, __version__
-from amortlm.inference import truth
+from amortlm.inference import pool, truth
 from amortlm.policy import laws
 from amortlm.policy.laws import Sampling, affordable, examine_sampling
 from amortlm.policy.policy import Policy
@@ -61,8 +61,8 @@ def test_table(cli: Cli, saved: Path) -> None:
 @pytest.fixture
 def wide(embedded: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A posterior whose support is not enumerated, and whose weights may not be used: chains must run."""
-    monkeypatch.setattr(truth, "KHAT", -math.inf)
-    monkeypatch.setattr(truth, "REPEATS", math.inf)
+    monkeypatch.setattr(pool, "KHAT", -math.inf)
+    monkeypatch.setattr(pool, "REPEATS", math.inf)
     policy = tiny_policy(embedded, "{x}", Support(stop=".", max_tokens=12, allowed_tokens=(" 1", " 2", " 3")))
     Posterior(policy, embedded.log_prob("{z}", given="{x}")).save_pretrained(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"x": "One"}\n{"x": "Two"}\n')
