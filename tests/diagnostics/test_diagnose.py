@@ -51,7 +51,8 @@ def test_intervals_hold_at_their_level(
     if source == "mcmc":  # weights may not be used
         monkeypatch.setattr(pool, "KHAT", -math.inf)
         monkeypatch.setattr(pool, "REPEATS", math.inf)
-    posterior, limit = off(one_lm, 0.8 if source == "enumeration" else 0.4), 84 if source == "enumeration" else 0
+    weight, limit = (0.8, 84) if source == "enumeration" else (0.4, 0)
+    posterior = off(one_lm, weight)
     assert posterior.diagnose(ROW, n=48, limit=limit).truth.source == source
     found = misses(posterior, 15, 48, limit)
     assert binomial_tail(found, 15, 1 - LEVEL) > FALSE_ALARM, found
