@@ -21,6 +21,8 @@ from .laws import Array, Space
 ROW: Row = {}
 STORY = "Once upon a time there was a"
 TOM = "Tom was"
+LIVED = "Far away, in a small house by the sea, there lived a"
+FOREST = "In the dark forest Tom was afraid of the"
 DOG = "The dog was"
 COLD = "The weather was cold. Tom felt"
 SHORT = " He cried."
@@ -96,7 +98,15 @@ CASES = [
     Case("contrastive", DOG, [model(DOG, weight=2.0), model(TOM, weight=-1.0)], FEELINGS),
     Case("two-mode", STORY, [model(STORY), {"matches": r"(lonely|old) .*"}]),
     Case("verifier", STORY, [model(STORY), VERIFIER]),
+    # Held out: two families that no setting, default or method was chosen on.
+    # What two contexts agree on.
+    Case("blend-near", STORY, [model(STORY), model(LIVED)]),
+    Case("blend-far", STORY, [model(STORY), model(FOREST)]),
+    # Not regular: no automaton can know them, so they stay terms.
+    Case("echo-common", STORY, [model(STORY), {"matches": r"(\w)\w* (.* )?\1\w*"}]),
+    Case("echo-rare", STORY, [model(STORY), {"matches": r"(\w)\w* (?!\1)\w* \1\w*"}]),
 ]
+HELD_OUT = ("blend-near", "blend-far", "echo-common", "echo-rare")
 BY_NAME = {case.name: case for case in CASES}
 
 
