@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from benchmarks.posteriors import cases, digest, laws, methods
+from benchmarks.posteriors import cases, digest, laws, methods, report
 from benchmarks.posteriors.cases import Case, model, policy_law, truth_of
 from benchmarks.posteriors.experiment import EXPERIMENT, methods_of
 from benchmarks.posteriors.smc_law import between, smc_law
@@ -220,3 +220,12 @@ def test_the_benchmark_runs_and_reports(lm, tmp_path, monkeypatch):
 
 def test_untrained_methods_have_one_seed():
     assert EXPERIMENT.once == {n for n in EXPERIMENT.methods if n.split(" ", 1)[1] in methods.UNTRAINED}
+
+
+def test_claims_count_the_worst_seed_and_name_what_was_held_out():
+    cells = {"verifier": [0.01, 0.02], "echo-rare": [0.01, 0.06], "blend-far": [0.04, 0.05]}
+    found = {"facts": cells, "rows": {"tv": {methods.MAIN: list(cells.values())}}, "upper": {}, "passes": {}}
+    found["passes"] = {str(level): {} for level in digest.LEVELS}
+    alone, held = report.claims(found)[-2:]
+    assert "on 2 of 3 targets; not on echo-rare" in alone
+    assert "(blend-far, echo-rare) it is so on 1" in held
