@@ -7,17 +7,13 @@ dies, late   the same, but at update 47 process 1 is killed, or sleeps
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from reference import tiny_lm, tiny_tokenizer
-from trainers import ROWS, make_trainer, watch, weights
-from transformers import TrainerCallback
+from trainers import ROWS, Accident, make_trainer, watch, weights
 
 from amortlm import GFNTrainer
 
@@ -27,17 +23,6 @@ UPDATES: dict[str, dict[str, Any]] = {
     "log_z": {"objective": {"tb": {"log_z": "learned"}}},
     "checkpointing": {"objective": "vargrad", "activation_checkpointing": True},
 }
-
-
-class Accident(TrainerCallback):
-    def __init__(self, kind: str):
-        self.kind = kind
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 46 and args.process_index == 1:
-            if self.kind == "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(600)
 
 
 def trainer(folder: Path, **settings: Any) -> GFNTrainer:
@@ -71,7 +56,7 @@ def run(kind: str) -> None:
         output, max_steps=64, behaviour={"replay": 0.5, "tempered": 0.25}, stop_at_gap=1e-6, **settings
     )
     if kind in ("dies", "late"):
-        going.add_callback(Accident(kind))
+        going.add_callback(Accident(kind, 47))
     told, used = watch(going)
     going.train(resume_from_checkpoint=kind == "resume" or None)
     assert used.items() <= told.items(), "the rows of each process are known before they are needed"

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from reference import tiny_lm, tiny_tokenizer
-from trainers import make_trainer
-from transformers import TrainerCallback
+from trainers import Accident, make_trainer
 
 from amortlm import GFNTrainer, LanguageModel, Support
 from amortlm.engine.adapter import default_lora
@@ -57,17 +54,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "class": {"fsdp_config": {"transformer_layer_cls_to_wrap": ["Layer"]}},
     "pissa": {"adapter": LoraConfig(r=4, init_lora_weights="pissa", target_modules="all-linear")},
 }
-
-
-class Accident(TrainerCallback):
-    def __init__(self, kind: str):
-        self.kind = kind
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5 and args.process_index == 1:
-            if self.kind == "dies":
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(600)
 
 
 def model(tied: bool = False) -> LanguageModel:
@@ -131,7 +117,7 @@ def run(kind: str) -> None:
         **settings,
     )
     if kind in ("dies", "late"):
-        going.add_callback(Accident(kind))
+        going.add_callback(Accident(kind, 6))
     going.train(resume_from_checkpoint=kind.endswith("resume") or None)
 
 

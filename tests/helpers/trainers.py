@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +85,16 @@ class EmptyBuffer(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.buffer._entries.clear()
+
+
+class Accident(TrainerCallback):
+    """Process 1 is killed ("dies") before an update, or sleeps."""
+
+    def __init__(self, kind: str, update: int):
+        self.kind, self.update = kind, update
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.update - 1 and args.process_index == 1:
+            if self.kind == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600)

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from drawn_supports import SUPPORTS
 from fake_vllm import serving
 from peft import IA3Config, LoraConfig
 from reference import tiny_policy
 from safetensors.torch import load, save
 
-from amortlm import Policy, Support
+from amortlm import Policy
 from amortlm.engine.decoding import Exploration
 from amortlm.engine.sampler import LocalSampler
 from amortlm.engine.sampler import Request as Asked
@@ -29,15 +30,6 @@ from amortlm.rollout.ahead import key_of
 from amortlm.rollout.connection import Connection, Patience
 
 ROW = {"x": "the cat"}
-FEW = ["a", "b", "at"]
-SUPPORTS = {
-    "one stop": Support(stop=".", max_tokens=3, allowed_tokens=FEW),
-    "two stops": Support(stop=[".", "!"], min_tokens=2, max_tokens=3, allowed_tokens=FEW),
-    "banned": Support(stop=".", min_tokens=0, max_tokens=2, banned_tokens=["a", "b"]),
-    "list": Support(stop=".", max_tokens=5, separator=",", max_statements=2, allowed_tokens=["a", "b"]),
-    "pattern": Support(stop=[".", "!"], min_tokens=0, max_tokens=4, pattern="(a|b|cat)*( ?t(t|a)?)?"),
-    "too large to list": Support(stop=".", min_tokens=3, max_tokens=4),
-}
 QUICK = Patience(request=60, outage=0.3, pause=0.05)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from drawn_supports import SUPPORTS
 from real_vllm import PYTHON, check_training, served
 from reference import tiny_policy
 from vllm_model import save_tiny_llama
@@ -21,15 +22,6 @@ from amortlm.rollout import HTTPSampler
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason="needs vLLM: make test-vllm")]
 
 ROW = {"x": "the cat"}
-FEW = ["a", "b", "at"]
-SUPPORTS = {
-    "one stop": Support(stop=".", max_tokens=3, allowed_tokens=FEW),
-    "two stops": Support(stop=[".", "!"], min_tokens=2, max_tokens=3, allowed_tokens=FEW),
-    "banned": Support(stop=".", min_tokens=0, max_tokens=2, banned_tokens=["a", "b"]),
-    "list": Support(stop=".", max_tokens=5, separator=",", max_statements=2, allowed_tokens=["a", "b"]),
-    "pattern": Support(stop=[".", "!"], min_tokens=0, max_tokens=4, pattern="(a|b|cat)*( ?t(t|a)?)?"),
-    "too large to list": Support(stop=".", max_tokens=6),
-}
 # Twenty blocks of 32 tokens: each request begins in one and needs a second one, so many are interrupted.
 TIGHT = '{"num_gpu_blocks_override": 20, "block_size": 32, "max_num_seqs": 32}'
 
