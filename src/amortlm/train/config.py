@@ -1,4 +1,4 @@
-"""Training settings: `transformers.TrainingArguments` with thirteen additional fields."""
+"""Training settings: `transformers.TrainingArguments` with sixteen additional fields."""
 
 from __future__ import annotations
 
