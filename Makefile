@@ -87,7 +87,7 @@ test-lowest test-newest: test-%: .venv-%/.installed
 	@mkdir -p $(@D)
 	@$(PYTHON) -c 'import re, tomllib; project = tomllib.load(open("$<", "rb"))["project"]; \
 	  extras = project["optional-dependencies"]; \
-	  needed = project["dependencies"] + extras["baselines"] + extras["gguf"]; \
+	  needed = project["dependencies"] + extras["baselines"] + extras["gguf"] + extras["qlora"]; \
 	  print(*(re.sub(">=([^,]+).*", r"==\1", one) for one in needed), sep="\n")' > $@
 
 .venv-newest/constraints.txt: pyproject.toml

@@ -320,6 +320,7 @@ Is amortlm exact with your model? Look for the `model_type` of its config.json:
 
 A name may have variants: windows narrower and wider than the texts, encoders as decoders, rotary embeddings that change
 with the length. A model that is not here, or that transformers has changed since: `amortlm doctor MODEL` measures it.
+With weights in 4 bits a model is measured anew, too ([large models](scale.md#weights-in-4-bits)).
 
 {tables}
 

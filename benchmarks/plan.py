@@ -7,6 +7,7 @@ The shapes are those of published models, in bfloat16; nothing is loaded (`amort
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from amortlm.engine.adapter import DEFAULT_RANK, FULL, trainable_copy
 from amortlm.engine.footprint import Footprint, Shape
 from amortlm.engine.memory import GPU_SHARE
+from amortlm.engine.quantised import packed_bytes
 from amortlm.train.plan import DEVICES, Plan
 
 UPDATE = Shape(prompts=1, prompt_tokens=200, completions=8, completion_tokens=40)
@@ -58,17 +60,25 @@ def models() -> list[Blank]:
 def main() -> None:
     rows: list[list[object]] = []
     for blank in models():
-        for adapter in (DEFAULT_RANK, FULL):
+        for adapter, packed in ((DEFAULT_RANK, False), (DEFAULT_RANK, True), (FULL, False)):
             policy = trainable_copy(blank, adapter)  # type: ignore[arg-type]
             found = Footprint.of(blank.model, policy, UPDATE)
+            if packed:
+                found = replace(found, weights=packed_bytes(blank.model))
             packs = GPU * 2**30 // GPU_SHARE
-            plan, spared = (Plan(found, UPDATE, torch.bfloat16, packs, again) for again in (False, True))
+            plan, spared = (
+                Plan(found, UPDATE, torch.bfloat16, packs, again, packed) for again in (False, True)
+            )
             held = plan.held(1)
             trained = sum(held[name] for name in ("weights of q", "gradients", "Adam"))
-            sums = [sum(each.held(n).values()) for each in (plan, spared) for n in DEVICES]
-            kind = FULL if adapter == FULL else f"LoRA {adapter}"
+            sums = [
+                f"{sum(each.held(n).values()) / 2**30:.1f}" if n in each.devices else "-"
+                for each in (plan, spared)
+                for n in DEVICES
+            ]
+            kind = FULL if adapter == FULL else f"LoRA {adapter}{', NF4' if packed else ''}"
             rows.append(
-                [blank.name, kind, *(f"{x / 2**30:.1f}" for x in (held["weights of p"], trained, *sums))]
+                [blank.name, kind, *(f"{x / 2**30:.1f}" for x in (held["weights of p"], trained)), *sums]
             )
     columns = [f"{n}{also}" for also in ("", ", spared") for n in DEVICES]
     headers = ["", "q", "p", "q, gradients, Adam", *columns]

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from amortlm import versions
-from amortlm.engine import gguf
+from amortlm.engine import gguf, quantised
 from amortlm.engine.model import CausalLM
-from amortlm.errors import ConfigError, ModelError
+from amortlm.errors import ConfigError, MissingExtraError, ModelError
 from amortlm.targets.lm import LogProb
 from amortlm.text.template import Messages
 
@@ -52,16 +52,23 @@ class LanguageModel(CausalLM):
         A name that ends in .gguf is a file, or one of a repository (`user/name/file.gguf`), and is dequantised.
         Keyword arguments (`dtype`, `revision`, `attn_implementation`, ...) go to
         `AutoModelForCausalLM.from_pretrained`. On a CPU the default dtype is float32.
-        Raises ConfigError for what cannot be loaded, ModelError where a part of the weights is missing or not read.
+        With `quantization_config=BitsAndBytesConfig(load_in_4bit=True, ...)` of transformers p is the model in 4 bits
+        (extra `[qlora]`); the default dtype is then its `bnb_4bit_compute_dtype`.
+        Raises ConfigError for what cannot be loaded, MissingExtraError without bitsandbytes, ModelError where a part of
+        the weights is missing or not read.
         """
         path = EMBEDDED_PATH if str(name_or_path) == EMBEDDED else name_or_path
         place, file = gguf.locate(path)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cpu":
+        packing: Any = kwargs.get("quantization_config")
+        if getattr(packing, "load_in_4bit", False):
+            kwargs.setdefault("dtype", packing.bnb_4bit_compute_dtype)
+        elif device == "cpu":
             kwargs.setdefault("dtype", torch.float32)
         kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
         model, tokenizer = _load(str(name_or_path), place, device, file, kwargs)
+        quantised.prepare(model, str(name_or_path))
         lm = cls(model, tokenizer, str(name_or_path), memory_mb, self_check, chat_template_kwargs)
         if file:
             versions.unmark_quantised(model)
@@ -114,6 +121,10 @@ def _load(
             raise ConfigError(
                 f"cannot load a causal LM from {name!r}: it contains code, which is not run. If you trust the code, "
                 "give LanguageModel.from_pretrained(..., trust_remote_code=True) as lm="
+            ) from e
+        if isinstance(e, ImportError) and "bitsandbytes" in str(e):
+            raise MissingExtraError(
+                f"{name} in 4 bits needs bitsandbytes: pip install 'amortlm[qlora]'"
             ) from e
         raise ConfigError(
             f"cannot load a causal LM from {name!r}: {e}\nGive a hub name, a local folder with "

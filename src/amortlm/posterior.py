@@ -18,6 +18,7 @@ from amortlm.data import as_row, check_rows, is_row, rows_or_row
 from amortlm.diagnostics import certificate
 from amortlm.diagnostics.diagnose import LEVEL, Diagnosis, Gold, RowDiagnosis, diagnose
 from amortlm.diagnostics.importance import ImportanceEstimate, estimate
+from amortlm.engine import quantised
 from amortlm.engine.adapter import FULL
 from amortlm.engine.decoding import Watch
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError, DataError
@@ -440,6 +441,8 @@ class Posterior:
         }
         if self.lm.chat_template_kwargs:
             spec["chat_template_kwargs"] = self.lm.chat_template_kwargs
+        if packing := quantised.settings(self.lm.model):
+            spec["quantization"] = packing
         try:
             spec["support"] = self.policy.support_spec.to_dict()
         except ConfigError as e:

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from amortlm.engine import gguf
+from amortlm.engine import gguf, quantised
 from amortlm.engine.adapter import FULL
 from amortlm.errors import ConfigError
 from amortlm.language_model import EMBEDDED, LanguageModel
@@ -48,6 +48,7 @@ def _check(spec: dict[str, Any]) -> None:
         "target": isinstance(target, list | None),
         "tokenizer": isinstance(spec.get("tokenizer"), str | None),
         "chat_template_kwargs": isinstance(spec.get("chat_template_kwargs", {}), dict),
+        "quantization": isinstance(spec.get("quantization"), dict | None),
     }
     wrong = [name for name, is_right in right.items() if not is_right]
     if wrong:
@@ -80,7 +81,9 @@ def load_model(folder: Path, spec: dict[str, Any], name: str | Path | None) -> L
             f"{folder}: its model had no name when it was saved; give the model: lm= in from_pretrained, or --model"
         )
     try:
-        lm = LanguageModel.from_pretrained(os.path.expanduser(wanted))
+        packing = spec.get("quantization")
+        given: dict[str, Any] = {} if packing is None else {"quantization_config": quantised.config(packing)}
+        lm = LanguageModel.from_pretrained(os.path.expanduser(wanted), **given)
     except ConfigError as e:
         raise ConfigError(
             f"{folder}: {e}\nIf the model has moved, give its new place: lm= in from_pretrained, or --model."
@@ -99,13 +102,23 @@ def support_of(spec: dict[str, Any], tool: Tool | None) -> Support:
 
 
 def check_model(folder: Path, spec: dict[str, Any], lm: LanguageModel) -> None:
-    """Warn if the model may tokenise prompts differently from the model with which the posterior was saved."""
+    """Warn if the model may tokenise prompts differently from the model with which the posterior was saved, or is
+    quantised differently."""
     if spec.get("tokenizer") not in (None, tokenizer_hash(lm.tokenizer)):
         logger.warning(
             "%s: the tokenizer of %s differs from the one this posterior was saved with, and is used nevertheless. If "
             "texts look wrong, give the model that the posterior was trained on: lm= in from_pretrained, or --model",
             folder,
             lm.name,
+        )
+    packing, own = spec.get("quantization"), quantised.settings(lm.model)
+    if packing != own:
+        logger.warning(
+            "%s: this posterior was trained on weights quantised with %s, and the given model's with %s (None: not "
+            "quantised), so that neither p nor q are those that were trained; leave lm= out, or load it alike",
+            folder,
+            packing,
+            own,
         )
     kwargs = spec.get("chat_template_kwargs") or {}
     if kwargs != lm.chat_template_kwargs:

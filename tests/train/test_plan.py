@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from four_bits import load, storages
 from peft import LoraConfig
 from torch import Tensor
 from trainers import make_trainer
-from vllm_model import save_tiny_llama
+from vllm_model import save_tiny_gpt2, save_tiny_llama
 
 from amortlm import LanguageModel, Policy, Support
 from amortlm.cli import main
 from amortlm.engine.adapter import default_lora
 from amortlm.engine.footprint import Footprint, Shape, _layers
 from amortlm.engine.packs import Sharing
+from amortlm.engine.quantised import packed_bytes
 from amortlm.errors import ConfigError
 from amortlm.language_model import without_weights
 from amortlm.train.plan import MOMENTS, plan
@@ -134,6 +136,39 @@ def test_a_plan_of_a_run(folder: str) -> None:
     assert found.footprint.block < found.footprint.weights
     assert half.held(1)["weights of p"] * 2 == one["weights of p"]
     assert sum(one.values()) == pytest.approx(found.rows()[-1][1] * 2**30)  # type: ignore[operator]
+
+
+def test_a_plan_of_4_bits(folder: str, tmp_path: Path) -> None:
+    """The bytes of the weights as they are, and what is kept within the margin of other plans."""
+    lm, size = load(folder), SHAPES["long"]
+    support = Support(stop=".", max_tokens=size.completion_tokens)
+    policy, blank = Policy(lm, "{x}", support, default_lora(4)), without_weights(folder)
+    found = Footprint.of(blank.model, Policy(blank, "{x}", support, default_lora(4)).model, size)
+    assert found.kept == pytest.approx(kept(policy, rollouts(policy, size))[0], rel=MARGIN)
+    save_tiny_gpt2(tmp_path)  # its matrices are no nn.Linear before
+    for place in (folder, str(tmp_path)):
+        whole = without_weights(place).model
+        assert packed_bytes(whole) == sum(storages(load(place).model).values())
+        assert packed_bytes(whole) < sum(p.nbytes for p in whole.parameters()) / 3
+
+
+def test_a_plan_of_a_run_in_4_bits(folder: str) -> None:
+    spec = RunSpec(
+        model=folder,
+        prompt="{x}",
+        target=[{"log_prob": {"of": "{z}", "given": "{x}"}}],
+        support={"stop": ".", "max_tokens": 7},
+        data=[{"x": "a"}],
+        adapter=4,
+    )
+    found, half = plan(spec, "nf4"), plan(spec, "bfloat16")
+    low = load(folder, bnb_4bit_compute_dtype=torch.bfloat16)
+    assert found.held(1)["weights of p"] == sum(storages(low.model).values())
+    others = {name for name, size in found.held(1).items() if size != half.held(1)[name]}
+    assert others == {"weights of p"}
+    assert [row[0] for row in found.rows()] == [row[0] for row in half.rows()]
+    assert {len(row) for row in found.rows()} == {2}  # packed weights are not sharded
+    assert "parameters in nf4" in str(found)
 
 
 def test_the_command_loads_nothing(monkeypatch: Any, capsys: Any) -> None:

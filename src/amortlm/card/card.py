@@ -14,6 +14,7 @@ import yaml
 
 from amortlm.card import markdown
 from amortlm.card.figures import measured, number, percent, results, row_count
+from amortlm.engine import quantised
 from amortlm.engine.adapter import FULL
 from amortlm.files import write_text
 from amortlm.language_model import EMBEDDED, EMBEDDED_PATH
@@ -64,9 +65,11 @@ class Base:
 
 def base_of(lm: CausalLM) -> Base:
     """The base model of a posterior; nothing is downloaded."""
-    parameters = sum(p.numel() for p in lm.model.parameters())
+    parameters, packing = quantised.numbers(lm.model), quantised.settings(lm.model)
     size = f"{parameters / 1e9:.3g} B" if parameters >= 1e9 else f"{parameters / 1e6:.3g} M"
     about = f"{lm.model.config.model_type}, {size} parameters"
+    if packing is not None:
+        about += f" in 4 bits ({packing['bnb_4bit_quant_type']})"
     if lm.name == EMBEDDED:
         return Base(EMBEDDED, about, licence(EMBEDDED_PATH / FILE))
     name = hub_id(lm.name)

@@ -95,7 +95,7 @@ def _add_train(parser: argparse.ArgumentParser, plan: bool = True) -> None:
             "--plan",
             nargs="?",
             const="here",
-            choices=("here", "float32", "bfloat16", "float16"),
+            choices=("here", "float32", "bfloat16", "float16", "nf4"),
             metavar="DTYPE",
             help="say what memory the run takes, with weights of this dtype, and load nothing; see docs/scale.md",
         )

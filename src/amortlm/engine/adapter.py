@@ -16,6 +16,7 @@ import regex
 import torch
 from torch import Tensor, nn
 
+from amortlm.engine.quantised import is_quantised, states
 from amortlm.engine.shards import original_class, put, shards_of, whole_state
 from amortlm.errors import AmortLMError, CheckpointError, ConfigError
 from amortlm.files import follow_umask
@@ -77,14 +78,14 @@ def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) 
     ConfigError for an adapter that is not exact or does not fit the model, CheckpointError for a folder that cannot be
     read."""
     if adapter == FULL:
-        return copy.deepcopy(lm.model).requires_grad_(True)
+        return _full_copy(lm)
     if isinstance(adapter, int):
         adapter = default_lora(adapter)
     folder = Path(adapter) if isinstance(adapter, str | Path) else None
     config: Any = (
         copy.deepcopy(adapter or default_lora()) if folder is None else _saved_config(folder, lm.model)
     )
-    _check(config)
+    _check(config, lm)
     initial = None if folder is None else _load_initial(folder)
     init = getattr(config, "init_lora_weights", True)
     if initial is not None:
@@ -93,7 +94,7 @@ def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) 
 
     plain = is_plain(config)
     pairs = [(p, p if plain else copy.deepcopy(p)) for p in lm.model.parameters()]
-    shared = copy.deepcopy(lm.model, {id(p): q for p, q in pairs})
+    shared = copy.deepcopy(lm.model, {id(p): q for p, q in [*pairs, *((s, s) for s in states(lm.model))]})
     # The name that peft writes into the saved adapter and its card: a hub name, but not a path of this machine.
     name = Path(lm.name).name if Path(lm.name).is_absolute() or Path(lm.name).is_dir() else lm.name
     shared.name_or_path = shared.config._name_or_path = name
@@ -118,6 +119,11 @@ def trainable_copy(lm: CausalLM, adapter: PeftConfig | int | str | Path | None) 
     for layer in _layers(model):
         layer.merge = MethodType(_merge, layer)
     return model
+
+
+def _full_copy(lm: CausalLM) -> Any:
+    _check_packed(lm, None)
+    return copy.deepcopy(lm.model).requires_grad_(True)
 
 
 def save_weights(model: Any, folder: str | Path) -> None:
@@ -254,8 +260,9 @@ def _matching(pattern: str, model: Any) -> list[str]:
     return [name for name, _ in model.named_modules() if regex.fullmatch(pattern, name, timeout=1)]
 
 
-def _check(config: Any) -> None:
-    """Raise ConfigError for an adapter that is not exact; set dropout to 0 and the task to causal LM."""
+def _check(config: Any, lm: CausalLM) -> None:
+    """Raise ConfigError for an adapter that is not exact, or not for this model; set dropout to 0 and the task to
+    causal LM."""
     kind = getattr(config, "peft_type", None)
     if kind is None:
         raise ConfigError(
@@ -271,6 +278,7 @@ def _check(config: Any) -> None:
         raise ConfigError(
             f"LoraConfig with {inexact[0] if inexact else 'loftq'} is not supported: q would not be exact; leave it out"
         )
+    _check_packed(lm, config)
     for field in fields(config):
         if "dropout" in field.name:
             setattr(config, field.name, 0.0)
@@ -312,6 +320,15 @@ def _is_linear(module: nn.Linear) -> bool:
         and out.shape == expected.shape
         and torch.allclose(out, expected, atol=1e-2)
     )
+
+
+def _check_packed(lm: CausalLM, config: Any) -> None:
+    """Raise ConfigError for an adapter (None: a full copy) that would train, change or copy packed weights."""
+    if is_quantised(lm.model) and (config is None or not is_plain(config)):
+        raise ConfigError(
+            f"{lm.name} is quantised: train plain LoRA on it (no bias, no modules_to_save, an init_lora_weights that "
+            "does not change the model's weights), not a full copy, or load it with dtype=torch.bfloat16"
+        )
 
 
 def is_plain(config: Any) -> bool:
@@ -413,6 +430,10 @@ def _layers(model: nn.Module) -> list[Any]:
 def _merge(layer: Any, *args: Any, **kwargs: Any) -> None:
     """The merge of peft, which writes into the model's weights, applied to copies of them."""
     base = layer.get_base_layer()
+    if is_quantised(base):
+        raise ConfigError(
+            "an adapter cannot be merged into a quantised model exactly: load it with dtype=torch.bfloat16"
+        )
     for name, p in list(base._parameters.items()):
         if p is not None:
             base._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from amortlm.engine.packs import Sharing
 from amortlm.engine.passes import Passes
+from amortlm.engine.quantised import precision
 from amortlm.errors import ModelError
 
 # Nats by which correct passes may differ (order of sums, on random tokens). Parts of float64 models are in float32.
@@ -135,8 +136,8 @@ class Check:
 
     def __init__(self, model: Any, name: str):
         self.model, self.name = model, name
-        self.tolerance = TOLERANCE.get(model.dtype, 0.3)
-        self.optional = OPTIONAL.get(model.dtype, 0.3)
+        self.tolerance = TOLERANCE.get(precision(model), 0.3)
+        self.optional = OPTIONAL.get(precision(model), 0.3)
         self.findings: list[Finding] = []
         generator = torch.Generator().manual_seed(0)
         special = {t for t in _special(model.config) if t is not None}

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from amortlm.engine.quantised import is_quantised
 from amortlm.engine.shards import shards_of
 from amortlm.errors import ConfigError
 
@@ -74,7 +75,7 @@ def merged_file(model: Any, original: Any, dtype: torch.dtype, tied: bool) -> by
             "merged weights of a sharded model are in no process whole: train plain LoRA, which servers load as an "
             "adapter, or draw locally"
         )
-    if not all(p.is_floating_point() for p in original.parameters()):
+    if is_quantised(original):
         raise ConfigError(
             "an adapter cannot be merged into a quantised model exactly: load it with dtype=torch.bfloat16"
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from amortlm.engine.footprint import Footprint, Shape
+from amortlm.engine.quantised import packed_bytes
 from amortlm.language_model import without_weights
 from amortlm.policy.policy import Policy
 from amortlm.train.defaults import LEAST, UPDATE
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from amortlm.train.spec import RunSpec
 
 DEVICES = (1, 8, 64)
+NF4 = "nf4"  # a type for plans: weights in 4 bits (QLoRA), computing in bfloat16
 MOMENTS = 2  # numbers that Adam keeps of a weight
 
 
@@ -28,6 +30,7 @@ class Plan:
     dtype: torch.dtype
     packs: int  # of passes without gradient
     checkpointed: bool = False  # activations
+    packed: bool = False  # the weights of p, in NF4
 
     def held(self, devices: int) -> dict[str, int]:
         """On each of so many devices that share the weights (FSDP) and have batches of their own."""
@@ -49,16 +52,22 @@ class Plan:
         # Gradients of a sharded model flow through one pass, so prompts are not shared.
         return self.footprint.kept if devices == 1 else self.footprint.kept_whole
 
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """The numbers of devices to plan for; packed weights are not sharded."""
+        return DEVICES[:1] if self.packed else DEVICES
+
     def rows(self) -> list[list[object]]:
-        """A table in GiB: a row for each kind, and the sum, with a column for each of DEVICES."""
-        each = [self.held(n) for n in DEVICES]
+        """A table in GiB: a row for each kind, and the sum, with a column for each of `devices`."""
+        each = [self.held(n) for n in self.devices]
         rows: list[list[object]] = [[name, *(held[name] / 2**30 for held in each)] for name in each[0]]
         return [*rows, ["sum", *(sum(held.values()) / 2**30 for held in each)]]
 
     def __str__(self) -> str:
         f, s = self.footprint, self.shape
+        kind = NF4 if self.packed else str(self.dtype).removeprefix("torch.")
         return (
-            f"p has {f.parameters:,} parameters in {str(self.dtype).removeprefix('torch.')}, and q trains "
+            f"p has {f.parameters:,} parameters in {kind}, and q trains "
             f"{f.trained:,}. On each device an update has {s.prompts * s.completions} completions of at most "
             f"{s.completion_tokens} tokens, after prompts ({s.prompts}) of at most {s.prompt_tokens}."
         )
@@ -67,12 +76,13 @@ class Plan:
 def plan(spec: RunSpec, dtype: str | None = None) -> Plan:
     """The plan of a run, from config and tokenizer of its model.
 
-    dtype: of the weights, by its name in torch; None: what `LanguageModel.from_pretrained` takes here. Raises
+    dtype: of the weights, by its name in torch, or `NF4`; None: what `LanguageModel.from_pretrained` takes here. Raises
     ConfigError for a model of which these cannot be read, PromptTooLongError for rows that do not fit it, and what
     `RunSpec.check` raises.
     """
     spec.check()
-    lm, rows, args = without_weights(spec.model, dtype), spec.rows(), spec.args("")
+    lm = without_weights(spec.model, "bfloat16" if dtype == NF4 else dtype)
+    rows, args = spec.rows(), spec.args("")
     policy = Policy(lm, spec.prompt, spec.bare_support(), spec.adapter)
     prompts = min(len(rows), args.per_device_train_batch_size)
     shape = Shape(
@@ -82,5 +92,7 @@ def plan(spec: RunSpec, dtype: str | None = None) -> Plan:
         policy.support.max_tokens,
     )
     found = Footprint.of(lm.model, policy.model, shape)
+    if dtype == NF4:
+        found = replace(found, weights=packed_bytes(lm.model))
     checkpointed = bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
-    return Plan(found, shape, lm.model.dtype, int(lm.memory_mb * 2**20), checkpointed)
+    return Plan(found, shape, lm.model.dtype, int(lm.memory_mb * 2**20), checkpointed, dtype == NF4)

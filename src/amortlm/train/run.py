@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from amortlm.diagnostics import certificate
+from amortlm.engine import quantised
 from amortlm.engine.model import CausalLM
 from amortlm.environment import environment
 from amortlm.errors import CheckpointError, ConfigError
@@ -124,6 +125,8 @@ def identity(
         "the number of processes": args.world_size,
         "settings": settings,
     }
+    if packing := quantised.settings(lm.model):  # the scales of packed weights are no parameters
+        found["how the model is quantised"] = packing
     if weights is not None:
         found["the models are sharded"] = True
     return as_json(found)

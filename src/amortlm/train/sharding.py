@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from amortlm.engine.adapter import is_plain
+from amortlm.engine.quantised import is_quantised
 from amortlm.engine.shards import Frozen, Shards, distribute
 from amortlm.errors import ConfigError
 from amortlm.policy.policy import Policy
@@ -94,7 +95,7 @@ def _check(args: GFNConfig, policy: Policy, processes: Processes) -> None:
         )
     if args.fp16:
         raise ConfigError("fsdp: fp16 is not supported: set bf16, or neither")
-    if not all(p.is_floating_point() for p in model.parameters()):
+    if is_quantised(model):
         raise ConfigError(
             f"fsdp: {name} is quantised and cannot be sharded: load it with dtype=torch.bfloat16"
         )

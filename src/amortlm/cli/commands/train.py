@@ -11,7 +11,7 @@ from typing import Any
 from amortlm.cli.checks import check_folder
 from amortlm.cli.status import run_folder
 from amortlm.settings import named_texts
-from amortlm.train.plan import DEVICES, Plan, plan
+from amortlm.train.plan import Plan, plan
 from amortlm.train.run import refuse_used
 from amortlm.train.spec import RunSpec, settings_from_text
 
@@ -28,7 +28,7 @@ def _show(found: Plan) -> None:
     from tabulate import tabulate
 
     print(found)
-    headers = ["GiB on each device, with", *(f"{n} device{'s' * (n > 1)}" for n in DEVICES)]
+    headers = ["GiB on each device, with", *(f"{n} device{'s' * (n > 1)}" for n in found.devices)]
     print(tabulate(found.rows(), headers=headers, floatfmt=".3f"))
 
 
