@@ -33,6 +33,10 @@ class LanguageModel(CausalLM):
                           messages are read as special tokens; by default they are read as text, so that no row can
                           forge a turn
 
+    static_cache          policies draw in a cache of a fixed size, on CUDA by a graph, without the host between tokens
+                          (`amortlm.engine.static`). Off by default, because it was not measured on a GPU. Supports with
+                          a tool, sharded models, and models for which transformers has no such cache are refused
+
     With self_check, a model that is not causal raises ModelError at first use.
     """
 
@@ -45,6 +49,7 @@ class LanguageModel(CausalLM):
         self_check: bool = True,
         device: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        static_cache: bool = False,
         **kwargs: Any,
     ) -> LanguageModel:
         """Load by hub name or local path through `transformers`; "embedded" is the model that ships.
@@ -69,7 +74,9 @@ class LanguageModel(CausalLM):
         kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
         model, tokenizer = _load(str(name_or_path), place, device, file, kwargs)
         quantised.prepare(model, str(name_or_path))
-        lm = cls(model, tokenizer, str(name_or_path), memory_mb, self_check, chat_template_kwargs)
+        lm = cls(
+            model, tokenizer, str(name_or_path), memory_mb, self_check, chat_template_kwargs, static_cache
+        )
         if file:
             versions.unmark_quantised(model)
             gguf.check_complete(path, model)

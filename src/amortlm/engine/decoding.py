@@ -50,6 +50,9 @@ class Exploration:
         """That of the completions at `index`."""
         return self if self.temperature is None else replace(self, temperature=self.temperature[index])
 
+    def to(self, device: torch.device) -> Exploration:
+        return self if self.temperature is None else replace(self, temperature=self.temperature.to(device))
+
     def probabilities(self, step: Step, text: Tensor, completion: Tensor) -> Tensor:
         """[b, V] probabilities of the next token of `completion` [b] (numbers), after the step's texts `text` [b]."""
         if self.temperature is None and self.epsilon == 0:
@@ -240,33 +243,36 @@ def decode(
     kept: Draws | None = None,
     keep: Tensor | None = None,
     watch: Watch | None = None,
+    pack: Callable[..., Draws] | None = None,
 ) -> Draws:
     """Draw one completion for each of `index` [B], the number of its prompt in `prefix`. uniforms [B, max_tokens + 1].
 
     kept, keep [B]: completion b begins with the first keep[b] tokens of `kept`, whose log q stays. Exploration
     changes what is drawn, not the log q. Draws come at the full width, max_tokens. They are made in packs that fit the
     memory setting, those of a prompt together. What `watch` raises ends the loop.
+    pack: what draws a pack in place of `decode_pack`, with its arguments.
     """
-    exploration = exploration or Exploration()
+    exploration, law = (exploration or Exploration()).to(index.device), law.to(index.device)
+    write = pack or decode_pack
     each = passes.written_bytes(prefix.longest, law.max_tokens, kept is not None)
     size = passes.fit(each, prefix.held)
     if len(index) <= size:
-        return _decode(passes, law, prefix, index, uniforms, exploration, kept, keep, watch)
+        return write(passes, law, prefix, index, uniforms, exploration, kept, keep, watch)
     order = index.argsort(stable=True)
     packs = order.tensor_split(-(-len(order) // size))  # of even size
     parts = [
-        _decode(
+        write(
             passes,
             law,
             prefix,
-            index[pack],
-            uniforms[pack],
-            exploration.select(pack),
-            None if kept is None else kept.select(pack),
-            None if keep is None else keep[pack],
-            renumbered(watch, pack),
+            index[rows],
+            uniforms[rows],
+            exploration.select(rows),
+            None if kept is None else kept.select(rows),
+            None if keep is None else keep[rows],
+            renumbered(watch, rows),
         )
-        for pack in packs
+        for rows in packs
     ]
     return Draws.cat(parts).select(order.argsort())
 
@@ -276,7 +282,18 @@ def renumbered(watch: Watch | None, number: Tensor) -> Watch | None:
     return None if watch is None else (lambda at, token, log_q: watch(number[at], token, log_q))
 
 
-def _decode(
+def begin(
+    law: SupportLaw, index: Tensor, kept: Draws | None, keep: Tensor | None
+) -> tuple[Draws, list[list[int]] | None]:
+    """(draws that are still to be made, the tokens with which each begins: None if there are none)."""
+    if kept is None or keep is None:
+        return Draws.blank(len(index), law, index.device), None
+    out = kept.cut(keep)
+    out.stops.fill_(law.stop_ids[0])
+    return out, [z[:n] for z, n in zip(out.tokens.tolist(), keep.tolist(), strict=True)]
+
+
+def decode_pack(
     passes: Passes,
     law: SupportLaw,
     prefix: Prefix,
@@ -288,26 +305,18 @@ def _decode(
     watch: Watch | None,
 ) -> Draws:
     """`decode` of one pack."""
-    width = law.max_tokens
-    if kept is None or keep is None:
-        out, frontier = Draws.blank(len(index), law, index.device), Frontier(passes, law, prefix, index)
-    else:
-        out = kept.cut(keep)
-        begun = [z[:n] for z, n in zip(out.tokens.tolist(), keep.tolist(), strict=True)]
-        frontier = Frontier(passes, law, prefix, index, begun)
-        out.stops.fill_(law.stop_ids[0])
+    width, last = law.max_tokens, law.last_state
+    out, begun = begin(law, index, kept, keep)
+    frontier = Frontier(passes, law, prefix, index, begun)
     tools = ToolRun(law.tool, len(index)) if law.tool is not None else None
-    symbols = torch.tensor(law.stop_ids, device=index.device)
-    # The stop at max_tokens is certain; a pass is needed only to choose among several stop symbols.
-    last = width if len(law.stop_ids) > 1 else width - 1
     alive = (frontier.t[frontier.text] <= last).nonzero().squeeze(1)
     text = frontier.text[alive]
     while len(alive) > 0:
         step, t = frontier.step(), frontier.t[text]
-        token = _drawn(exploration, step, text, alive, uniforms[alive, t])
+        token = drawn(exploration, step, text, alive, uniforms[alive, t])
         log_p, log_stop = step.log_q[text, token], step.log_stop[text]
         del step  # before the next one is made
-        stops = torch.isin(token, symbols)
+        stops = torch.isin(token, law.symbols)
         if tools is not None:
             written = tools.forced(alive).masked_fill(t >= width, -1)
             theirs = written >= 0
@@ -316,19 +325,23 @@ def _decode(
         if watch is not None:
             watch(alive, token, torch.where(stops, log_stop, log_p))
         out.log_pterm[alive, t] = log_stop
-        out.lengths[alive[stops]], out.stops[alive[stops]] = t[stops], token[stops]
-        alive, text, t, token, log_p = (x[~stops] for x in (alive, text, t, token, log_p))
+        out.lengths[alive] = torch.where(stops, t, width)
+        out.stops[alive] = torch.where(stops, token, out.stops[alive])
+        # Numbers, not truth values, as indices: how many there are is asked of a GPU once, not for each tensor.
+        on = (~stops).nonzero().squeeze(1)
+        alive, text, t, token, log_p = (x[on] for x in (alive, text, t, token, log_p))
         out.tokens[alive, t], out.log_pf[alive, t] = token, log_p
         if tools is not None:
             tools.advance(alive, out.tokens, t)
-        alive, text, token = (x[t < last] for x in (alive, text, token))
+        on = (t < last).nonzero().squeeze(1)
+        alive, text, token = (x[on] for x in (alive, text, token))
         if len(alive) > 0:
             text = frontier.append(text, token)
     out.log_pterm[out.lengths == width, width] = 0.0
     return out
 
 
-def _drawn(exploration: Exploration, step: Step, text: Tensor, completion: Tensor, u: Tensor) -> Tensor:
+def drawn(exploration: Exploration, step: Step, text: Tensor, completion: Tensor, u: Tensor) -> Tensor:
     """[b] the next tokens of completions [b] at the step's texts [b]; a few at a time, since each has copies of its
     own of what is as wide as the vocabulary."""
     size = at_once(u.device, step.log_q.shape[1])

@@ -182,7 +182,7 @@ class Check:
 
     def in_batches(self) -> None:
         passes = Passes(self.model, replace(NONE, switch=rotary_switch(self.model.config)))
-        found = self._compare("a batch of whole texts", lambda: self._states(passes), self.tolerance)
+        found = self.compare("a batch of whole texts", lambda: self._states(passes), self.tolerance)
         if not found:
             raise ModelError(
                 f"{self.name}: its log-probabilities of a text depend on the other texts in the batch "
@@ -196,9 +196,9 @@ class Check:
             for t in range(self.tokens.shape[1]):
                 writer.append(self.index, self.tokens[:, t])
                 out.append(writer.logits())
-            return self._pairs(torch.stack(out, 1))
+            return self.pairs(torch.stack(out, 1))
 
-        return self._compare(what, run)
+        return self.compare(what, run)
 
     def spans(self, what: str) -> bool:
         def run() -> list[tuple[Tensor, Tensor]]:
@@ -211,7 +211,7 @@ class Check:
             logits = self._passes.state_logits(longer, self.index, last.to(self.index.device))
             return [*pairs, *((logits[b], self.whole[b][n - 1 : n + 2]) for b, n in enumerate((5, 9)))]
 
-        return self._compare(what, run)
+        return self.compare(what, run)
 
     def packed(self) -> bool:
         """Two branches for each text: after 1 and after 4 tokens of the completion."""
@@ -234,7 +234,7 @@ class Check:
                     pairs.append((logits[b, k * length : (k + 1) * length], self.alone(text)[-length:]))
             return pairs
 
-        return self._compare("branches side by side under a mask", run)
+        return self.compare("branches side by side under a mask", run)
 
     def sees_change(self) -> bool:
         """Do the narrowed windows change the log-probabilities of whole texts? The new ones become the reference."""
@@ -251,9 +251,9 @@ class Check:
         return Passes(self.model, Sharing())
 
     def _states(self, passes: Passes) -> list[tuple[Tensor, Tensor]]:
-        return self._pairs(passes.state_logits(passes.encode(self.prompts), self.index, self.tokens))
+        return self.pairs(passes.state_logits(passes.encode(self.prompts), self.index, self.tokens))
 
-    def _pairs(self, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def pairs(self, logits: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Pairs (logits of the states of a text, reference of that text), from logits [2, 7, V]."""
         firsts = [len(p) - 1 for p in self.prompts]
         return [
@@ -261,7 +261,7 @@ class Check:
             for b, (x, first) in enumerate(zip(logits, firsts, strict=True))
         ]
 
-    def _compare(
+    def compare(
         self, what: str, run: Callable[[], list[tuple[Tensor, Tensor]]], tolerance: float | None = None
     ) -> bool:
         """Do all pairs agree within `tolerance` nats, by default that of a kind of pass that need not be used?"""

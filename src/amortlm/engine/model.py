@@ -14,6 +14,8 @@ from amortlm.engine.exactness import Exactness, examine, index_limit, rotary_lim
 from amortlm.engine.memory import Memory, default_mb
 from amortlm.engine.packs import Sharing
 from amortlm.engine.passes import Passes
+from amortlm.engine.sampler import LocalSampler
+from amortlm.engine.static import StaticSampler, require
 from amortlm.errors import PromptTooLongError
 from amortlm.text.codec import Codec
 
@@ -29,6 +31,7 @@ class CausalLM(Codec):
         memory_mb: float | None = None,
         self_check: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        static_cache: bool = False,
     ):
         super().__init__(
             tokenizer,
@@ -40,7 +43,9 @@ class CausalLM(Codec):
         )
         self.model = model.eval().requires_grad_(False)
         self.memory = Memory(default_mb(model.device) if memory_mb is None else memory_mb)
-        self.self_check = self_check
+        self.self_check, self.static_cache = self_check, static_cache
+
+    _static_is_exact = False
 
     @cached_property
     def codec(self) -> Codec:
@@ -95,6 +100,15 @@ class CausalLM(Codec):
     def passes(self) -> Passes:
         """The forward passes of p."""
         return Passes(self.model, self.sharing, self.memory)
+
+    def local_sampler(self, model: Any) -> LocalSampler:
+        """The sampler in this process that draws from `model`: p, or a trainable copy of it. Raises ModelError."""
+        if not self.static_cache:
+            return LocalSampler(model, self.sharing, self.memory)
+        if not self._static_is_exact:
+            require(self.model, self.name, self.sharing, self.self_check)
+            self._static_is_exact = True
+        return StaticSampler(model, self.sharing, self.memory)
 
     def check_context(self, prompt: int, total: int, what: str) -> None:
         """Raise PromptTooLongError if `total` tokens, of which the first `prompt` are given, do not fit the model."""

@@ -259,11 +259,26 @@ class Passes(Packs):
         """The argument for only the last `count` logits, if the model has it."""
         return {} if count is None or "logits_to_keep" not in self._accepts else {"logits_to_keep": count}
 
-    def _call(self, **arguments: Any) -> Tensor:
+    def static_logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """Logits [n, V] after a token ids [n] of each text at positions [n], which is added to a static cache of W
+        tokens; mask [n, W] includes it."""
+        asked = {"attention_mask": mask, "position_ids": positions[:, None]}
+        return self._call(
+            input_ids=ids[:, None],
+            use_cache=True,
+            **{self._cache_name: cache},
+            **{k: x for k, x in asked.items() if k in self._accepts},
+        )[:, -1]
+
+    def pause(self) -> None:
+        """Call the action of `pausing`."""
         if (action := _pause.get()) is not None:
             # What it does has nothing to do with this pass: not its gradients, nor its precision.
             with pausing(None), torch.no_grad(), torch.autocast(self.model.device.type, enabled=False):
                 action()
+
+    def _call(self, **arguments: Any) -> Tensor:
+        self.pause()
         shards = shards_of(self.model)
         return self.model(**arguments).logits if shards is None else shards.logits(self.model, arguments)
 
@@ -292,7 +307,8 @@ class Writer:
             pairs = zip(parents.tolist(), ids.tolist(), strict=True)
             self._texts = [[*self._texts[i], token] for i, token in pairs]
             return
-        if not torch.equal(parents, torch.arange(len(self._mask), device=parents.device)):
+        n = len(self._mask)
+        if len(parents) != n or not torch.equal(parents, torch.arange(n, device=parents.device)):
             self._cache = map_cache(self._cache, lambda x: x[parents], own=True)
             self._mask = self._mask[parents]
         self._ids = ids

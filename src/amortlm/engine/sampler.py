@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from amortlm.engine.decoding import Draws, Exploration, Watch, decode, renumbered
+from amortlm.engine.decoding import Draws, Exploration, Watch, decode, decode_pack, renumbered
 from amortlm.engine.memory import Memory
 from amortlm.engine.packs import Sharing
 from amortlm.engine.passes import Passes
@@ -91,6 +91,7 @@ class LocalSampler:
     """The sampler in this process; it uses the same modules that are trained."""
 
     reproducible = True
+    pack = staticmethod(decode_pack)
 
     def __init__(self, model: Any, sharing: Sharing, memory: Memory | None = None):
         self.model, self.sharing, self.memory, self.version = model, sharing, memory, 0
@@ -117,6 +118,7 @@ class LocalSampler:
                 None if kept is None else kept.select(mine),
                 None if keep is None else keep[mine],
                 renumbered(request.watch, mine),
+                self.pack,
             )
             parts.append(drawn)
         return replace(Draws.cat(parts), version=self.version).trimmed()

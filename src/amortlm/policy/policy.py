@@ -16,7 +16,7 @@ from amortlm.engine.adapter import FULL, load_weights, save_weights, trainable_c
 from amortlm.engine.decoding import Draws, Exploration, Watch
 from amortlm.engine.passes import Passes
 from amortlm.engine.prefix import pad_right
-from amortlm.engine.sampler import LocalSampler, Request, Sampler
+from amortlm.engine.sampler import Request, Sampler
 from amortlm.engine.shards import shards_of
 from amortlm.errors import ConfigError, DataError, ModelError, TemplateError
 from amortlm.seeds import seed_of
@@ -67,7 +67,7 @@ class Policy(nn.Module):
             self.load_adapter(adapter)
         _zero_dropout(self.model)
         self.sharing = lm.sharing
-        self.sampler: Sampler = LocalSampler(self.model, self.sharing, lm.memory)
+        self.sampler: Sampler = lm.local_sampler(self.model)
         self.train()
 
     @property
@@ -85,7 +85,7 @@ class Policy(nn.Module):
         not to be trained."""
         other = copy.copy(self)
         other._modules = {**self._modules, "model": self.lm.model}
-        other.sampler = LocalSampler(self.lm.model, self.sharing, self.lm.memory)
+        other.sampler = self.lm.local_sampler(self.lm.model)
         return other
 
     def train(self, mode: bool = True) -> Policy:

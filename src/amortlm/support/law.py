@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import NamedTuple
 
@@ -56,6 +57,24 @@ class SupportLaw:
     lists: Lists | None = None
     patterns: tuple[str, ...] = ()
     automaton: Automaton | None = None
+
+    @cached_property
+    def symbols(self) -> Tensor:
+        """[s] the stop symbols, where `allowed` is: an index that need not be sent to a GPU each time."""
+        return torch.tensor(self.stop_ids, device=self.allowed.device)
+
+    @property
+    def last_state(self) -> int:
+        """The last state at which there is something to draw: the stop at max_tokens is certain, and only its symbol
+        is not, if there are several."""
+        return self.max_tokens if len(self.stop_ids) > 1 else self.max_tokens - 1
+
+    def to(self, device: torch.device) -> SupportLaw:
+        """The same law with its tables on the device."""
+        if self.allowed.device == device:
+            return self
+        automaton = None if self.automaton is None else self.automaton.to(device)
+        return replace(self, allowed=self.allowed.to(device), automaton=automaton)
 
     @property
     def is_guided(self) -> bool:
@@ -145,7 +164,7 @@ class SupportLaw:
         else:
             automaton = self.automaton.to(t.device)
             legal, ends = automaton.legal_tokens(t, node), automaton.ends[t, node]
-        legal[:, list(self.stop_ids)] = ends[:, None]
+        legal[:, self.symbols] = ends[:, None]
         return legal
 
     def step(self, logits: Tensor, t: Tensor, node: Tensor) -> Step:
@@ -155,7 +174,7 @@ class SupportLaw:
         precise = torch.promote_types(logits.dtype, torch.float32)
         logits = self._looking_ahead(logits.to(precise), t, node).masked_fill(~legal, -torch.inf)
         log_q = logits.log_softmax(-1)
-        log_stop = log_q[:, list(self.stop_ids)].logsumexp(-1)
+        log_stop = log_q[:, self.symbols].logsumexp(-1)
         return Step(legal, logits, log_q, log_stop.masked_fill(t >= self.max_tokens, 0.0))
 
     def log_probs(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +206,7 @@ class SupportLaw:
             return logits
         assert self.automaton is not None
         token, stop = self.automaton.to(logits.device).ahead(t, node)
-        token[:, list(self.stop_ids)] = stop[:, None]
+        token[:, self.symbols] = stop[:, None]
         return logits + token.float()
 
     def rollouts(
