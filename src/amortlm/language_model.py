@@ -14,6 +14,7 @@ from amortlm.engine import gguf, quantised
 from amortlm.engine.model import CausalLM
 from amortlm.errors import ConfigError, MissingExtraError, ModelError
 from amortlm.targets.lm import LogProb
+from amortlm.targets.statements import StatementLogProb, log_prob
 from amortlm.text.template import Messages
 
 EMBEDDED = "embedded"
@@ -83,13 +84,15 @@ class LanguageModel(CausalLM):
             gguf.check_spaces(lm)
         return lm
 
-    def log_prob(self, of: str, given: str | Messages = "") -> LogProb:
+    def log_prob(self, of: str, given: str | Messages = "") -> LogProb | StatementLogProb:
         """The target log p(of | given), in nats. `of` and `given` are templates over data columns and the latent `{z}`.
 
         `{z}` stands for the completion and its stop symbol. It appears once, in `of` or in `given`. `{z1}{z2}` are
-        latents in sequence, the statements of a list (`separator` of `Support`). Raises TemplateError.
+        latents in sequence, the statements of a list (`separator` of `Support`). A term may also mention some
+        statements alone, each where it is needed, as in `log_prob("{y}", given="{x}{z1}.")`: see
+        `amortlm.targets.statements`. Raises TemplateError.
         """
-        return LogProb(self, of, given)
+        return log_prob(self, of, given)
 
 
 def without_weights(name_or_path: str | Path, dtype: str | None = None) -> LanguageModel:

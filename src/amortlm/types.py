@@ -69,6 +69,7 @@ class Rollouts:
     stop_mask    [B, T+1]     True where the support allows stopping at a state of the trajectory
     action_mask  [B, T]       True where the policy chose the token (False: padding or written by a tool)
     stop_ids     the support's stop tokens
+    separator    the support's separator, where completions are lists of statements
     """
 
     rows: Sequence[Row]
@@ -79,6 +80,7 @@ class Rollouts:
     stop_mask: Tensor
     action_mask: Tensor
     stop_ids: tuple[int, ...]
+    separator: int | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -101,6 +103,7 @@ class Rollouts:
             stop_mask=self.stop_mask[index, : width + 1],
             action_mask=self.action_mask[index, :width],
             stop_ids=self.stop_ids,
+            separator=self.separator,
         )
 
     def distinct(self) -> tuple[Rollouts, Tensor]:
@@ -146,6 +149,7 @@ class Rollouts:
             stop_mask=join([p.stop_mask for p in parts], width + 1),
             action_mask=join([p.action_mask for p in parts], width),
             stop_ids=parts[0].stop_ids,
+            separator=parts[0].separator,
         )
 
 

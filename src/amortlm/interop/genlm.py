@@ -31,7 +31,8 @@ from amortlm.errors import ConfigError, MissingExtraError
 from amortlm.policy.policy import Policy
 from amortlm.support import Support, SupportLaw
 from amortlm.targets.base import LinearCombination, Scoring, Softened, Target
-from amortlm.targets.constraints import Length, _TextTerm
+from amortlm.targets.constraints import Length
+from amortlm.targets.texts import TextTerm
 from amortlm.types import Rollouts, Row
 
 try:
@@ -287,7 +288,7 @@ def prefix_terms(target: Target) -> Target | None:
     return Softened(LinearCombination(terms), prior=Length(), penalty=0.0) if terms else None
 
 
-class PotentialTarget(_TextTerm):
+class PotentialTarget(TextTerm):
     """log R(z_1:t) = complete(z_1:t) of a potential (`from_potential`)."""
 
     def __init__(self, potential: Potential):

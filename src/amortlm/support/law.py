@@ -236,7 +236,10 @@ class SupportLaw:
             action_mask = action_mask & ~forced
             # A completion cannot stop where the next token is forced, except for the certain stop at max_tokens.
             stop_mask = stop_mask & ~torch.nn.functional.pad(forced, (0, 1))
-        return Rollouts(rows, row_index, tokens, lengths, stops, stop_mask, action_mask, self.stop_ids)
+        separator = None if self.lists is None else self.lists.separator
+        return Rollouts(
+            rows, row_index, tokens, lengths, stops, stop_mask, action_mask, self.stop_ids, separator
+        )
 
     def _forced(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """[B, T] True at the tokens that the tool wrote."""

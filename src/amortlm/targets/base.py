@@ -58,6 +58,7 @@ class Target(ABC):
     columns: frozenset[str] = frozenset()  # data columns that templates use
     normalised: bool = False  # a language model's density: its sum over all completions is finite
     hard: bool = False  # gives log R = -inf to completions it rejects, so a negative weight is refused
+    statements: int = 0  # how many statements of a list it reads, at least: the support needs as many
     lm: Codec | None = None  # the tokenizer that it reads, once it is bound
 
     @abstractmethod

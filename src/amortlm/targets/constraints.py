@@ -9,10 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import re
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import regex
@@ -21,125 +20,28 @@ from torch import Tensor
 
 from amortlm.errors import ConfigError, RewardError
 from amortlm.support.spec import Support
-from amortlm.targets.base import Scoring, Target
+from amortlm.targets.base import Scoring
 from amortlm.targets.functions import (
     Function,
     call,
     check_timeout,
     function_of,
+    name_of,
     require_reference,
-    takes_row,
+    shown,
 )
+from amortlm.targets.predicates import Distinct, Predicate, Relation
+from amortlm.targets.texts import Constraint, TextConstraint, TextTerm, rows_of, state_texts
 from amortlm.text.grammar import grammar_pattern
 from amortlm.text.json_schema import json_pattern
 from amortlm.text.positions import Positions
 from amortlm.text.regular import check_pattern
-from amortlm.types import Rollouts, Row
+from amortlm.types import Row
 
-if TYPE_CHECKING:
-    from amortlm.text.codec import Codec
-
-Decode = Callable[[Sequence[int]], str]
 SECONDS = 1  # time limit of `matches` for one text; usually it takes microseconds
 
 
-def state_texts(scoring: Scoring, decode: Decode) -> list[list[str | None]]:
-    """[B][T+1] the text of z_1:t at every stopping state, None at other states; decoded once per batch."""
-
-    def build() -> list[list[str | None]]:
-        cache: dict[tuple[int, ...], str] = {}
-        out = []
-        masks = scoring.rollouts.stop_mask.tolist()
-        for tokens, mask in zip(scoring.rollouts.tokens.tolist(), masks, strict=True):
-            texts: list[str | None] = []
-            for t, allowed in enumerate(mask):
-                prefix = tuple(tokens[:t])
-                if allowed and prefix not in cache:
-                    cache[prefix] = decode(prefix)
-                texts.append(cache[prefix] if allowed else None)
-            out.append(texts)
-        return out
-
-    return scoring.memo(("texts", decode), build)
-
-
-def _rows_of(rollouts: Rollouts) -> list[Row]:
-    return [rollouts.rows[i] for i in rollouts.row_index.tolist()]
-
-
-class _TextTerm(Target):
-    """A term that reads text or tokens. It gets the model's tokenizer when the target is bound."""
-
-    def bind(self, lm: Codec) -> Target:
-        bound = copy.copy(self)
-        bound.lm = lm
-        return bound
-
-    @property
-    def bound_lm(self) -> Codec:
-        if self.lm is None:
-            raise ConfigError(
-                f"{self!r} does not know the tokenizer yet: call target.bind(lm) before score()"
-            )
-        return self.lm
-
-
-class Constraint(_TextTerm):
-    """Base of all constraints: log R is 0 if it holds, -penalty (nats; default: -inf, hard) if it fails.
-
-    Raises RewardError for a penalty that is not a positive number.
-    """
-
-    def __init__(self, penalty: float | None = None):
-        if penalty is not None and not (penalty > 0 and math.isfinite(penalty)):
-            raise RewardError(
-                f"a penalty is a positive number of nats, or None for a hard constraint; got {penalty}"
-            )
-        self.penalty, self.hard = penalty, penalty is None
-
-    @abstractmethod
-    def holds(self, scoring: Scoring) -> Tensor:
-        """[B, T+1] bool: does z_1:t satisfy the constraint? Entries outside `stop_mask` are ignored."""
-
-    @abstractmethod
-    def settings(self) -> tuple[str, Any]:
-        """(name, arguments) of the term in a spec."""
-
-    def narrowed(self, support: Support, allowed: Sequence[int]) -> Support | None:
-        """The support without what the constraint rejects; None if a support cannot state that.
-
-        allowed: the ids of the tokens that the support allows."""
-        return None
-
-    def score_batch(self, scoring: Scoring) -> Tensor:
-        ok = self.holds(scoring)
-        fail = -math.inf if self.penalty is None else -self.penalty
-        return torch.zeros(ok.shape, device=ok.device).masked_fill(~ok, fail)
-
-    def to_spec(self) -> list[dict[str, Any]]:
-        name, arguments = self.settings()
-        return [{name: arguments} if self.penalty is None else {name: arguments, "penalty": self.penalty}]
-
-    def __repr__(self) -> str:
-        name, arguments = self.settings()
-        return f"{name}({arguments!r})"
-
-
-class _TextConstraint(Constraint):
-    @abstractmethod
-    def accepts(self, text: str, row: Row) -> bool: ...
-
-    def holds(self, scoring: Scoring) -> Tensor:
-        rows = _rows_of(scoring.rollouts)
-        texts = state_texts(scoring, self.bound_lm.decode)
-        ok = [
-            [text is not None and self.accepts(text, row) for text in line]
-            for line, row in zip(texts, rows, strict=True)
-        ]
-        return torch.tensor(ok, device=scoring.rollouts.tokens.device)
-
-
-class Contains(_TextConstraint):
+class Contains(TextConstraint):
     """Each word occurs in the text as a whole word, in any order, ignoring case. Raises ConfigError without words."""
 
     def __init__(self, words: Sequence[str], penalty: float | None = None):
@@ -162,7 +64,7 @@ class Contains(_TextConstraint):
         return "contains", self.words
 
 
-class Matches(_TextConstraint):
+class Matches(TextConstraint):
     """The whole text, outer white space removed, matches a regular expression.
 
     Matching does not backtrack, as for a support's pattern. Expressions with look-around, back-references or anchors
@@ -206,45 +108,6 @@ def _with_patterns(support: Support, patterns: Sequence[str]) -> Support | None:
     if support.separator is not None:
         return None  # the automaton is that of a list
     return replace(support, pattern=tuple(dict.fromkeys((*support.patterns, *patterns))))
-
-
-class Predicate(_TextConstraint):
-    """`fn(text) -> bool`, or `fn(text, row) -> bool` when it takes two arguments.
-
-    A function at the top level of a module is saved with a posterior by its name, "package.module:function"; `fn` may
-    also be this name. timeout: seconds for one call (see `amortlm.targets.functions.call`). Scoring raises RewardError
-    if the function raises an error, returns anything but True or False, or takes longer.
-    """
-
-    def __init__(
-        self,
-        fn: Callable[..., bool] | Function | str,
-        penalty: float | None = None,
-        timeout: float | None = None,
-    ):
-        super().__init__(penalty)
-        self.function, self.timeout = function_of(fn), check_timeout(timeout)
-        self._wants_row = takes_row(self.function.call)
-
-    def accepts(self, text: str, row: Row) -> bool:
-        arguments = (text, copy.deepcopy(dict(row))) if self._wants_row else (text,)
-        what = f"{self!r}, called with {text!r},"
-        got = call(self.function.call, *arguments, timeout=self.timeout, what=what)
-        if str(getattr(got, "dtype", "")) in ("bool", "torch.bool") and math.prod(got.shape) == 1:
-            return bool(got)  # a truth value of numpy or torch
-        if isinstance(got, bool):
-            return got
-        raise RewardError(
-            f"{what} returned {_shown(got)}; return True or False (for a regex match: `is not None`)"
-        )
-
-    def settings(self) -> tuple[str, Any]:
-        reference = require_reference(self.function)
-        timeout = {} if self.timeout is None else {"timeout": self.timeout}
-        return "predicate", {"function": reference, **timeout} if timeout else reference
-
-    def __repr__(self) -> str:
-        return f"predicate({self.function.reference or _name(self.function.call)})"
 
 
 class AllowedTokens(Constraint):
@@ -320,7 +183,7 @@ class Length(Constraint):
         return "length", {"minimum": self.minimum, "maximum": self.maximum}
 
 
-class Verifier(_TextTerm):
+class Verifier(TextTerm):
     """`fn(texts, rows) -> log scores`: a black box that judges finished completions, in nats.
 
     Scores are a list, array or tensor of n numbers for n texts; -inf means "impossible". With `every_prefix=True` fn is
@@ -338,7 +201,7 @@ class Verifier(_TextTerm):
         self.every_prefix = every_prefix
 
     def __repr__(self) -> str:
-        return f"verifier({self.function.reference or _name(self.function.call)})"
+        return f"verifier({self.function.reference or name_of(self.function.call)})"
 
     def to_spec(self) -> list[dict[str, Any]]:
         spec = {"function": require_reference(self.function), "every_prefix": self.every_prefix}
@@ -350,7 +213,7 @@ class Verifier(_TextTerm):
         out = torch.zeros(asked.shape, device=asked.device)
         where = asked.nonzero().tolist()
         if where:
-            rows = _rows_of(rollouts)
+            rows = rows_of(rollouts)
             decoded = state_texts(scoring, self.bound_lm.decode)
             texts = [decoded[b][t] or "" for b, t in where]
             out[asked] = self._scores(texts, [rows[b] for b, _ in where]).to(asked.device)
@@ -364,7 +227,7 @@ class Verifier(_TextTerm):
         scores = _numbers(got)
         if scores is None or scores.shape != (len(texts),):
             flat = scores is not None and scores.ndim == 1
-            found = f"{len(scores)} scores for {len(texts)} texts" if flat else _shown(got)  # type: ignore[arg-type]
+            found = f"{len(scores)} scores for {len(texts)} texts" if flat else shown(got)  # type: ignore[arg-type]
             raise RewardError(
                 f"{what} returned {found}; return one number per text, in a list or a flat array "
                 "(constraint.predicate takes a function of one text that says True or False)"
@@ -388,16 +251,6 @@ def _numbers(value: Any) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     return torch.from_numpy(array.astype(np.float64)) if array.dtype.kind in "iuf" else None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _name(fn: Callable[..., Any]) -> str:
-    """The same in every process, unlike repr(fn)."""
-    return getattr(fn, "__qualname__", type(fn).__name__)
 
 
 def contains(*words: str, penalty: float | None = None) -> Contains:
@@ -428,4 +281,5 @@ def grammar(source: str, depth: int | None = None, penalty: float | None = None)
     return Matches(grammar_pattern(source, depth), penalty)
 
 
-matches, canonical, length, predicate, verifier = Matches, Canonical, Length, Predicate, Verifier
+matches, canonical, length, verifier = Matches, Canonical, Length, Verifier
+predicate, relation, distinct = Predicate, Relation, Distinct

@@ -164,7 +164,11 @@ def references(spec: Any) -> Iterator[str]:
     terms = spec if isinstance(spec, list) else []
     for name, arguments in chain.from_iterable(term.items() for term in terms if isinstance(term, dict)):
         found = arguments.get("function") if isinstance(arguments, dict) else arguments
-        if name in ("predicate", "verifier") and isinstance(found, str) and found not in {*NAMES, *SHIPPED}:
+        if (
+            name in ("predicate", "relation", "verifier")
+            and isinstance(found, str)
+            and found not in {*NAMES, *SHIPPED}
+        ):
             yield found
         elif name == "unordered" and isinstance(arguments, dict):
             yield from references(arguments.get("target"))
@@ -232,3 +236,13 @@ def _in_time(fn: Callable[..., Any], arguments: tuple[Any, ...], timeout: float)
     if "error" in done:
         raise done["error"]
     return done["value"]
+
+
+def shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def name_of(fn: Callable[..., Any]) -> str:
+    """The same in every process, unlike repr(fn)."""
+    return getattr(fn, "__qualname__", type(fn).__name__)

@@ -132,6 +132,11 @@ def check_statements(target: Target, support: SupportLaw) -> None:
                     f"{term!r} has {k} latents: its support needs separator= and exactly {k} statements, "
                     f"min_statements={k}, max_statements={k} (and room for them in max_tokens)"
                 )
+        if term.statements > (0 if lists is None else lists.minimum):
+            raise SupportError(
+                f"{term!r} reads statements of a list, up to number {term.statements}: its support needs separator= "
+                f"and min_statements={term.statements}, or more"
+            )
         if isinstance(term, Unordered):
             check_statements(term.target, support)
             if lists is None or term.separator_id != lists.separator:

@@ -73,6 +73,8 @@ class LogProb(Target):
                 f"log_prob(of={of!r}, given={given!r}): the latent {{z}} must appear exactly once, in `of` or in a "
                 "text `given`"
             )
+        if self.of.numbers or (text_given is not None and text_given.numbers):
+            raise TemplateError(f"{self!r} mentions single statements: write it as lm.log_prob(of, given)")
         # p(y | z) is a likelihood: its sum over z need not be finite.
         self.normalised = not self._z_in_given
         self.has_suffix = self._z_in_given or bool(self.of.around[1].strip())

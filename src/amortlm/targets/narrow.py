@@ -9,7 +9,7 @@ from amortlm.support.patterns import pattern_automaton
 from amortlm.support.spec import Support
 from amortlm.support.spelling import UnsuitableError
 from amortlm.targets.base import Target
-from amortlm.targets.constraints import Constraint
+from amortlm.targets.texts import Constraint
 
 if TYPE_CHECKING:
     from amortlm.text.codec import Codec

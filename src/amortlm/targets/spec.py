@@ -11,6 +11,8 @@
 - allowed_tokens: [" a", " b"]
 - canonical: true
 - predicate: my_package.rules:is_polite  # or {function: ..., timeout: 5}
+- distinct: true
+- relation: my_package.rules:rhymes  # a predicate of statements
 - unordered: {target: [{log_prob: {of: "{z}"}}], separator: ","}
 - verifier: {function: "my_package.rules:score", every_prefix: false, timeout: 30}
 
@@ -30,7 +32,7 @@ from amortlm.targets import constraints as c
 from amortlm.targets.base import LinearCombination, Target
 from amortlm.targets.functions import Trust
 from amortlm.targets.lists import Unordered
-from amortlm.targets.lm import LogProb
+from amortlm.targets.statements import log_prob
 
 NOBODY = Trust()
 MODIFIERS = {"weight", "temperature", "penalty"}
@@ -45,33 +47,41 @@ ARGUMENTS: dict[str, Any] = {
     "canonical": bool,
     "length": {"minimum": int, "maximum": int | None},
     "predicate": {"function": str, "timeout": float | None},
+    "distinct": bool,
+    "relation": {"function": str, "timeout": float | None},
     "unordered": {"target": list[dict[str, Any]], "separator": str | int},
     "verifier": {"function": str, "every_prefix": bool, "timeout": float | None},
 }
 
-SHORT = {"predicate": "function", "grammar": "source"}  # terms that may be written as this argument alone
+# Terms that may be written as this argument alone.
+SHORT = {"predicate": "function", "relation": "function", "grammar": "source"}
 
 
 def _builders(lm: CausalLM, trust: Trust = NOBODY) -> dict[str, Callable[[Any, dict[str, Any]], Target]]:
     return {
-        "log_prob": lambda a, k: LogProb(lm, **a, **k),
+        "log_prob": lambda a, k: log_prob(lm, **a, **k),
         "contains": lambda a, k: c.Contains(_listed(a), **k),
         "matches": lambda a, k: c.Matches(a, **k),
         "json_schema": lambda a, k: c.json_schema(a, **k),
         "grammar": lambda a, k: c.grammar(**a, **k),
         "allowed_tokens": lambda a, k: c.AllowedTokens(_listed(a), **k),
-        "canonical": lambda a, k: _canonical(a, **k),
+        "canonical": lambda a, k: _flag(c.Canonical, a, **k),
         "length": lambda a, k: c.Length(**a, **k),
         "predicate": lambda a, k: c.Predicate(trust.find(a.pop("function")), **a, **k),
+        "distinct": lambda a, k: _flag(c.Distinct, a, **k),
+        "relation": lambda a, k: c.Relation(trust.find(a.pop("function")), **a, **k),
         "unordered": lambda a, k: Unordered(target_from_spec(a.pop("target"), lm, trust), **a, **k),
         "verifier": lambda a, k: c.Verifier(trust.find(a.pop("function")), **a, **k),
     }
 
 
-def _canonical(wanted: Any, **extra: float) -> Target:
+def _flag(kind: type[c.Constraint], wanted: Any, **extra: float) -> Target:
+    """A constraint without arguments. Raises ConfigError for anything but true."""
+    term = kind(**extra)
     if wanted is not True:
-        raise ConfigError(f"canonical: {wanted!r}: write `canonical: true`, or leave the term out")
-    return c.Canonical(**extra)
+        name = term.settings()[0]
+        raise ConfigError(f"{name}: {wanted!r}: write `{name}: true`, or leave the term out")
+    return term
 
 
 def _listed(value: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, time, timedelta
+from itertools import pairwise
 from numbers import Number
 from pathlib import PurePath
 from string import Formatter
@@ -36,10 +37,11 @@ class Template:
     """`"Beginning: {x}\\nMiddle:{z}"`: literal text with `{column}` placeholders; `{{` is a literal brace.
 
     `{z1}{z2}` is `{z}` as a list of exactly two statements (latents in sequence), with the support's separator between
-    them.
+    them. Otherwise `{z2}` is the second statement of a list by itself, wherever and as often as the template has it: no
+    separator or stop symbol comes with it, so text of the template stands between two statements.
 
-    Raises TemplateError for unbalanced braces, empty or formatted placeholders, a repeated `{z}`, or `{z1}`, `{z2}`,
-    ... that do not follow each other.
+    Raises TemplateError for unbalanced braces, empty or formatted placeholders, a repeated `{z}`, `{z}` beside numbered
+    latents, or numbered latents next to each other that are not all of `{z1}{z2}..` once and in order.
     """
 
     def __init__(self, text: str):
@@ -70,6 +72,23 @@ class Template:
         return [field for field in self.fields if field == LATENT or NUMBERED.fullmatch(field)]
 
     @property
+    def in_sequence(self) -> bool:
+        """Are the latents `{z1}{z2}..`, all statements of a list without a gap?"""
+        latents = self.latents
+        if len(latents) < 2 or latents != [f"z{i}" for i in range(1, len(latents) + 1)]:
+            return False
+        first = self.fields.index("z1")
+        run = self.parts[first : first + len(latents)]
+        return [f for _, f in run] == latents and not any(text for text, _ in run[1:])
+
+    @property
+    def numbers(self) -> list[int]:
+        """The statements that the template mentions one by one, in its order."""
+        return (
+            [] if self.latents == [LATENT] or self.in_sequence else [int(name[1:]) for name in self.latents]
+        )
+
+    @property
     def columns(self) -> set[str]:
         return set(self.fields) - set(self.latents)
 
@@ -78,16 +97,20 @@ class Template:
         return bool(self.latents)
 
     def _check_numbered(self) -> None:
-        latents = self.latents
-        if latents in ([], [LATENT]):
+        if self.latents in ([], [LATENT]) or self.in_sequence:
             return
-        first = self.fields.index(latents[0])
-        run = self.parts[first : first + len(latents)]
-        expected = [f"z{i}" for i in range(1, len(latents) + 1)]
-        if len(latents) == 1 or [f for _, f in run] != expected or any(text for text, _ in run[1:]):
+        where = f"template {self.text!r}: "
+        if LATENT in self.latents:
+            raise TemplateError(where + "write {z}, the whole completion, or its statements {z1}, {z2}, ..")
+        odd = [name for name in self.latents if name[1] == "0"]
+        if odd:
+            raise TemplateError(where + f"{{{odd[0]}}}: statements are counted from {{z1}}")
+        pairs = pairwise(self.parts)
+        if any(a in self.latents and b in self.latents and not text for (_, a), (text, b) in pairs):
             raise TemplateError(
-                f"template {self.text!r}: write latents in sequence as {{z1}}{{z2}}, in order and with nothing "
-                "between them (the support's separator comes there), or one latent as {z}"
+                where
+                + "write latents in sequence as {z1}{z2}, all of them, once and in order; or write the text "
+                "that stands between two statements"
             )
 
     @property
@@ -109,6 +132,17 @@ class Template:
             elif field is not None:
                 out.append(cell_text(self._value(row, field), field))
         return "".join(before), "".join(after)
+
+    def script(self, row: Row) -> list[str | int]:
+        """The filled-in text in parts, with the number of a statement (from 1) where it stands."""
+        out: list[str | int] = [""]
+        for literal, field in self.parts:
+            out[-1] += literal  # type: ignore[operator]  # the last part is a text
+            if field in self.latents:
+                out += [int(field[1:]), ""]
+            elif field is not None:
+                out[-1] += cell_text(self._value(row, field), field)  # type: ignore[operator]
+        return out
 
     def pieces(self, row: Row) -> Pieces:
         """The filled-in text of a template without a latent, in parts."""
