@@ -69,10 +69,19 @@ def test_latents_in_sequence_can_be_in_given_and_keep_their_spec(one_lm: Languag
 
 
 @pytest.mark.parametrize(
-    "text", ["{z1}", "{z2}{z1}", "{z1} {z2}", "{z1}{z3}", "{z0}{z1}", "{z}{z1}", "{z1}{z2}{z2}", "{z1}{x}{z2}", "{z01}{z2}"]
-)  # fmt: skip
-def test_latents_that_are_not_in_sequence_are_refused(text: str) -> None:
-    with pytest.raises(TemplateError, match="write latents in sequence as {z1}{z2}, in order"):
+    ("text", "message"),
+    [
+        ("{z2}{z1}", "all of them, once and in order"),
+        ("{z1}{z3}", "all of them, once and in order"),
+        ("{z1}{z2}{z2}", "all of them, once and in order"),
+        ("{z1}{z2} and{z1}", "the text that stands between two statements"),
+        ("{z}{z1}", "write {z}, the whole completion, or its statements"),
+        ("{z0} {z1}", "{z0}: statements are counted from {z1}"),
+        ("{z01} {z2}", "{z01}: statements are counted from {z1}"),
+    ],
+)
+def test_latents_that_are_not_in_sequence_are_refused(text: str, message: str) -> None:
+    with pytest.raises(TemplateError, match=message):
         Template(text)
 
 

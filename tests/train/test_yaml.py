@@ -43,6 +43,10 @@ def minus_length(texts: list[str], rows: list[dict]) -> list[float]:
     return [-float(len(t)) for t in texts]
 
 
+def begins_alike(statements: list[str], row: dict) -> bool:
+    return len({s[:1] for s in [*statements, row["x"]]}) < 3
+
+
 HERE = Trust([__name__])
 
 # Targets
@@ -63,6 +67,9 @@ KINDS: dict[str, Callable[[LanguageModel], Target]] = {
     "predicate of a row": lambda lm: constraint.predicate(f"{__name__}:longer_than_x"),
     "verifier": lambda lm: verifier(minus_length),
     "verifier of prefixes": lambda lm: -2.0 * verifier(minus_length, every_prefix=True),
+    "statements": lambda lm: lm.log_prob("{y}", given="{x}{z1} so"),
+    "distinct": lambda lm: constraint.distinct(penalty=0.5),
+    "relation": lambda lm: constraint.relation(begins_alike),
     "unordered": lambda lm: Unordered(lm.log_prob("{z}", given="{x}") / 2, ","),
     "sum": lambda lm: (lm.log_prob("{z}") + 2 * verifier(minus_length)) / 0.5 + constraint.length(1),
 }
@@ -73,7 +80,14 @@ def test_a_target_survives_yaml(one_lm: LanguageModel, kind: str) -> None:
     target = KINDS[kind](one_lm).bind(one_lm)
     text = yaml.safe_dump(target.to_spec())
     rebuilt = target_from_spec(yaml.safe_load(text), one_lm, HERE)
-    rollouts = random_rollouts(one_lm, SUPPORT, ROWS, per_row=20)
+    lists = Support(stop=(".", "!"), max_tokens=3, allowed_tokens=TOKENS[:3], separator="t").bind(one_lm)
+    if target.statements:
+        every = [z for n in range(1, 4) for z in lists.completions(n)]
+        tokens = torch.tensor([z + [0] * (3 - len(z)) for z in every])
+        lengths = torch.tensor([len(z) for z in every])
+        rollouts = lists.rollouts(ROWS, torch.arange(len(every)) % 2, tokens, lengths)
+    else:
+        rollouts = random_rollouts(one_lm, SUPPORT, ROWS, per_row=20)
     scores = target.score(rollouts)
     torch.testing.assert_close(rebuilt.score(rollouts), scores)
     assert scores[rollouts.stop_mask].unique().numel() > 1, "the term tells these completions apart"

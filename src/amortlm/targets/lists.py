@@ -37,7 +37,8 @@ class Unordered(Target):
 
     It has the same log Z as `target`. A prefix is treated as a list, even if its last statement is unfinished. The mean
     is exact: every distinct order is scored, up to 120 for five statements. Raises SupportError for more than
-    `MAX_STATEMENTS`.
+    `MAX_STATEMENTS`: no cheaper mean is exact. There the list without `Unordered` serves: R summed over the orders of a
+    set is the same, so the set of a list's statements has the law it has here. Only log q of a set would be a sum.
 
     separator: the separator of the support (text or token id)
     """
@@ -151,5 +152,6 @@ def check_statements(target: Target, support: SupportLaw) -> None:
 def _too_many(n: int) -> str:
     return (
         f"Unordered scores all orders of a list of up to {MAX_STATEMENTS} statements, but the support allows {n}: "
-        "lower its max_statements"
+        "lower its max_statements, or leave Unordered out and read the statements of a sample as a set, which has the "
+        "same law if no other term depends on their order"
     )
