@@ -14,8 +14,9 @@ import pytest
 import constrained
 import review_model
 import story
+import structured
 import universal
-from amortlm import LanguageModel, Posterior, constraint
+from amortlm import LanguageModel, Posterior, constraint, exact
 from amortlm.errors import ConfigError, DataError
 from amortlm.lab import command
 from amortlm.lab.experiment import Context
@@ -53,6 +54,31 @@ def test_a_recipe_writes_its_results(name, embedded, tmp_path, capfd, monkeypatc
         assert method in out
         assert method in (tmp_path / "README.md").read_text()
     assert err == ""  # quiet in a pipe
+
+
+@pytest.mark.slow
+def test_structured_latents_are_measured_exactly_where_they_are_small(embedded, tmp_path, capfd):
+    argv = [
+        "--seeds",
+        "1",
+        "--methods",
+        "program",
+        "--output",
+        str(tmp_path),
+        "--set",
+        "gflownet.max_steps=1",
+    ]
+    command.main(structured.EXPERIMENT, argv)
+    assert "program" in capfd.readouterr().out
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]["program"]
+    assert 0.5 < run["metrics"]["before: TV"] <= 1
+    assert run["metrics"]["after: gap"] is None, "no bounds where the truth is known"
+    assert "2 variables of a word" in (tmp_path / "README.md").read_text()
+
+
+def test_small_structured_forms_can_be_enumerated_and_large_ones_cannot(embedded: LanguageModel):
+    for name, form in structured.prepare({}, embedded, None).items():
+        assert (form.support.bind(embedded).size() > exact.LIMIT) == name.endswith("large")
 
 
 def test_words_are_whole_and_belong_to_the_row():
