@@ -28,11 +28,13 @@ CONSTRAINTS = (
     "allowed_tokens",
     "canonical",
     "contains",
+    "distinct",
     "grammar",
     "json_schema",
     "length",
     "matches",
     "predicate",
+    "relation",
 )
 
 
