@@ -18,7 +18,7 @@ from amortlm import GFNConfig, errors
 NAMES = """
 AmortLMError Calculator Diagnosis EM Exploration GFNConfig GFNTrainer LanguageModel LogProb Lookup MStep
 Policy PolicyLogProbs Posterior Prediction ReplayBuffer Rollouts Sample Samples Support Target Tool Unordered Verifier Votes
-__version__ bounds constraint default_lora errors exact guided importance narrow objectives verifier
+__version__ bounds constraint default_lora errors exact guided importance narrow objectives tempered verifier
 """
 SETTINGS = """
 behaviour buffer_prioritized buffer_size corrected_method corrected_particles diagnose_steps epsilon hard_penalty

@@ -19,6 +19,7 @@ _HOMES = {
     "Support": "amortlm.support.spec",
     "Policy": "amortlm.policy.policy",
     "guided": "amortlm.policy.guide",
+    "tempered": "amortlm.policy.guide",
     "Exploration": "amortlm.engine.decoding",
     "Tool": "amortlm.support.tools",
     "Calculator": "amortlm.support.tools",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from amortlm.inference import exact as exact
     from amortlm.language_model import LanguageModel as LanguageModel
     from amortlm.policy.guide import guided as guided
+    from amortlm.policy.guide import tempered as tempered
     from amortlm.policy.policy import Policy as Policy
     from amortlm.posterior import Posterior as Posterior
     from amortlm.posterior import Sample as Sample

@@ -402,10 +402,14 @@ class Posterior:
 
         The tokenizer is saved for other programs; amortlm loads the model's own. A target with a function that cannot
         be imported by name is not saved, nor is a tool of your own: pass them to from_pretrained again. Raises
-        ConfigError for a guided policy.
+        ConfigError for a guided or tempered policy.
         """
         if self.policy.support.is_guided:
             raise ConfigError("a guided policy cannot be saved: make it again with amortlm.guided")
+        if self.policy.support.temperature != 1:
+            raise ConfigError(
+                "a tempered policy cannot be saved: save the policy, and temper it with amortlm.tempered"
+            )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         before = card.read(folder)

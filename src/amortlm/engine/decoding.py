@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -244,16 +245,18 @@ def decode(
     keep: Tensor | None = None,
     watch: Watch | None = None,
     pack: Callable[..., Draws] | None = None,
+    until: int | None = None,
 ) -> Draws:
     """Draw one completion for each of `index` [B], the number of its prompt in `prefix`. uniforms [B, max_tokens + 1].
 
     kept, keep [B]: completion b begins with the first keep[b] tokens of `kept`, whose log q stays. Exploration
     changes what is drawn, not the log q. Draws come at the full width, max_tokens. They are made in packs that fit the
     memory setting, those of a prompt together. What `watch` raises ends the loop.
-    pack: what draws a pack in place of `decode_pack`, with its arguments.
+    pack: what draws a pack in place of `decode_pack`, with its arguments. until: completions that reach so many tokens,
+    fewer than max_tokens, are left unfinished there: of this length, with log q of their tokens alone.
     """
     exploration, law = (exploration or Exploration()).to(index.device), law.to(index.device)
-    write = pack or decode_pack
+    write = partial(decode_pack, until=until) if until is not None else pack or decode_pack
     each = passes.written_bytes(prefix.longest, law.max_tokens, kept is not None)
     size = passes.fit(each, prefix.held)
     if len(index) <= size:
@@ -303,9 +306,12 @@ def decode_pack(
     kept: Draws | None,
     keep: Tensor | None,
     watch: Watch | None,
+    until: int | None = None,
 ) -> Draws:
     """`decode` of one pack."""
-    width, last = law.max_tokens, law.last_state
+    width, last, end = law.max_tokens, law.last_state, law.max_tokens
+    if until is not None:
+        end, last = until, until - 1
     out, begun = begin(law, index, kept, keep)
     frontier = Frontier(passes, law, prefix, index, begun)
     tools = ToolRun(law.tool, len(index)) if law.tool is not None else None
@@ -337,7 +343,8 @@ def decode_pack(
         alive, text, token = (x[on] for x in (alive, text, token))
         if len(alive) > 0:
             text = frontier.append(text, token)
-    out.log_pterm[out.lengths == width, width] = 0.0
+    out.lengths.clamp_(max=end)
+    out.log_pterm[out.lengths == end, end] = 0.0
     return out
 
 

@@ -76,11 +76,18 @@ def uniforms(generator: torch.Generator, shape: tuple[int, ...], policy: Policy)
 
 
 def redraw(
-    policy: Policy, prefix: Prefix, draws: Draws | None, keep: Tensor, generator: torch.Generator
+    policy: Policy,
+    prefix: Prefix,
+    draws: Draws | None,
+    keep: Tensor,
+    generator: torch.Generator,
+    until: int | None = None,
 ) -> Draws:
     """Draw the rest of each completion from q(. | z_1:keep). keep [B] tokens stay, with their log q.
 
-    prefix: the one encoded prompt.
+    prefix: the one encoded prompt. until: a number of tokens at which completions are left unfinished
+    (`engine.decoding.decode`).
     """
     u = uniforms(generator, (len(keep), policy.support.max_tokens + 1), policy)
-    return decode(policy.passes, policy.support, prefix, torch.zeros_like(keep), u, kept=draws, keep=keep)
+    index = torch.zeros_like(keep)
+    return decode(policy.passes, policy.support, prefix, index, u, kept=draws, keep=keep, until=until)

@@ -1,7 +1,9 @@
-"""The frozen model, guided to what the automaton of a support asks for (`SupportLaw.guided`)."""
+"""Proposals with another law on the same support: the frozen model, guided to what the automaton of a support asks for
+(`SupportLaw.guided`), and a policy at another temperature."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -26,6 +28,19 @@ def guided(policy: Policy, rows: Sequence[Row], seed: object = 0) -> Policy:
     frozen = policy.prior
     frozen.support = guided_law(policy, rows, seed)
     return frozen
+
+
+def tempered(policy: Policy, temperature: float) -> Policy:
+    """The policy with another law: each token is drawn from the softmax of logits / temperature on its legal tokens.
+
+    Its log q is exact, so it is a proposal like any other: `tempered(policy.prior, 1 / a)` for the power posterior
+    p(z|x)^a (docs/inference.md). Unlike with `Exploration`, log q is that of what is drawn. It shares its weights with
+    the policy. A tempered policy is not saved, and servers do not draw from it. Raises ConfigError unless the
+    temperature is a finite number above 0.
+    """
+    other = copy.copy(policy)
+    other.support = policy.support.tempered(temperature)
+    return other
 
 
 def guided_law(policy: Policy, rows: Sequence[Row], seed: object = 0) -> SupportLaw:

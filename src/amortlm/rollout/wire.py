@@ -62,13 +62,15 @@ class Named:
 
 
 def tables(law: SupportLaw) -> Named:
-    """A support's tables. Raises ConfigError for a support with a tool, and for a guided law."""
+    """A support's tables. Raises ConfigError for a support with a tool, and for a guided or tempered law."""
     if law.tool is not None:
         raise ConfigError(
             "a server cannot draw on a support with a tool, whose code is here: leave the tool out, or draw locally"
         )
     if law.is_guided:
         raise ConfigError("a server does not look ahead: draw from a guided policy locally")
+    if law.temperature != 1:
+        raise ConfigError("a server draws from the law at temperature 1: draw from a tempered policy locally")
     tensors = {
         "stop_ids": torch.tensor(law.stop_ids),
         "lengths": torch.tensor([law.min_tokens, law.max_tokens]),

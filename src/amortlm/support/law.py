@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from amortlm.errors import ConfigError
 from amortlm.support.automaton import Automaton
 from amortlm.support.lists import Lists, split_statements
 from amortlm.support.log_probs import Legal, SupportLogProbs
@@ -46,7 +48,8 @@ class SupportLaw:
 
     allowed [V] bool: the tokens that may occur inside a completion; with `lists`, inside a statement. With lists or a
     pattern, an automaton gives the legal tokens; if it looks ahead, the law is guided. In the methods, `node` is a node
-    of the automaton, and t the number of tokens written.
+    of the automaton, and t the number of tokens written. temperature: q is the softmax of logits / temperature on the
+    legal tokens and stop symbols.
     """
 
     stop_ids: tuple[int, ...]
@@ -57,6 +60,7 @@ class SupportLaw:
     lists: Lists | None = None
     patterns: tuple[str, ...] = ()
     automaton: Automaton | None = None
+    temperature: float = 1.0
 
     @cached_property
     def symbols(self) -> Tensor:
@@ -94,6 +98,13 @@ class SupportLaw:
         mass = torch.zeros(classes, dtype=torch.float64)
         mass.index_add_(0, self.automaton.token_class, log_token.double().exp())
         return replace(self, automaton=self.automaton.looking_ahead(mass.log(), log_stop))
+
+    def tempered(self, temperature: float) -> SupportLaw:
+        """The same support with the law at a softmax temperature, on top of its own. Raises ConfigError unless it is a
+        finite number above 0."""
+        if not 0 < temperature < math.inf:
+            raise ConfigError(f"a temperature must be a finite number above 0, not {temperature}")
+        return replace(self, temperature=self.temperature * temperature)
 
     def sharpened(self, factor: float) -> SupportLaw:
         """A guided law with h to the power of `factor`: drawn from at this temperature, p is tempered, and h is not."""
@@ -172,7 +183,9 @@ class SupportLaw:
         tokens and stop symbols."""
         legal = self.legal(t, node)
         precise = torch.promote_types(logits.dtype, torch.float32)
-        logits = self._looking_ahead(logits.to(precise), t, node).masked_fill(~legal, -torch.inf)
+        logits = self._looking_ahead(self._tempered(logits.to(precise)), t, node).masked_fill(
+            ~legal, -torch.inf
+        )
         log_q = logits.log_softmax(-1)
         log_stop = log_q[:, self.symbols].logsumexp(-1)
         return Step(legal, logits, log_q, log_stop.masked_fill(t >= self.max_tokens, 0.0))
@@ -184,7 +197,7 @@ class SupportLaw:
         Returns log_pf [B, T], -inf for a token that is never written, and log_pterm [B, S]; float32, nats,
         differentiable.
         """
-        shape = logits.shape[:2]
+        shape, logits = logits.shape[:2], self._tempered(logits)
         t = torch.arange(shape[1], device=logits.device).expand(shape)
         allowed, symbols = self.allowed.to(logits.device), torch.tensor(self.stop_ids, device=logits.device)
         if self.automaton is None:
@@ -199,6 +212,11 @@ class SupportLaw:
         after = torch.nn.functional.pad(tokens, (0, shape[1] - tokens.shape[1]))
         log_p, log_pterm = SupportLogProbs.apply(logits, after, legal)
         return log_p[:, : tokens.shape[1]], log_pterm
+
+    def _tempered(self, logits: Tensor) -> Tensor:
+        if self.temperature == 1:
+            return logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
 
     def _looking_ahead(self, logits: Tensor, t: Tensor, node: Tensor) -> Tensor:
         """Logits [b, V] after t [b] tokens at nodes [b], raised by what the automaton sees ahead."""
