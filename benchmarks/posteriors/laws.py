@@ -182,14 +182,23 @@ def _sums(q: Array, w: Array, n: int, rng: np.random.Generator) -> Array:
     return np.array([rng.multinomial(n, q) @ w for _ in range(replicates)])
 
 
-def metropolis_hastings(space: Space, q: Array, w: Array, passes: Iterable[int]) -> Iterator[Law]:
+def metropolis_hastings(
+    space: Space,
+    q: Array,
+    w: Array,
+    passes: Iterable[int],
+    start: Array | None = None,
+    choices: Array | None = None,
+) -> Iterator[Law]:
     """The law of a chain's state after `passes` judged completions (the first is its start, a draw of q).
 
     One step of `amortlm.inference.mcmc` as a linear map: from each prefix, mass m(z) moves to z' at rate
     q(z' | prefix) min(1, v(z') / v(z)), v = w / (L + 1). With the completions of a prefix sorted by v this is a
-    cumulative sum from either side.
+    cumulative sum from either side. start [M]: the law of the start (default: q). choices [M]: in place of L + 1, the
+    number of prefixes, shortest first, among which a completion is cut.
     """
-    choices = space.lengths[space.first :] + 1.0
+    if choices is None:
+        choices = space.lengths[space.first :] + 1.0
     v = np.where(
         w > 0, np.maximum(w, 1e-280) / choices, 1e-290
     )  # R = 0: always left, and left for each other
@@ -199,7 +208,7 @@ def metropolis_hastings(space: Space, q: Array, w: Array, passes: Iterable[int])
     for moves in groups:
         moves.add_leaving(leaving)
     leaving /= choices
-    law, done = q / q.sum(), 1
+    law, done = q / q.sum() if start is None else start, 1
     for n in passes:
         for _ in range(n - done):
             arriving = np.zeros_like(q)
