@@ -14,17 +14,25 @@ from pathlib import Path
 
 from transformers.utils import logging as hf_logging
 
-from . import exact
+from amortlm import LanguageModel
+
+from . import exact, real
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--exact", action="store_true", help="enumerable supports on the embedded model")
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument(
+        "--data", type=Path, default=Path("../shared/data/gsm8k"), help="train.jsonl and test.jsonl"
+    )
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     hf_logging.disable_progress_bar()
     if args.exact:
         exact.run(args.output)
+    else:
+        real.Run(LanguageModel.from_pretrained(args.model), args.output, args.data).all()
 
 
 if __name__ == "__main__":

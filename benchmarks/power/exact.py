@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tabulate import tabulate
-
-from amortlm import GFNConfig, GFNTrainer, LanguageModel, Policy, Support, default_lora, tempered
-from amortlm.environment import environment
-from amortlm.types import Row
 from benchmarks.posteriors import laws
 from benchmarks.posteriors.cases import Truth, policy_law, truth_of
 from benchmarks.posteriors.laws import Array, Law
 from benchmarks.posteriors.smc_law import average, between, smc_law
+from tabulate import tabulate
+
+from amortlm import GFNConfig, LanguageModel, Policy, Support, default_lora, tempered
+from amortlm.environment import environment
+from amortlm.types import Row
 
 from .blocks_law import blockwise
+from .training import TemperedTrainer
 
 ROW: Row = {}
 PROMPTS = {
@@ -67,7 +68,7 @@ class Problem:
                 disable_tqdm=True,
             )
             target = self.power * lm.log_prob("{z}", given=self.prompt)
-            trainer = GFNTrainer(
+            trainer = TemperedTrainer(
                 lm,
                 target=target,
                 prompt=self.prompt,
@@ -75,9 +76,8 @@ class Problem:
                 train_dataset=[ROW],
                 args=args,
                 adapter=16,
+                temperature=temperature,
             )
-            if temperature != 1:
-                trainer.policy.support = trainer.policy.support.tempered(temperature)
             trainer.train()
             return policy_law(trainer.policy)
 
@@ -189,7 +189,7 @@ def tables(results: dict[str, dict[str, list[Point]]]) -> str:
         for m in methods
         if m.startswith("amortised") and "SIR" in m
     ]
-    title = f"Break-even: outputs at a total variation of 0.1 after which {UPDATES * SAMPLES:,} completions of training "
+    title = f"Break-even: outputs at a total variation of 0.1 after which {UPDATES * SAMPLES:,} passes of training "
     return "\n\n".join(
         [*parts, title + "have paid, against the quickest method without training\n\n" + _table(lines, names)]
     )
