@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ POWERS = (2, 4)
 MIN_TOKENS, MAX_TOKENS = 4, 5
 PASSES = [1, *(n for k in range(1, 10) for n in (2**k, 3 * 2 ** (k - 1))), 1024]
 STEPS = [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256]
-SIMULATED = 2**18  # particles of a point of SMC
+SIMULATED = 2**16  # particles of a point of SMC
 UPDATES, SAMPLES = 100, 32
 MARKS = (0.1, 0.05)
 Point = dict[str, float]
@@ -83,11 +84,10 @@ class Problem:
 
 
 def problems() -> Iterator[tuple[str, Problem]]:
-    for name, (prompt, words) in PROMPTS.items():
+    for power, (name, (prompt, words)) in product(POWERS, PROMPTS.items()):
         allowed = [f" {word}" for word in words.split()]
-        for power in POWERS:
-            support = Support(stop=".", min_tokens=MIN_TOKENS, max_tokens=MAX_TOKENS, allowed_tokens=allowed)
-            yield f"{name}, a = {power}", Problem(prompt, support, power)
+        support = Support(stop=".", min_tokens=MIN_TOKENS, max_tokens=MAX_TOKENS, allowed_tokens=allowed)
+        yield f"{name}, a = {power}", Problem(prompt, support, power)
 
 
 def point(law: Law, truth: Truth) -> Point:

@@ -219,7 +219,7 @@ class Run:
                 print(name, method, row["x"][:40], flush=True)
 
     def trained(self, name: str, task: Task) -> Policy:
-        """q, from p at temperature 1 / a, trained on other questions by VarGrad; kept in a folder beside the results."""
+        """q, from p at temperature 1 / a, trained on other questions by VarGrad, kept beside the results."""
         target, folder = POWER * self.lm.log_prob("{z}", given=task.prompt), self.adapters / name
         kept = folder.is_dir()
         with tempfile.TemporaryDirectory() as work:

@@ -113,10 +113,10 @@ class _Walk:
         u = uniforms(self.generator, (len(self.texts),), self.policy)
         proposed = self._redraw(self.texts, (u * self._choices(self.texts)).long())
         log_v = self._log_v(proposed)
-        choices = self._choices(self.texts).double().log() - self._choices(proposed).double().log()
-        accept = (
-            uniforms(self.generator, (len(u),), self.policy).log() < log_ratio(self.log_v, log_v) + choices
+        ratio = log_ratio(self.log_v, log_v) + cut_log_ratio(
+            self._choices(self.texts), self._choices(proposed)
         )
+        accept = uniforms(self.generator, (len(u),), self.policy).log() < ratio
         self.texts, self.log_v = self.texts.where(accept, proposed), torch.where(accept, log_v, self.log_v)
         self.trace.append(self.log_v + self.texts.log_q)
         self.accepted.append(accept)
@@ -160,6 +160,11 @@ def stopping_weights(policy: Policy, target: Target, row: Row, texts: Draws, sta
     log_q = texts.log_pf.double().masked_fill(~written, 0.0).sum(1)
     log_q = log_q + texts.log_pterm.double().gather(1, state[:, None]).squeeze(1)
     return (log_r - log_q).masked_fill(~may, torch.nan)
+
+
+def cut_log_ratio(choices: Tensor, choices_new: Tensor) -> Tensor:
+    """[B] log D / D'."""
+    return choices.double().log() - choices_new.double().log()
 
 
 def log_ratio(log_v: Tensor, log_v_new: Tensor) -> Tensor:
