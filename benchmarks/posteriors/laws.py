@@ -197,23 +197,20 @@ def metropolis_hastings(
     cumulative sum from either side. start [M]: the law of the start (default: q). choices [M]: in place of L + 1, the
     number of prefixes, shortest first, among which a completion is cut.
     """
-    if choices is None:
-        choices = space.lengths[space.first :] + 1.0
-    v = np.where(
-        w > 0, np.maximum(w, 1e-280) / choices, 1e-290
-    )  # R = 0: always left, and left for each other
+    among = (space.lengths[space.first :] + 1.0).astype(np.float64) if choices is None else choices
+    v = np.where(w > 0, np.maximum(w, 1e-280) / among, 1e-290)  # R = 0: always left, and left for each other
     # A prefix of max_tokens leaves nothing to redraw: the chain stays.
     groups = [_Moves.of(space.subtrees(t), q, v) for t in range(space.max_tokens)]
     leaving = np.zeros_like(q)
     for moves in groups:
         moves.add_leaving(leaving)
-    leaving /= choices
+    leaving /= among
     law, done = q / q.sum() if start is None else start, 1
     for n in passes:
         for _ in range(n - done):
             arriving = np.zeros_like(q)
             for moves in groups:
-                moves.add_arriving(law / choices, arriving)
+                moves.add_arriving(law / among, arriving)
             law = law * (1 - leaving) + arriving
             law /= law.sum()
         done = n

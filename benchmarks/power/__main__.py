@@ -16,7 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from amortlm import LanguageModel
 
-from . import exact, real
+from . import exact, real, report
 
 
 def main() -> None:
@@ -32,7 +32,9 @@ def main() -> None:
     if args.exact:
         exact.run(args.output)
     else:
-        real.Run(LanguageModel.from_pretrained(args.model), args.output, args.data).all()
+        run = real.Run(LanguageModel.from_pretrained(args.model), args.output, args.data)
+        run.all()
+        (args.output / "README.md").write_text(report.page(run.record), encoding="utf-8")
 
 
 if __name__ == "__main__":
