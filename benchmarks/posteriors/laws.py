@@ -197,7 +197,7 @@ def metropolis_hastings(
     cumulative sum from either side. start [M]: the law of the start (default: q). choices [M]: in place of L + 1, the
     number of prefixes, shortest first, among which a completion is cut.
     """
-    among = (space.lengths[space.first :] + 1.0).astype(np.float64) if choices is None else choices
+    among: Array = np.asarray(space.lengths[space.first :] + 1.0 if choices is None else choices, np.float64)
     v = np.where(w > 0, np.maximum(w, 1e-280) / among, 1e-290)  # R = 0: always left, and left for each other
     # A prefix of max_tokens leaves nothing to redraw: the chain stays.
     groups = [_Moves.of(space.subtrees(t), q, v) for t in range(space.max_tokens)]

@@ -146,30 +146,28 @@ class Measure:
         found = self.outputs(chains.rollouts, chains.log_reward, policy, decoded, judged)
         return [{**o, "acceptance": chains.acceptance_rate} for o in found]
 
-    def mh(self, policy: Policy) -> list[Output]:
-        return self.chain(
-            metropolis_hastings(
-                policy, self.target, self.row, num_chains=OUTPUTS, num_steps=STEPS, seed="power"
-            ),
-            policy,
-        )
+    def low_temperature(self, policy: Policy) -> dict[str, Any]:
+        return self.pooled(policy, {"plain": "low temperature", "best": "best-of-8", "SIR": "SIR"})
 
-    def blocks(self, policy: Policy) -> list[Output]:
-        size = math.ceil(policy.support.max_tokens / BLOCKS)
-        return self.chain(
-            blockwise_metropolis_hastings(
-                policy,
-                self.target,
-                self.row,
-                num_chains=OUTPUTS,
-                block_tokens=size,
-                num_steps=BLOCK_STEPS,
-                seed="power",
-            ),
-            policy,
-        )
+    def amortised(self, policy: Policy) -> dict[str, Any]:
+        return self.pooled(policy, {"plain": "amortised", "SIR": "amortised + SIR"})
 
-    def smc(self, policy: Policy) -> list[Output]:
+    def base(self, policy: Policy) -> dict[str, Any]:
+        pool = weigh(policy, self.target, self.row, OUTPUTS, seed="power")
+        tokens = (pool.rollouts.lengths + 1).double().mean().item()
+        return {"base": self.outputs(pool.rollouts, pool.log_reward, policy, tokens, 0.0)}
+
+    def mh(self, policy: Policy) -> dict[str, Any]:
+        sizes: dict[str, Any] = {"num_chains": OUTPUTS, "num_steps": STEPS, "seed": "power"}
+        return {"MH": self.chain(metropolis_hastings(policy, self.target, self.row, **sizes), policy)}
+
+    def blocks(self, policy: Policy) -> dict[str, Any]:
+        block = math.ceil(policy.support.max_tokens / BLOCKS)
+        sizes: dict[str, Any] = {"num_chains": OUTPUTS, "block_tokens": block, "num_steps": BLOCK_STEPS}
+        chains = blockwise_metropolis_hastings(policy, self.target, self.row, **sizes, seed="power")
+        return {"blocks": self.chain(chains, policy)}
+
+    def smc(self, policy: Policy) -> dict[str, Any]:
         found = []
         for seed in range(OUTPUTS):
             particles = smc(policy, self.target, self.row, num_particles=DRAWS, seed=("power", seed))
@@ -177,7 +175,7 @@ class Measure:
             judged = particles.completions_scored * (particles.rollouts.lengths + 1).double().mean().item()
             log_r = self.target.score_final(one)
             found += self.outputs(one, log_r, policy, float(particles.tokens_decoded), judged)
-        return found
+        return {"SMC": found}
 
 
 class Run:
@@ -198,23 +196,23 @@ class Run:
         for name, task in self.tasks.items():
             base = Policy(self.lm, task.prompt, task.support, default_lora(1)).prior
             low = tempered(base, 1 / POWER)
-            names = {"plain": "low temperature", "best": "best-of-8", "SIR": "SIR"}
-            self.questions(name, "SIR", lambda m, p=low, n=names: m.pooled(p, n))
-            self.questions(name, "MH", lambda m, p=low: {"MH": m.mh(p)})
-            self.questions(name, "blocks", lambda m, p=low: {"blocks": m.blocks(p)})
-            self.questions(name, "SMC", lambda m, p=low: {"SMC": m.smc(p)})
-            self.questions(name, "base", lambda m, p=base: {"base": plain(m, p)})
-            trained = self.trained(name, task)
-            names = {"plain": "amortised", "SIR": "amortised + SIR"}
-            self.questions(name, "amortised + SIR", lambda m, p=trained, n=names: m.pooled(p, n))
+            self.questions(name, "SIR", low, Measure.low_temperature)
+            self.questions(name, "MH", low, Measure.mh)
+            self.questions(name, "blocks", low, Measure.blocks)
+            self.questions(name, "SMC", low, Measure.smc)
+            self.questions(name, "base", base, Measure.base)
+            self.questions(name, "amortised + SIR", self.trained(name, task), Measure.amortised)
 
-    def questions(self, name: str, method: str, measure: Callable[[Measure], dict[str, Any]]) -> None:
+    def questions(
+        self, name: str, method: str, policy: Policy, measure: Callable[[Measure, Policy], dict[str, Any]]
+    ) -> None:
+        """method: a name that the results of `measure` contain."""
         task = self.tasks[name]
         target = POWER * self.lm.log_prob("{z}", given=task.prompt)
         for row in task.test:
             found = self.record["results"].setdefault(name, {}).setdefault(row["x"], {})
             if method not in found:
-                found.update(measure(Measure(target, row)))
+                found.update(measure(Measure(target, row), policy))
                 self.write()
                 print(name, method, row["x"][:40], flush=True)
 
@@ -240,12 +238,6 @@ class Run:
                 self.record["training"][name] = counter
                 self.write()
         return trainer.policy
-
-
-def plain(measure: Measure, policy: Policy) -> list[Output]:
-    pool = weigh(policy, measure.target, measure.row, OUTPUTS, seed="power")
-    tokens = (pool.rollouts.lengths + 1).double().mean().item()
-    return measure.outputs(pool.rollouts, pool.log_reward, policy, tokens, 0.0)
 
 
 def config(folder: str, task: Task) -> GFNConfig:
