@@ -184,7 +184,7 @@ class Run:
     def __init__(self, lm: LanguageModel, folder: Path, data: Path):
         self.lm, self.file, self.tasks = lm, folder / "results.json", tasks(lm, data)
         folder.mkdir(parents=True, exist_ok=True)
-        self.adapters = folder.parent / f"{folder.name}-adapters"
+        self.adapters = folder / "work"  # not for git
         known = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
         self.record: dict[str, Any] = known or {"settings": settings(), "results": {}, "training": {}}
 

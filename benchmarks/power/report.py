@@ -16,6 +16,9 @@ Record = dict[str, Any]
 def page(record: Record) -> str:
     """Markdown. A method that has not been measured on every question is marked with the number of questions."""
     parts = [HEAD.format(**record["settings"])]
+    questions = [results for task in record["results"].values() for results in task.values()]
+    if len(record["results"]) < 2 or not all(set(METHODS) <= results.keys() for results in questions):
+        parts.append(UNFINISHED)
     for task, questions in record["results"].items():
         parts.append(f"## {task}\n\n" + _table(questions))
         parts.append(_bounds(questions))
@@ -101,6 +104,8 @@ def mean(values: Iterable[float]) -> float:
     found = list(values)
     return sum(found) / len(found) if found else math.nan
 
+
+UNFINISHED = "**Not finished**: what is missing below is not measured yet. The command, given again, goes on."
 
 HEAD = """# Power posteriors p(z|x)^{power} of a real model
 
