@@ -24,8 +24,6 @@ from amortlm.inference.smc import smc
 from amortlm.lab.tasks import arithmetic
 from amortlm.types import Row
 
-from .training import TemperedTrainer
-
 POWER = 4  # as published
 DRAWS = 8  # completions of one output of best-of-n, SIR and SMC
 OUTPUTS = 2  # of each method for a question
@@ -217,11 +215,12 @@ class Run:
                 print(name, method, row["x"][:40], flush=True)
 
     def trained(self, name: str, task: Task) -> Policy:
-        """q, from p at temperature 1 / a, trained on other questions by VarGrad, kept beside the results."""
+        """q, from p itself (from p at temperature 1 / a modes are missing), trained on other questions by VarGrad, kept
+        beside the results."""
         target, folder = POWER * self.lm.log_prob("{z}", given=task.prompt), self.adapters / name
         kept = folder.is_dir()
         with tempfile.TemporaryDirectory() as work:
-            trainer = TemperedTrainer(
+            trainer = GFNTrainer(
                 self.lm,
                 target=target,
                 prompt=task.prompt,
@@ -229,7 +228,6 @@ class Run:
                 train_dataset=task.train,
                 args=config(work, task),
                 adapter=folder if kept else 8,
-                temperature=1 / POWER,
             )
             if not kept:
                 counter = count_tokens(trainer)

@@ -118,7 +118,7 @@ python -m benchmarks.power --model models/SmolLM2-135M-Instruct.Q4_1.gguf --data
 
 {outputs} outputs of each method for a question. Best-of-n, SIR and SMC take {draws} draws or particles at
 temperature 1/{power} for an output, MH a chain of {steps} steps, blocks {block_steps} steps after each of {blocks}
-blocks. Amortised: q that starts at temperature 1/{power}, trained by VarGrad on other questions. Means over outputs.
+blocks. Amortised: q that starts at the model itself, trained by VarGrad on other questions. Means over outputs.
 Tokens decoded and judged are for one output; the model's own logits give log p of what it decodes, so judging could be
 free for all but the amortised q. Intervals treat outputs as independent, though two are of one question. No upper
 bounds on log Z: they need draws that are known to be of the posterior."""
