@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,11 +81,14 @@ class TablePolicy(Policy):
     def __init__(self, space: Space, q: Array, prior: Array):
         nn.Module.__init__(self)
         frozen, self.model = TableModel(space, prior), TableModel(space, q)
-        self.lm = SimpleNamespace(model=frozen, memory=Memory(1024.0), name="table")  # type: ignore[assignment]
+        local = partial(LocalSampler, sharing=WHOLE, memory=Memory(1024.0))
+        self.lm = SimpleNamespace(  # type: ignore[assignment]
+            model=frozen, memory=Memory(1024.0), name="table", local_sampler=local
+        )
         self.prompt, self.sharing, self.is_full = PromptTemplate(""), WHOLE, False
         allowed = torch.arange(space.width + 2) < space.width
         self.support = SupportLaw((space.width,), space.min_tokens, space.max_tokens, allowed)
-        self.sampler = LocalSampler(self.model, self.sharing, self.lm.memory)
+        self.sampler = local(self.model)
 
     def encode_rows(self, rows: Sequence[Row]) -> list[list[int]]:
         return [[self.model.width + 1] for _ in rows]
