@@ -35,7 +35,9 @@ def curves_figure(found: Digest, file: Path) -> list[str]:
     """One panel per target: TV of one output against its passes."""
     targets = list(found["facts"])
     figure, axes = panels(len(targets), 4, (3.4, 2.7), sharex=True, sharey=True)
-    figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.6)  # for the legend
+    in_a_row = 2 * min(len(targets), 4)  # labels of the legend
+    room = 0.3 + 0.3 * -(-(len(STYLES) + 1) // in_a_row)
+    figure.set_size_inches(max(5.5, figure.get_figwidth()), figure.get_figheight() + room)
     handles: dict[str, Any] = {}
     for ax, target in zip(axes, targets, strict=True):
         for label, seeds in found["lines"][target].items():
@@ -51,9 +53,7 @@ def curves_figure(found: Digest, file: Path) -> list[str]:
         ax.grid(color="#E3E3E3", lw=0.6)
     figure.supxlabel("passes for one output (completions drawn and judged)")
     figure.supylabel("total variation to the posterior")
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles), frameon=False
-    )
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=in_a_row, frameon=False)
     return save(figure, file)
 
 
@@ -69,5 +69,5 @@ def table_figure(found: Digest, file: Path) -> list[str]:
         ax.text(j, i, text, ha="center", va="center", fontsize=8, color=colour)
     ax.set_xticks(range(len(targets)), targets, rotation=35, ha="right")
     ax.set_yticks(range(len(rows)), rows)
-    ax.set_title("total variation of one output to the exact posterior", fontsize=11)
+    figure.suptitle("total variation of one output", fontsize=11)
     return save(figure, file)

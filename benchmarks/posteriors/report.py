@@ -69,7 +69,7 @@ def readme(results: Results) -> str:
 def introduction(targets: int, settings: Settings) -> str:
     updates, samples = settings["updates"], settings["samples"]
     return (
-        f"{targets} targets on the {settings['model']} model, each with every completion scored. The law of "
+        f"{targets} target{'s' * (targets > 1)}, of {settings['model']}, every completion scored. The law of "
         "one output of each method is exact (of SMC: simulated on the enumerated tree), so that the distances need no "
         "samples and have no floor. A pass is a completion drawn and judged; passes are for one output. Trained "
         f"methods saw {updates * samples:,} completions each ({updates} updates of {samples})."
