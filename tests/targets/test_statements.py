@@ -22,6 +22,7 @@ from amortlm import (
 from amortlm.errors import ConfigError, RewardError, SupportError, TemplateError
 from amortlm.support.lists import split_statements
 from amortlm.targets import Target
+from amortlm.targets.functions import references
 from amortlm.targets.laws import check_target
 from amortlm.targets.lm import LogProb
 from amortlm.targets.spec import target_from_spec
@@ -273,3 +274,11 @@ def test_terms_of_equal_statements_are_scored_once(
     scores = term.score(rollouts)
     assert sum(seen) == 1
     assert len(set(scores[rollouts.stop_mask].tolist())) == 1
+
+
+def test_the_function_of_a_relation_runs_only_if_it_is_trusted(one_lm: LanguageModel) -> None:
+    spec = [{"relation": "numpy:all"}, {"relation": {"function": "torch:all", "timeout": 1.0}}]
+    assert list(references(spec)) == ["numpy:all", "torch:all"], "what the user is asked to trust"
+    for term in spec:
+        with pytest.raises(ConfigError, match="trust"):
+            target_from_spec([term], one_lm)
